@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The rows that the kernel holds, and the maps that hold them. This is their only definition: the control plane takes
+ * the layouts from what BCC derives from this file, and checks the names and sizes it needs at load.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in network order. All padding is explicit
+ * and zero. Rows are read by programs of several ages at once during an upgrade, so what a field means never changes;
+ * LAYOUT below does instead.
+ */
+#ifndef EBPFLB_MAPS_H
+#define EBPFLB_MAPS_H
+
+#include "config.h"
+
+/* The version of all layouts in this file; stored in `settings`, so that pins of another version are noticed. */
+#define LAYOUT 1
+
+struct address {
+	u32 word[4];
+};
+_Static_assert(sizeof(struct address) == 16, "struct address");
+
+/* ---- Desired state: written by the control plane, read by the programs ---- */
+
+struct frontend_key {
+	struct address address;
+	u16 port;
+	u8 protocol; /* IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP */
+	u8 pad;
+};
+_Static_assert(sizeof(struct frontend_key) == 20, "struct frontend_key");
+
+/*
+ * What to do for one scope. The backends are slots[slots .. slots + count) for new flows, followed by `draining` more
+ * which only keep what they have. One update of the row switches verdict, range and count at once.
+ */
+struct route {
+	u8 verdict;
+	u8 masquerade;
+	u8 algorithm;
+	u8 forwarding;
+	u32 service;  /* key of `names` */
+	u32 slots;    /* first slot */
+	u32 count;    /* slots of active backends */
+	u32 draining; /* slots of draining backends behind them */
+	u32 affinity; /* seconds; 0: none */
+	u32 ranges;   /* key of `ranges`; 0: everybody */
+	u8 kind;
+	u8 pad[3];
+};
+_Static_assert(sizeof(struct route) == 32, "struct route");
+
+struct frontend {
+	struct route scope[2]; /* indexed by SCOPE_… */
+};
+_Static_assert(sizeof(struct frontend) == 64, "struct frontend");
+
+/* A backend of one Service port; the id is its index. A row whose state is BACKEND_FREE belongs to nobody. */
+struct backend {
+	struct address address;
+	u16 port;
+	u16 weight;
+	u8 state;
+	u8 pad[3];
+	u32 service; /* whose backend it is */
+};
+_Static_assert(sizeof(struct backend) == 28, "struct backend");
+
+/* The Service port that a route belongs to, for people: NUL-terminated names. */
+struct name {
+	char namespace[64];
+	char name[64];
+	char port[64];
+};
+_Static_assert(sizeof(struct name) == 192, "struct name");
+
+/* Who a source address is: bits SOURCE_…; the longest prefix holds the bits of all prefixes around it. */
+struct source_key {
+	u32 prefix; /* bits; IPv4 prefixes count from 96 */
+	struct address address;
+};
+_Static_assert(sizeof(struct source_key) == 20, "struct source_key");
+
+struct source {
+	u32 flags;
+};
+_Static_assert(sizeof(struct source) == 4, "struct source");
+
+/* Who may use a frontend with source ranges: present is allowed. */
+struct range_key {
+	u32 prefix; /* bits; 32 for the id, then as in source_key */
+	u32 ranges;
+	struct address address;
+};
+_Static_assert(sizeof(struct range_key) == 24, "struct range_key");
+
+/* A device whose tc hooks run our programs. The addresses are what masquerade takes; zero: none in that family. */
+struct device {
+	struct address ipv4;
+	struct address ipv6;
+	u32 flags; /* DEVICE_… */
+	u32 pad;
+};
+_Static_assert(sizeof(struct device) == 40, "struct device");
+
+/* One row: what holds for this node as a whole. */
+struct settings {
+	u64 netns;            /* cookie of the network namespace whose node this is */
+	u64 flow_idle;        /* jiffies after which an idle UDP flow may be chosen anew */
+	u64 refresh;          /* jiffies between two refreshes of a flow's last use */
+	u32 layout;           /* LAYOUT */
+	u32 pod_sockets;      /* POD_SOCKETS_… */
+	u16 snat_low;         /* first port of masquerade, host order */
+	u16 snat_high;        /* last one */
+	u16 nat_pad[2];
+	char pod_interface[16]; /* Locality.pod_interface without its star */
+	u8 pod_interface_is_prefix;
+	u8 pad[7];
+};
+_Static_assert(sizeof(struct settings) == 64, "struct settings");
+
+BPF_F_TABLE("hash", struct frontend_key, struct frontend, frontends, MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+BPF_TABLE("array", u32, u32, slots, MAX_SLOTS);
+BPF_TABLE("array", u32, struct backend, backends, MAX_BACKENDS);
+BPF_F_TABLE("hash", u32, struct name, names, MAX_SERVICES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct source_key, struct source, sources, MAX_SOURCES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct range_key, u32, ranges, MAX_RANGES, BPF_F_NO_PREALLOC);
+BPF_TABLE("hash", u32, struct device, devices, MAX_DEVICES);
+BPF_TABLE("array", u32, struct settings, settings, 1);
+
+/* ---- Flow state: written by the programs ---- */
+
+/*
+ * A packet as one hook sees it. Each flow has up to four rows, one for each thing that happens to its packets:
+ *   ingress  client -> frontend   destination becomes the backend     (request enters)
+ *   egress   client -> backend    source becomes this node            (request leaves; masquerade only)
+ *   ingress  backend -> node      destination becomes the client      (reply enters; masquerade only)
+ *   egress   backend -> client    source becomes the frontend         (reply leaves)
+ * so that an established packet costs one lookup at each hook.
+ */
+struct flow_key {
+	struct address source;
+	struct address destination;
+	u16 source_port;
+	u16 destination_port;
+	u8 protocol;
+	u8 hook; /* HOOK_… */
+	u16 pad;
+};
+_Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
+
+#define HOOK_INGRESS 0
+#define HOOK_EGRESS 1
+
+#define FLOW_DNAT 0   /* request enters */
+#define FLOW_SNAT 1   /* request leaves */
+#define FLOW_UNSNAT 2 /* reply enters */
+#define FLOW_UNDNAT 3 /* reply leaves */
+
+#define FLOW_CLOSING 1     /* a FIN or RST has been seen: the next SYN is a new connection */
+#define FLOW_UNALLOCATED 2 /* FLOW_SNAT: no port has been taken yet */
+#define FLOW_MASQUERADE 4  /* the flow has SNAT rows */
+
+struct flow {
+	struct address address; /* what the rewritten side becomes */
+	u16 port;
+	u16 other_port; /* what the other side's port becomes */
+	u8 action;      /* FLOW_DNAT … */
+	u8 flags;
+	u16 pad;
+	u32 service;
+	u32 backend;
+	u64 seen; /* jiffies of the last use, to `settings.refresh` */
+	u64 created;
+};
+_Static_assert(sizeof(struct flow) == 48, "struct flow");
+
+/* The ports of a fragmented datagram, learnt from its first fragment, at one hook. */
+struct fragment_key {
+	struct address source;
+	struct address destination;
+	u32 id;
+	u8 protocol;
+	u8 hook;
+	u16 pad;
+};
+_Static_assert(sizeof(struct fragment_key) == 40, "struct fragment_key");
+
+struct fragment {
+	u16 source_port;
+	u16 destination_port;
+};
+_Static_assert(sizeof(struct fragment) == 4, "struct fragment");
+
+/*
+ * What a socket's address was turned into. SOCKET_FORWARD: frontend -> backend, so that an unconnected UDP socket stays
+ * with its backend; SOCKET_REVERSE: backend -> frontend, so that recvmsg and getpeername show the frontend.
+ */
+struct socket_key {
+	u64 cookie;
+	struct address address;
+	u16 port;
+	u8 protocol;
+	u8 direction; /* SOCKET_… */
+	u32 pad;
+};
+_Static_assert(sizeof(struct socket_key) == 32, "struct socket_key");
+
+#define SOCKET_FORWARD 0
+#define SOCKET_REVERSE 1
+
+struct socket_value {
+	struct address address;
+	u16 port;
+	u16 pad;
+	u32 service;
+	u32 backend;
+	u32 pad2;
+	u64 seen;
+};
+_Static_assert(sizeof(struct socket_value) == 40, "struct socket_value");
+
+BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_FLOWS);
+BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, MAX_FRAGMENTS);
+BPF_TABLE("lru_hash", struct socket_key, struct socket_value, sockets, MAX_SOCKETS);
+
+/* ---- Counters: one cell for each thing worth counting, summed over CPUs by the reader ---- */
+
+enum counter {
+	SOCKET_FORWARDED,    /* connect or sendmsg was given a backend */
+	SOCKET_REJECTED,     /* connect or sendmsg was refused: no endpoint */
+	SOCKET_DROPPED,      /* connect or sendmsg fell under a silent verdict */
+	SOCKET_NO_BACKEND,   /* a route named a backend that is not there; left alone */
+	PACKET_FORWARDED,    /* a new flow was given a backend */
+	PACKET_REJECTED_TCP, /* a new flow was answered with RST */
+	PACKET_REJECTED_ICMP, /* a new flow was answered with port unreachable */
+	PACKET_REJECT_FAILED, /* no answer could be built; dropped */
+	PACKET_DROPPED,      /* a new flow fell under a silent verdict */
+	PACKET_NO_BACKEND,   /* a route named a backend that is not there; left alone */
+	PACKET_NOT_NEW,      /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same */
+	PACKET_COLLISION,    /* the client's port was changed: its flow to another frontend has the same backend */
+	PACKET_NO_PORT,      /* no free port for masquerade or collision; dropped */
+	PACKET_NO_ADDRESS,   /* masquerade on a device without an address; dropped */
+	PACKET_NO_ROOM,      /* a flow's rows could not be written; dropped */
+	PACKET_TOO_SHORT,    /* ends inside a header; left alone */
+	FRAGMENT_UNKNOWN,    /* a later fragment whose first has not been seen; left alone */
+	ICMP_TRANSLATED,     /* an ICMP error about one of our flows */
+	FLOW_STALE,          /* a flow was given a new backend: closed, idle too long, or its backend has gone */
+	COUNTERS
+};
+
+BPF_TABLE("percpu_array", u32, u64, counters, COUNTERS);
+
+#endif

@@ -1,0 +1,288 @@
+"""What this node must do: a table from (frontend, scope) to route.
+
+Rules of this file: data only, no policy, no I/O; imports `model` alone. A route carries decisions, never reasons to
+decide again: a dataplane that needs an `if` about Kubernetes has found a missing field here. Everything is immutable,
+comparable and printable; a `RouteTable` is a persistent map, so that the next table costs its change only.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import immutables
+import msgspec
+
+from ebpflb.model import Address, Problem, Protocol, ServiceName
+
+
+class Scope(enum.IntEnum):
+    """Where a client is: INTERNAL is this node itself and what detect-local calls a local pod; EXTERNAL is all else,
+    and pods too in a family that has no detector."""
+
+    INTERNAL = 0
+    EXTERNAL = 1
+
+    __hash__ = int.__hash__
+
+
+class Kind(enum.IntEnum):
+    """Why the frontend exists."""
+
+    CLUSTER_IP = 0
+    NODE_PORT = 1
+    LOAD_BALANCER = 2
+    EXTERNAL_IP = 3
+
+    @property
+    def label(self) -> str:
+        """Kubernetes' spelling."""
+        return ("ClusterIP", "NodePort", "LoadBalancer", "ExternalIP")[self]
+
+
+class Verdict(enum.IntEnum):
+    """What happens to a new connection. REJECT answers (RST, port unreachable, ECONNREFUSED); DROP is silent."""
+
+    FORWARD = 0
+    REJECT = 1
+    DROP = 2
+
+
+class Masquerade(enum.IntEnum):
+    """Whether the source is replaced by this node's address. NOT_POD spares what detect-local calls a pod.
+
+    A client that is sent to itself (hairpin) is masqueraded whatever this says.
+    """
+
+    NEVER = 0
+    NOT_POD = 1
+    ALWAYS = 2
+
+
+class BackendState(enum.IntEnum):
+    """ACTIVE backends get new flows; DRAINING ones only keep the flows that they have."""
+
+    ACTIVE = 0
+    DRAINING = 1
+
+
+class Algorithm(enum.IntEnum):
+    """How a backend is chosen for a new flow; `label` is the annotation's spelling."""
+
+    RANDOM = 0
+    MAGLEV = 1
+    ROUND_ROBIN = 2
+    LEAST_CONNECTIONS = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+class Forwarding(enum.IntEnum):
+    """How a packet reaches a remote backend."""
+
+    SNAT = 0
+    DSR = 1
+
+
+class Frontend(NamedTuple):
+    """A thing that a packet may be addressed to."""
+
+    address: Address
+    port: int
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}/{self.protocol.name}"
+
+
+class ServicePortName(NamedTuple):
+    """A Service's port; `port` is its name, "" if it has none. Text as kube-proxy's: `ns/name:port` or `ns/name`."""
+
+    namespace: str
+    name: str
+    port: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}" + (f":{self.port}" if self.port else "")
+
+    @property
+    def service(self) -> ServiceName:
+        return ServiceName(self.namespace, self.name)
+
+
+class Backend(msgspec.Struct, frozen=True, gc=False):
+    """One place where a frontend's packets may go."""
+
+    address: Address
+    port: int
+    weight: int = 1
+    state: BackendState = BackendState.ACTIVE
+
+
+class Route(msgspec.Struct, frozen=True, gc=False):
+    """What to do with a packet for one frontend from one scope.
+
+    `backends` is sorted (see `backend_order`), holds one family only, and is empty unless `verdict` is FORWARD, where
+    at least one is ACTIVE. `masquerade` is NEVER unless `verdict` is FORWARD. `affinity_seconds` 0 means none;
+    affinity is per Service port and client address, shared by all its frontends and scopes. `source_ranges` are
+    sorted canonical CIDRs of the frontend's family; empty means everybody.
+    """
+
+    service: ServicePortName
+    kind: Kind
+    verdict: Verdict
+    backends: tuple[Backend, ...] = ()
+    masquerade: Masquerade = Masquerade.NEVER
+    affinity_seconds: int = 0
+    source_ranges: tuple[str, ...] = ()
+    algorithm: Algorithm = Algorithm.RANDOM
+    forwarding: Forwarding = Forwarding.SNAT
+
+
+class Locality(msgspec.Struct, frozen=True, gc=False):
+    """What tells an INTERNAL client from an EXTERNAL one, and a pod from the node, in facts of the packet.
+
+    `node_addresses`: the kernel's local addresses; a packet with such a source is the node's own. `pod_cidrs`: a
+    source in one of them is a local pod. `pod_interface`: a packet that enters by it is a local pod's; an exact name,
+    or a prefix if it ends in "*"; "" for none. All are sorted and canonical.
+    """
+
+    node_addresses: tuple[Address, ...] = ()
+    pod_cidrs: tuple[str, ...] = ()
+    pod_interface: str = ""
+
+
+Key: TypeAlias = tuple[Frontend, Scope]
+
+
+@lru_cache(maxsize=1 << 18)
+def packed(address: Address) -> bytes:
+    """An address as 16 bytes, IPv4 as ::ffff:a.b.c.d: the form of every kernel row."""
+    if ":" in address:
+        return socket.inet_pton(socket.AF_INET6, address)
+    return b"\0\0\0\0\0\0\0\0\0\0\xff\xff" + socket.inet_aton(address)
+
+
+_MAPPED = packed("0.0.0.0")[:12]
+
+
+@lru_cache(maxsize=1 << 18)
+def unpacked(address: bytes) -> Address:
+    """The inverse of `packed`."""
+    if address[:12] == _MAPPED:
+        return socket.inet_ntoa(address[12:])
+    return socket.inet_ntop(socket.AF_INET6, address)
+
+
+def address_order(address: Address) -> tuple[int, bytes]:
+    """Sort key: IPv4 before IPv6, then by value."""
+    return (":" in address, packed(address))
+
+
+def backend_order(backend: Backend) -> tuple[int, bytes, int, int]:
+    """Sort key of backends: family, address, port, state."""
+    return (":" in backend.address, packed(backend.address), backend.port, backend.state)
+
+
+def key_order(key: Key) -> tuple[int, bytes, int, int, int]:
+    """Sort key of a table's keys: family, address, port, protocol number, scope (INTERNAL first)."""
+    frontend, scope = key
+    return (":" in frontend.address, packed(frontend.address), frontend.port, int(frontend.protocol), int(scope))
+
+
+class RouteTable(Mapping[Key, Route]):
+    """The whole of what this node must do. Every frontend has a row for each scope.
+
+    Equality is that of rows and locality; problems are remarks and do not count. A table made by `evolve` remembers
+    which keys it changed, so that `changed_from(parent)` costs the change.
+    """
+
+    __slots__ = ("_base", "_delta", "_rows", "_token", "locality", "problems")
+
+    def __init__(
+        self,
+        rows: Mapping[Key, Route] | None = None,
+        locality: Locality | None = None,
+        problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
+    ) -> None:
+        self._rows: immutables.Map[Key, Route] = rows if isinstance(rows, immutables.Map) else immutables.Map(rows or {})
+        self.locality = locality or Locality()
+        self.problems: immutables.Map[ServiceName, tuple[Problem, ...]] = (
+            problems if isinstance(problems, immutables.Map) else immutables.Map(problems or {})
+        )
+        self._token = object()
+        self._base: object | None = None
+        self._delta: frozenset[Key] = frozenset()
+
+    def __getitem__(self, key: Key) -> Route:
+        return self._rows[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RouteTable):
+            return NotImplemented
+        return self.locality == other.locality and self._rows == other._rows
+
+    __hash__ = None  # type: ignore[assignment]  # as unhashable as the mapping it stands for
+
+    def __repr__(self) -> str:
+        return f"RouteTable({len(self._rows)} rows, {self.locality!r})"
+
+    def evolve(
+        self,
+        put: Mapping[Key, Route],
+        drop: Iterable[Key] = (),
+        *,
+        locality: Locality | None = None,
+        problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
+    ) -> RouteTable:
+        """The next table: `drop` removed (a missing key is no error), then `put` set. Costs the change. A problem
+        mapped to () is removed."""
+        delta = set(put)
+        with self._rows.mutate() as rows:
+            for key in drop:
+                if rows.pop(key, None) is not None:
+                    delta.add(key)
+            rows.update(put)
+            fresh = rows.finish()
+        remarks = self.problems
+        if problems:
+            with remarks.mutate() as mutation:
+                for name, found in problems.items():
+                    if found:
+                        mutation[name] = found
+                    else:
+                        mutation.pop(name, None)
+                remarks = mutation.finish()
+        table = RouteTable(fresh, locality or self.locality, remarks)
+        table._base = self._token
+        table._delta = frozenset(delta)
+        return table
+
+    def changed_from(self, older: RouteTable) -> frozenset[Key]:
+        """The keys whose rows may differ between `older` and this table (a superset of those that do)."""
+        if older._token is self._token:
+            return frozenset()
+        if self._base is older._token:
+            return self._delta
+        return frozenset(
+            key for key in {*self._rows, *older._rows} if self._rows.get(key) != older._rows.get(key)
+        )
+
+    def ordered(self) -> list[tuple[Key, Route]]:
+        """All rows in the order of `dump`."""
+        return [(key, self._rows[key]) for key in sorted(self._rows, key=key_order)]
