@@ -131,7 +131,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     `backends` is sorted (see `backend_order`), holds one family only, and is empty unless `verdict` is FORWARD, where
     at least one is ACTIVE. `masquerade` is NEVER unless `verdict` is FORWARD. `affinity_seconds` 0 means none;
     affinity is per Service port and client address, shared by all its frontends and scopes. `source_ranges` are
-    sorted canonical CIDRs of the frontend's family; empty means everybody.
+    canonical CIDRs of the frontend's family, sorted by `cidr_order`; empty means everybody.
     """
 
     service: ServicePortName
@@ -150,7 +150,7 @@ class Locality(msgspec.Struct, frozen=True, gc=False):
 
     `node_addresses`: the kernel's local addresses; a packet with such a source is the node's own. `pod_cidrs`: a
     source in one of them is a local pod. `pod_interface`: a packet that enters by it is a local pod's; an exact name,
-    or a prefix if it ends in "*"; "" for none. All are sorted and canonical.
+    or a prefix if it ends in "*"; "" for none. All are canonical, sorted by `address_order` and `cidr_order`.
     """
 
     node_addresses: tuple[Address, ...] = ()
@@ -183,6 +183,26 @@ def unpacked(address: bytes) -> Address:
 def address_order(address: Address) -> tuple[int, bytes]:
     """Sort key: IPv4 before IPv6, then by value."""
     return (":" in address, packed(address))
+
+
+@lru_cache(maxsize=1 << 16)
+def packed_network(cidr: str) -> tuple[bytes, int]:
+    """A canonical CIDR as 16 bytes of address and a prefix length in bits of 128 (an IPv4 /8 is /104)."""
+    address, _, bits = cidr.partition("/")
+    return packed(address), int(bits) + (0 if ":" in address else 96)
+
+
+def cidr_order(cidr: str) -> tuple[bool, bytes, int]:
+    """Sort key of CIDRs: IPv4 before IPv6, then by value, then the shorter prefix."""
+    return (":" in cidr, *packed_network(cidr))
+
+
+def in_cidr(address: Address, cidr: str) -> bool:
+    """Whether an address lies in a CIDR; never across families."""
+    if (":" in address) != (":" in cidr):
+        return False
+    network, bits = packed_network(cidr)
+    return int.from_bytes(packed(address)) >> (128 - bits) == int.from_bytes(network) >> (128 - bits)
 
 
 def backend_order(backend: Backend) -> tuple[int, bytes, int, int]:
