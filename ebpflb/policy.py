@@ -1,0 +1,149 @@
+"""What Kubernetes said, turned into what this node must do: the one policy function.
+
+Rules of this file: pure; imports `model`, `routes` and the parts of policy: `facts` (this node and the options),
+`topology` (which endpoints), `claims` (one Service by itself). What one Service wants is worked out there; here the
+results are remembered, contested frontends get their one owner, and the difference is handed on. `routes` is a Router
+with nothing to remember, so that the two cannot drift apart.
+
+Of Services that claim one frontend the oldest is served, equals by name. The others get a Problem, and the next one
+takes over when the owner goes.
+"""
+
+from __future__ import annotations
+
+from ebpflb.claims import Claims, claims_of
+from ebpflb.facts import Facts, facts_of
+from ebpflb.model import Address, Problem, Protocol, ProxyOptions, ServiceName, Snapshot
+from ebpflb.routes import Frontend, Key, Kind, Route, RouteTable, Scope, address_order
+from ebpflb.topology import health_counts
+
+__all__ = ["Router", "health_counts", "routes"]
+
+_INTERNAL, _EXTERNAL = Scope.INTERNAL, Scope.EXTERNAL
+
+
+def routes(snapshot: Snapshot, options: ProxyOptions) -> RouteTable:
+    """What this node must do, from scratch."""
+    return Router().update(snapshot, None, options)
+
+
+class Router:
+    """`routes`, remembering what it worked out: an update costs the Services that changed.
+
+    `recomputed` is the number of Services that the last update worked out anew.
+    """
+
+    def __init__(self) -> None:
+        self.recomputed = 0
+        self._facts: Facts | None = None
+        self._claims: dict[ServiceName, Claims] = {}
+        self._claimants: dict[Frontend, tuple[ServiceName, ...]] = {}  # by rank: the first one is served
+        self._table = RouteTable()
+
+    def update(self, snapshot: Snapshot, touched: frozenset[ServiceName] | None, options: ProxyOptions) -> RouteTable:
+        """The table for `snapshot`, evolved from the one returned before.
+
+        `touched` names every Service that changed since, itself or in its slices; None means any may have. A change of
+        the node or of the options is noticed without being named.
+        """
+        facts = facts_of(snapshot.node, options)
+        before, self._facts = self._facts, facts
+        names = touched if touched is not None else frozenset(snapshot.services) | self._claims.keys()
+        concerned: set[ServiceName] = set()
+        if before is not None and before != facts:
+            concerned = {name for name, claims in self._claims.items() if facts.concern(claims.service, before)}
+        self.recomputed = 0
+        affected: set[Frontend] = set()
+        remarked: set[ServiceName] = set()
+        for name in names | concerned:
+            self._reconsider(name, snapshot, facts, name in concerned, affected, remarked)
+        return self._evolve(facts, affected, remarked)
+
+    def _reconsider(
+        self,
+        name: ServiceName,
+        snapshot: Snapshot,
+        facts: Facts,
+        concerned: bool,
+        affected: set[Frontend],
+        remarked: set[ServiceName],
+    ) -> None:
+        """Bring one Service's claims up to date. Adds the frontends whose rows, and the Services whose problems, may
+        have changed thereby."""
+        service = snapshot.services.get(name)
+        old = self._claims.get(name)
+        if service is None:
+            if old is None:
+                return
+            new = None
+            gone = set(old.frontends)
+            del self._claims[name]
+        else:
+            slices = snapshot.slices.get(name, ())
+            if old and not concerned and (old.service, old.slices) == (service, slices):
+                return
+            new = self._claims[name] = claims_of(service, slices, facts)
+            self.recomputed += 1
+            gone = old.frontends.keys() - new.frontends.keys() if old else set()
+        if (old and old.problems) or (new and new.problems):
+            remarked.add(name)
+        claimants = self._claimants
+        for frontend in gone:
+            held = claimants[frontend]
+            if len(held) == 1:
+                del claimants[frontend]
+            else:
+                remarked.update(held)
+                claimants[frontend] = tuple(other for other in held if other != name)
+        affected.update(gone)
+        if new:
+            alone = (name,)
+            for frontend in new.frontends:
+                if claimants.setdefault(frontend, alone) != alone:
+                    both = {*claimants[frontend], name}
+                    remarked |= both
+                    claimants[frontend] = tuple(sorted(both, key=lambda each: self._claims[each].rank))
+            affected.update(new.frontends)
+
+    def _evolve(self, facts: Facts, affected: set[Frontend], remarked: set[ServiceName]) -> RouteTable:
+        """The next table: the affected frontends as their first claimants want them."""
+        table = self._table
+        put: dict[Key, Route] = {}
+        drop: list[Key] = []
+        for frontend in affected:
+            claimants = self._claimants.get(frontend)
+            if claimants is None:
+                drop += ((frontend, _INTERNAL), (frontend, _EXTERNAL))
+                continue
+            for key, route in zip(
+                ((frontend, _INTERNAL), (frontend, _EXTERNAL)),
+                self._claims[claimants[0]].frontends[frontend],
+                strict=True,
+            ):
+                if table.get(key) != route:
+                    put[key] = route
+        problems = {
+            name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())
+        }
+        if put or drop or problems or facts.locality != table.locality:
+            self._table = table.evolve(put, drop, locality=facts.locality, problems=problems)
+        return self._table
+
+    def _problems(self, name: ServiceName) -> tuple[Problem, ...]:
+        """What is wrong with a Service, its lost claims included."""
+        claims = self._claims.get(name)
+        if claims is None:
+            return ()
+        lost: dict[tuple[Kind, int, Protocol, ServiceName], list[Address]] = {}
+        for frontend, (route, _) in claims.frontends.items():
+            winner = self._claimants[frontend][0]
+            if winner != name:
+                lost.setdefault((route.kind, frontend.port, frontend.protocol, winner), []).append(frontend.address)
+        return claims.problems + tuple(
+            Problem(
+                str(name),
+                f"{kind.label} port {port}/{protocol.name} on {', '.join(sorted(addresses, key=address_order))} belongs"
+                f" to {winner}, which comes first (the older Service, then by name); it is not served for this one",
+            )
+            for (kind, port, protocol, winner), addresses in sorted(lost.items())
+        )
