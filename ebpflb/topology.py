@@ -30,7 +30,7 @@ _IPV6_VALUE = partial(socket.inet_pton, socket.AF_INET6)
 
 class Selection(msgspec.Struct, frozen=True, gc=False):
     """The backends of one Service port in one family. `cluster` and `local` are sorted, and empty or with at least
-    one ACTIVE backend; `exists`: somebody could serve, here or elsewhere (without backends: DROP if so, else REJECT)."""
+    one ACTIVE backend; `exists`: somebody could serve, be it elsewhere (no backends mean DROP if so, else REJECT)."""
 
     cluster: tuple[Backend, ...] = ()
     local: tuple[Backend, ...] = ()
