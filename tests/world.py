@@ -223,13 +223,14 @@ def _mapped(value: Any) -> Any:
     if isinstance(value, EndpointSlice):
         flipped = {"family": Family.IPV6, "endpoints": _mapped(value.endpoints)}
         return msgspec.structs.replace(value, **flipped) if value.family is Family.IPV4 else value
-    fields: dict[type, tuple[str, ...]] = {
-        Service: ("cluster_ips", "external_ips", "load_balancer_ips", "source_ranges"),
-        Endpoint: ("address",),
-        Node: ("addresses", "primary", "pod_cidrs"),
-        ProxyOptions: ("cluster_cidrs", "nodeport_addresses"),
-    }[type(value)]
+    fields = _ADDRESS_FIELDS[type(value).__name__]
     return msgspec.structs.replace(value, **{field: _mapped(getattr(value, field)) for field in fields})
 
 
+_ADDRESS_FIELDS = {
+    "Service": ("cluster_ips", "external_ips", "load_balancer_ips", "source_ranges"),
+    "Endpoint": ("address",),
+    "Node": ("addresses", "primary", "pod_cidrs"),
+    "ProxyOptions": ("cluster_cidrs", "nodeport_addresses"),
+}
 _NODE = node()
