@@ -1,0 +1,46 @@
+# make demo    the main job, on this machine, in namespaces of its own      (root)
+# make test    lint, then every test                                        (root for all but the first stages)
+# Each target does the set-up that it needs; see README.md.
+
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+ARTIFACTS := artifacts
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-pure test-root lint bench clean
+
+help:
+	@printf 'make setup  install what the machine lacks, make .venv\nmake demo   a small cluster on this machine, served by ebpflb\n'
+	@printf 'make test   static checks and all tests\nmake lint   static checks\nmake bench  benchmarks\nmake clean  remove what make made\n'
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@.venv/bin/ebpflb demo $(DEMO)
+
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-pure
+	@$(MAKE) --no-print-directory test-root
+
+test-pure: setup
+	@echo '== pure tests: no root, no kernel'
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTEST) --junitxml=$(ARTIFACTS)/pure.xml
+
+test-root: setup
+	@echo '== tests that load programs, send packets and run clusters of namespaces (root)'
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTEST) -m '(root or bpf_load or box or slow or fuzz) and not vm and not api' --junitxml=$(ARTIFACTS)/root.xml
+
+lint: setup
+	@scripts/lint
+
+bench: setup
+	@$(PYTHON) -m bench $(BENCH)
+
+clean:
+	rm -rf .venv build artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis ebpflb.egg-info
+	find ebpflb tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

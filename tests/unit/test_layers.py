@@ -1,0 +1,251 @@
+"""Who may import whom: the layer rule of the design, read off the source by AST.
+
+Rules of this file: every module of the package falls under exactly one row of LAYERS (the most specific prefix wins),
+so that a new module is placed on purpose; imports under `if TYPE_CHECKING` and inside functions count like any other.
+A row says which of our modules may be imported, and whether the module is pure. What only named files may import is in
+CONFINED.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The modules `name` and `name.*` may import these of ours (each with all that is under it), and themselves."""
+
+    name: str
+    ours: tuple[str, ...]
+    pure: bool = False
+
+
+_WORLD = ("model", "routes", "errors")
+_SEAMS = (*_WORLD, "=source", "=dataplane")
+_TOOLS = ("decide", "config", "log", "loop", "reconcile", "control", "output")
+
+# Names are relative to `ebpflb`; "*" is everything, `=source` a package's own file without what is under it: a seam.
+LAYERS = (
+    Layer("model", (), pure=True),
+    Layer("errors", (), pure=True),
+    Layer("routes", ("model",), pure=True),
+    Layer("topology", ("model", "routes"), pure=True),
+    Layer("facts", ("model", "routes"), pure=True),
+    Layer("claims", ("model", "routes", "topology", "facts"), pure=True),
+    Layer("policy", ("model", "routes", "topology", "facts", "claims"), pure=True),
+    Layer("decide", ("model", "routes"), pure=True),
+    Layer("diff", ("model", "routes"), pure=True),
+    Layer("source", ("model", "errors", "=source")),
+    Layer("source.parse", ("model", "=source", "source.wire"), pure=True),
+    Layer("source.wire", ("model",), pure=True),
+    Layer("source.store", ("model", "=source"), pure=True),
+    Layer("source.manifests", ("model", "errors", "source")),
+    Layer("dataplane", ("model", "routes")),
+    Layer("dataplane.bpf", (*_WORLD, "diff", "=dataplane", "dataplane.bpf")),
+    Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
+    Layer(
+        "dataplane.bpf.tables",
+        ("model", "routes", "diff", "dataplane.bpf.ids", "dataplane.bpf.constants"),
+        pure=True,
+    ),
+    Layer("dataplane.bpf.constants", ("model", "routes"), pure=True),
+    Layer("dataplane.bpf.flatten", (), pure=True),
+    Layer("config", ("model", "errors")),
+    Layer("log", ("config",)),
+    Layer("loop", ("errors",)),
+    Layer("reconcile", (*_SEAMS, "loop")),
+    Layer("control", (*_SEAMS, "loop", "reconcile")),
+    Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
+    Layer("parts", (*_SEAMS, "config", "reconcile")),
+    Layer(
+        "commands", (*_SEAMS, "decide", "config", "log", "loop", "reconcile", "control", "output", "parts", "commands")
+    ),
+    Layer("wiring", ("*",)),
+    Layer("cli", ("*",)),
+    Layer("__main__", ("cli",)),
+    Layer("demo", ("errors", "demo")),
+)
+
+# "*" does not include these: nobody but the entry point starts the command line.
+UNIMPORTABLE = {"cli", "__main__"}
+
+# Who imports these at all, by file; nobody else may.
+CONFINED = {
+    "bcc": {"dataplane.bpf.compile"},
+    "kubernetes": {"source.kube"},
+    "pyroute2": {"source.local", "dataplane.bpf.devices", "demo.namespaces"},
+    "subprocess": {"dataplane.bpf.artifact", "demo.namespaces", "demo.processes"},
+}
+
+# What a dataplane may know of Kubernetes: words for addresses and names, never an object.
+MODEL_FOR_DATAPLANES = {"Address", "Family", "Problem", "Protocol", "ServiceName"}
+
+PURE_OUTSIDE = {
+    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "immutables",
+    "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing", "types", "weakref",
+}  # fmt: skip
+# `socket` is I/O but for the arithmetic of addresses.
+PURE_SOCKET = {"inet_aton", "inet_ntoa", "inet_pton", "inet_ntop", "AF_INET", "AF_INET6"}
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
+
+
+def layer_of(module: str) -> Layer | None:
+    """The row that `module` falls under."""
+    found = [row for row in LAYERS if module == row.name or module.startswith(row.name + ".")]
+    return max(found, key=lambda row: len(row.name), default=None)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every (module, name) that is imported; name is "" for `import module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def allowed(target: str, is_package: bool, layer: Layer, module: str) -> bool:
+    """Whether `module` in `layer` may import our `target`."""
+    for entry in (*layer.ours, module):
+        if entry == "*":
+            return target not in UNIMPORTABLE
+        if entry.startswith("=") and entry[1:] == target and is_package:
+            return True
+        if target == entry or target.startswith(entry + "."):
+            return True
+    return False
+
+
+def violations(module: str, source: str, modules: dict[str, bool]) -> list[str]:
+    """What `source`, as the text of `module`, does against the rule. `modules`: each of ours, and whether a package."""
+    layer = layer_of(module)
+    if layer is None:
+        return [f"{module}: no row in LAYERS: say which layer it belongs to"]
+    tree = ast.parse(source)
+    found = []
+    for imported, name in imports(tree):
+        if imported.startswith("."):
+            found.append(f"{module}: relative import of {imported}{name}")
+        elif imported == "ebpflb" or imported.startswith("ebpflb."):
+            target = imported.removeprefix("ebpflb").removeprefix(".")
+            if name and f"{target}.{name}".removeprefix(".") in modules:
+                target = f"{target}.{name}".removeprefix(".")
+            if target and not allowed(target, modules.get(target, False), layer, module):
+                found.append(f"{module}: imports ebpflb.{target}")
+            if target == "model" and module.startswith("dataplane") and name not in MODEL_FOR_DATAPLANES:
+                found.append(f"{module}: a dataplane knows nothing of model.{name}")
+        else:
+            top = imported.split(".")[0]
+            if top in CONFINED and module not in CONFINED[top]:
+                found.append(f"{module}: {top} is confined to {', '.join(sorted(CONFINED[top]))}")
+            if layer.pure and top not in PURE_OUTSIDE:
+                found.append(f"{module}: is pure, and imports {imported}")
+            if layer.pure and top == "socket" and name and name not in PURE_SOCKET:
+                found.append(f"{module}: is pure, and imports socket.{name}")
+    if layer.pure:
+        found += [f"{module}: is pure, and uses {use}" for use in impure_uses(tree)]
+    return found
+
+
+def impure_uses(tree: ast.AST) -> Iterator[str]:
+    """Calls and attributes that a pure module has no use for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_CALLS:
+            yield f"{node.func.id}()"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "socket" and node.attr not in PURE_SOCKET:
+                yield f"socket.{node.attr}"
+
+
+def our_modules() -> dict[str, bool]:
+    """Each module of the package, relative to it, and whether it is a package."""
+    package = ROOT / "ebpflb"
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        if name:
+            found[name] = is_package
+    return found
+
+
+def source_of(module: str, is_package: bool) -> str:
+    path = ROOT / "ebpflb" / module.replace(".", "/")
+    return (path / "__init__.py" if is_package else path.with_suffix(".py")).read_text()
+
+
+MODULES = our_modules()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_keeps_to_its_layer(module: str) -> None:
+    assert violations(module, source_of(module, MODULES[module]), MODULES) == []
+
+
+def test_every_row_has_a_module() -> None:
+    assert [row.name for row in LAYERS if row.name not in MODULES] == []
+
+
+@pytest.mark.parametrize("table", CONFINED)
+def test_confined_names_have_importers(table: str) -> None:
+    """A file that stopped importing what it is named for loses its licence."""
+    for module in CONFINED[table] & set(MODULES):
+        imported = {name.split(".")[0] for name, _ in imports(ast.parse(source_of(module, MODULES[module])))}
+        assert table in imported, module
+
+
+BAD = {
+    "policy reads a file": ("policy", "def f():\n    return open('x')", "uses open()"),
+    "policy imports a dataplane": ("policy", "from ebpflb.dataplane import Report", "imports ebpflb.dataplane"),
+    "policy imports os": ("policy", "import os.path", "imports os.path"),
+    "policy opens a socket": ("policy", "import socket\ns = socket.socket()", "uses socket.socket"),
+    "model imports routes in a function": (
+        "model",
+        "def f():\n    from ebpflb import routes\n    return routes",
+        "imports ebpflb.routes",
+    ),
+    "a source sees policy": ("source.manifests", "import ebpflb.policy", "imports ebpflb.policy"),
+    "a dataplane sees a Service": (
+        "dataplane.bpf.tables",
+        "from ebpflb.model import Service",
+        "knows nothing of model.Service",
+    ),
+    "a dataplane sees all of model": ("dataplane.bpf.maps", "from ebpflb import model", "knows nothing of model"),
+    "a dataplane sees a source": (
+        "dataplane.bpf.maps",
+        "from ebpflb.source.store import Store",
+        "imports ebpflb.source.store",
+    ),
+    "reconcile picks a dataplane": (
+        "reconcile",
+        "from ebpflb.dataplane.bpf.dataplane import BpfDataplane",
+        "imports ebpflb.dataplane.bpf.dataplane",
+    ),
+    "bcc in the daemon": ("dataplane.bpf.maps", "import bcc", "bcc is confined"),
+    "subprocess anywhere": ("source.manifests", "from subprocess import run", "subprocess is confined"),
+    "somebody imports cli": ("commands.dump", "from ebpflb.cli import main", "imports ebpflb.cli"),
+    "a relative import": ("policy", "from .model import Service", "relative import"),
+    "a module that nobody placed": ("surprise", "", "no row in LAYERS"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_walker_finds(case: str) -> None:
+    module, source, complaint = BAD[case]
+    modules = {**MODULES, "policy": False, "cli": False, "source.store": False, "dataplane.bpf.dataplane": False}
+    found = violations(module, source, modules)
+    assert any(complaint in line for line in found), found
+
+
+def test_the_walker_lets_good_code_pass() -> None:
+    source = "import socket\nfrom ebpflb.model import Service\nA = socket.inet_aton('10.0.0.1')\n"
+    assert violations("policy", source, MODULES) == []
