@@ -35,7 +35,7 @@ SOURCES = ("sock.c", "tc.c")
 
 CACHE_ENVIRONMENT = "EBPFLB_CACHE"
 DEFAULT_CACHE = Path("/var/cache/ebpflb")
-_FORMAT = 1
+_FORMAT = 2
 _COMPILE_SECONDS = 120
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
@@ -120,11 +120,14 @@ class Program(msgspec.Struct, frozen=True, gc=False):
 
 class Artifact(msgspec.Struct, frozen=True):
     """Everything that the C sources say, compiled. `digest` names the content (layouts, maps and programs): two
-    artifacts with the same digest are interchangeable. `compiler` is bcc's version."""
+    artifacts with the same digest are interchangeable. `compiler` is bcc's version. `numbers` are the plain
+    `#define NAME number` of our headers (`LAYOUT`, …); `counters` the names of `enum counter`, by index."""
 
     maps: dict[str, MapSpec]
     programs: dict[str, Program]
     compiler: str
+    numbers: dict[str, int] = {}
+    counters: tuple[str, ...] = ()
     digest: str = ""
 
     @property

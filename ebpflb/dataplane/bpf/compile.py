@@ -23,7 +23,7 @@ import msgspec
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, MapSpec, Program, Relocation, Request, read_sources
 from ebpflb.dataplane.bpf.constants import hook
-from ebpflb.dataplane.bpf.flatten import flatten
+from ebpflb.dataplane.bpf.flatten import enumerators, flatten, numbers
 
 _UAPI = Path("/usr/include")
 _PACKAGES = "apt-get install python3-bpfcc linux-libc-dev"
@@ -72,7 +72,8 @@ def compile_sources(request: Request) -> Artifact:
                 if other := programs.get(program.name):
                     raise CompileError(f"{source}: the program {program.name} is in {other.source} too")
                 programs[program.name] = program
-        return Artifact(maps, programs, str(bcc.__version__))
+        headers = "\n".join(text for name, text in files.items() if name.endswith(".h"))
+        return Artifact(maps, programs, str(bcc.__version__), numbers(headers), enumerators(headers, "counter"))
 
 
 class Compiled:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+_NUMBER = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+(0[xX][0-9a-fA-F]+|\d+)[ \t]*(?:/[*/].*)?$", re.MULTILINE)
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
 
 
@@ -37,6 +38,20 @@ def _paste(name: str, files: Mapping[str, str], prefix: str, seen: set[str], out
             continue
         _paste(match[1], files, prefix, seen, out)
         out.append(f'#line {number + 1} "{prefix}{name}"')
+
+
+def numbers(text: str) -> dict[str, int]:
+    """Every `#define NAME number` of a C text."""
+    return {name: int(value, 0) for name, value in _NUMBER.findall(text)}
+
+
+def enumerators(text: str, enum: str) -> tuple[str, ...]:
+    """The names of `enum enum { … }` in order, which has no explicit values; () if the text has no such enum."""
+    match = re.search(rf"\benum\s+{enum}\s*\{{(.*?)\}}", text, re.DOTALL)
+    if match is None:
+        return ()
+    body = re.sub(r"/\*.*?\*/", "", match[1], flags=re.DOTALL)
+    return tuple(name.strip() for name in body.split(",") if name.strip())
 
 
 def included(name: str, files: Mapping[str, str]) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ _ARRAYS = (MAP_ARRAY, MAP_PERCPU_ARRAY)
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _TEST_RUN, _PROG_NEXT_ID, _MAP_NEXT_ID, _PROG_BY_ID, _MAP_BY_ID, _INFO, _PROG_QUERY = range(10, 17)
 _LOOKUP_BATCH, _, _UPDATE_BATCH, _DELETE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_BY_ID, _LINK_NEXT_ID = range(24, 32)
+_LINK_DETACH = 34
 
 _LOG_BYTES = 1 << 20
 _NAME = 16
@@ -591,6 +592,11 @@ def link_update(link: int, program: int, expected: int | None = None) -> None:
     """Replace the link's program at once; with `expected` only if it is that one."""
     flags = 0 if expected is None else F_REPLACE_PROGRAM
     _bpf(_LINK_UPDATE, _attributes("IIII", link, program, flags, expected or 0))
+
+
+def link_detach(link: int) -> None:
+    """Detach at once, whoever else still holds the link. Raises OSError(EINVAL) before 5.9."""
+    _bpf(_LINK_DETACH, _attributes("I", link))
 
 
 def link_info(fd: int) -> LinkInfo:

@@ -1,0 +1,269 @@
+"""What this kernel and this network namespace are like, as the BPF dataplane must know it.
+
+Rules of this file: it asks and never changes anything that outlives the call. A fact that cannot be had is None or
+False, not an exception; who asked decides what that means.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import re
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ebpflb.dataplane import Requirement
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.artifact import compiler_version
+from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS
+
+_SO_NETNS_COOKIE = 71
+_CONNECT4 = 10
+_GETPEERNAME4 = 29
+_HELPER_JIFFIES = 118
+_HELPER_NETNS_COOKIE = 122
+_HELPER_SET_RETVAL = 187
+_KNOWN_HZ = (100, 250, 300, 1000)
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
+_LOWEST_PORT = 1024
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo: where, and of what type."""
+
+    directory: Path
+    type: str
+
+
+def mounts() -> tuple[Mount, ...]:
+    """What is mounted in this mount namespace; a later one hides an earlier one at the same place."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        directory = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), before.split()[4])
+        found.append(Mount(Path(directory), after.split()[0]))
+    return tuple(found)
+
+
+def filesystem_of(path: Path) -> Mount:
+    """The mount that `path`, which need not exist, is or would be on."""
+    real = path.resolve()
+    best = Mount(Path("/"), "")
+    for mount in mounts():
+        if real.is_relative_to(mount.directory) and len(mount.directory.parts) >= len(best.directory.parts):
+            best = mount
+    return best
+
+
+def cgroup2_root() -> Path | None:
+    """Where cgroup2 is mounted (also beside cgroup1, as /sys/fs/cgroup/unified); None if it is not."""
+    return next((mount.directory for mount in mounts() if mount.type == "cgroup2"), None)
+
+
+def kernel_release() -> str:
+    """As `uname -r`."""
+    return os.uname().release
+
+
+def netns_cookie() -> int | None:
+    """The number that identifies the network namespace of this thread until the machine restarts; never 0.
+    None on kernels before 5.14, which do not tell it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            data = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError:
+            return None
+    return int.from_bytes(data, "little" if struct.pack("=H", 1)[0] else "big")
+
+
+def jiffies_per_second() -> int:
+    """CONFIG_HZ, from the kernel's configuration where it can be read, else measured within 0.1 s."""
+    return _configured_hz() or _measured_hz()
+
+
+def _configured_hz() -> int | None:
+    for path in (Path("/proc/config.gz"), Path(f"/boot/config-{kernel_release()}")):
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        match = re.search(rb"^CONFIG_HZ=(\d+)$", text, re.MULTILINE)
+        if match:
+            return int(match[1])
+    return None
+
+
+def _measured_hz() -> int:
+    """The known rate that is nearest to what bpf_jiffies64 counts in a tenth of a second."""
+    fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(call(_HELPER_JIFFIES), EXIT), "ebpflb_jiffies")
+    try:
+        first = syscall.prog_test_run(fd, bytes(14)).verdict
+        began = time.monotonic()
+        time.sleep(0.1)
+        last = syscall.prog_test_run(fd, bytes(14)).verdict
+        rate = ((last - first) & 0xFFFFFFFF) / (time.monotonic() - began)
+    finally:
+        os.close(fd)
+    return min(_KNOWN_HZ, key=lambda hz: abs(hz - rate))
+
+
+def snat_ports() -> tuple[int, int]:
+    """The first and last port for masquerade: see `free_ports`; the ports of this network namespace's own sockets are
+    those of net.ipv4.ip_local_port_range."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    return free_ports(low, high)
+
+
+def free_ports(low: int, high: int) -> tuple[int, int]:
+    """The larger of the two intervals of 1024…65535 beside the ephemeral ports `low`…`high`.
+
+    Where nothing is left beside them, their upper half: a masqueraded flow and a socket of this node then collide
+    only if both talk to the same backend by the same port.
+    """
+    below, above = (_LOWEST_PORT, low - 1), (high + 1, 65535)
+    best = max(below, above, key=lambda interval: interval[1] - interval[0])
+    if best[0] <= best[1]:
+        return best
+    return ((low + high + 1) // 2, high)
+
+
+def instruction(code: int, destination: int = 0, source: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
+    """One BPF instruction."""
+    return struct.pack("<BBhi", code, source << 4 | destination, offset, immediate)
+
+
+def call(helper: int) -> bytes:
+    """Call a helper by its number."""
+    return instruction(0x85, immediate=helper)
+
+
+def move(register: int, value: int) -> bytes:
+    """Set a register."""
+    return instruction(0xB7, register, immediate=value)
+
+
+EXIT = instruction(0x95)
+
+
+def assemble(*instructions: bytes) -> bytes:
+    """The instructions as one program."""
+    return b"".join(instructions)
+
+
+def loads(type: int, code: bytes, attach_type: int = 0) -> bool:
+    """Whether the kernel accepts a program."""
+    try:
+        os.close(syscall.prog_load(type, code, "ebpflb_probe", attach_type))
+    except OSError:
+        return False
+    return True
+
+
+def has_set_retval() -> bool:
+    """Whether sock_addr programs may call bpf_set_retval (5.18), which is how a refusal gets its errno."""
+    code = assemble(move(1, -111), call(_HELPER_SET_RETVAL), move(0, 1), EXIT)
+    return loads(PROG_TYPE_CGROUP_SOCK_ADDR, code, _CONNECT4)
+
+
+def has_socket_programs() -> bool:
+    """Whether sock_addr programs, getpeername included (5.8), may ask for their network namespace."""
+    code = assemble(call(_HELPER_NETNS_COOKIE), move(0, 1), EXIT)
+    return loads(PROG_TYPE_CGROUP_SOCK_ADDR, code, _CONNECT4) and loads(
+        PROG_TYPE_CGROUP_SOCK_ADDR, assemble(move(0, 1), EXIT), _GETPEERNAME4
+    )
+
+
+def has_tc_programs() -> bool:
+    """Whether tc programs load."""
+    return loads(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT))
+
+
+def has_bpf() -> bool:
+    """Whether the kernel has bpf(2) at all, whatever it then permits."""
+    if not syscall.supported():
+        return False
+    try:
+        next(syscall.map_ids(), None)
+    except OSError as error:
+        return error.errno != errno.ENOSYS
+    return True
+
+
+def may_administrate() -> bool:
+    """Whether this process has the capabilities that loading and attaching need."""
+    effective = 0
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            effective = int(line.split()[1], 16)
+    bpf = effective >> _CAP_SYS_ADMIN & 1 or effective >> _CAP_BPF & 1
+    return bool(bpf and effective >> _CAP_NET_ADMIN & 1)
+
+
+def has_uapi_headers() -> bool:
+    """Whether the headers of linux-libc-dev are installed."""
+    return Path("/usr/include/linux/in.h").exists()
+
+
+def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = False) -> tuple[Requirement, ...]:
+    """All that this dataplane needs here, found or missing; `bpffs` is the pin directory, `cgroup` the wanted cgroup
+    (None: the mounted root). `compiled`: the programs are in the cache already, so that no compiler is needed."""
+    root = may_administrate()
+    mounted = filesystem_of(bpffs)
+    automatic = bpffs.resolve().is_relative_to("/sys/fs/bpf") and Path("/sys/fs/bpf").is_dir()
+    where = cgroup or cgroup2_root()
+    is_cgroup = where is not None and where.is_dir() and filesystem_of(where).type == "cgroup2"
+    version = compiler_version()
+    return (
+        Requirement("privileges", root, "CAP_BPF or CAP_SYS_ADMIN, and CAP_NET_ADMIN", "run as root"),
+        Requirement("bpf", has_bpf(), f"bpf(2) of kernel {kernel_release()}", "a kernel with CONFIG_BPF_SYSCALL"),
+        Requirement(
+            "socket programs",
+            root and has_socket_programs(),
+            "cgroup programs that know their network namespace",
+            "run as root" if not root else "kernel 5.10 or newer with CONFIG_CGROUP_BPF",
+        ),
+        Requirement(
+            "packet programs",
+            root and has_tc_programs(),
+            "tc programs",
+            "run as root" if not root else "kernel 5.10 or newer with CONFIG_NET_CLS_BPF",
+        ),
+        Requirement(
+            "errno of a refusal",
+            root and has_set_retval(),
+            "bpf_set_retval, with which a refused connect fails at once",
+            "kernel 5.18 or newer",
+            essential=False,
+        ),
+        Requirement(
+            "bpffs",
+            mounted.type == "bpf" or automatic,
+            f"{bpffs} on {mounted.type or 'nothing'}",
+            "mount -t bpf bpf /sys/fs/bpf",
+        ),
+        Requirement(
+            "cgroup2",
+            is_cgroup,
+            str(where) if where else "cgroup2 is not mounted",
+            "give --cgroup a directory of a cgroup2 mount, or: mount -t cgroup2 none /sys/fs/cgroup/unified",
+        ),
+        Requirement(
+            "compiler",
+            bool(version),
+            f"bcc {version}" if version else "no bcc",
+            "apt-get install python3-bpfcc",
+            essential=not compiled,
+        ),
+        Requirement(
+            "headers",
+            has_uapi_headers(),
+            "/usr/include/linux",
+            "apt-get install linux-libc-dev",
+            essential=not compiled,
+        ),
+    )
