@@ -242,6 +242,8 @@ enum counter {
 	PACKET_NO_PORT,      /* no free port for masquerade or collision; dropped */
 	PACKET_NO_ADDRESS,   /* masquerade on a device without an address; dropped */
 	PACKET_NO_ROOM,      /* a flow's rows could not be written; dropped */
+	PACKET_OUT_OF_RANGE, /* a new flow from outside the frontend's source ranges; dropped */
+	PACKET_SCTP_PORT,    /* SCTP whose port would have to change, which its CRC forbids here; dropped */
 	PACKET_TOO_SHORT,    /* ends inside a header; left alone */
 	FRAGMENT_UNKNOWN,    /* a later fragment whose first has not been seen; left alone */
 	ICMP_TRANSLATED,     /* an ICMP error about one of our flows */

@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The rows of `flows`: who writes which, and what a packet becomes by one.
+ *
+ * A flow begins where its request enters, with the rows DNAT and UNDNAT, and SNAT where it is masqueraded. The port of
+ * the masquerade is found where the request leaves, since only there is the leaving device known; that writes UNSNAT.
+ * All rows of a flow are written before its first packet goes on, and every row can be evicted at any time: what is
+ * gone is made anew by the next request.
+ */
+#ifndef EBPFLB_FLOW_H
+#define EBPFLB_FLOW_H
+
+#include "lookup.h"
+#include "parse.h"
+
+/* How often another port is tried before a flow is given up. */
+#define PORT_TRIES 12
+
+/* What the packet's tuple becomes by a row. */
+static inline void translated(const struct flow_key *key, const struct flow *flow, struct flow_key *to)
+{
+	*to = *key;
+	if (flow->action == FLOW_DNAT || flow->action == FLOW_UNSNAT) {
+		to->destination = flow->address;
+		to->destination_port = flow->port;
+		to->source_port = flow->other_port;
+	} else {
+		to->source = flow->address;
+		to->source_port = flow->port;
+		to->destination_port = flow->other_port;
+	}
+}
+
+/* Whether nothing has come back for long either: a server may stream to a client that has been silent since. */
+static inline int replies_are_idle(const struct packet *packet, const struct flow *flow, const struct settings *node,
+				   u64 now)
+{
+	struct flow_key key = {};
+	struct flow *reply;
+
+	key.source = flow->address;
+	key.source_port = flow->port;
+	key.destination = packet->key.source;
+	key.destination_port = flow->other_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_EGRESS;
+	reply = flows.lookup(&key);
+	return !reply || now - reply->seen > node->flow_idle;
+}
+
+/*
+ * Whether a request's row may still be used. A connection that has been closed, or whose backend has gone, is over
+ * with the next SYN; a datagram flow is over when its backend has gone or nothing has passed for long.
+ */
+static inline int request_is_current(const struct packet *packet, const struct flow *flow, const struct settings *node,
+				     u64 now)
+{
+	if (packet->key.protocol != IPPROTO_TCP) {
+		if (now - flow->seen > node->flow_idle && replies_are_idle(packet, flow, node, now))
+			return 0;
+	} else {
+		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+			return 1;
+		if (flow->flags & FLOW_CLOSING)
+			return 0;
+	}
+	return backend_lives(flow->backend, flow->service, &flow->address, flow->port);
+}
+
+/* A FIN or RST closes the connection: for the request's row it is known at once, from the reply's row it is found. */
+static inline void note_closing(const struct packet *packet, struct flow *flow)
+{
+	struct flow_key request = {};
+	struct flow *found;
+
+	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)) || (flow->flags & FLOW_CLOSING))
+		return;
+	flow->flags |= FLOW_CLOSING;
+	if (flow->action != FLOW_UNDNAT)
+		return;
+	request.source = packet->key.destination;
+	request.source_port = flow->other_port;
+	request.destination = flow->address;
+	request.destination_port = flow->port;
+	request.protocol = packet->key.protocol;
+	request.hook = HOOK_INGRESS;
+	found = flows.lookup(&request);
+	if (found)
+		found->flags |= FLOW_CLOSING;
+}
+
+/*
+ * What a packet tells about its flow. The time of last use is written at most once a second: a write for every packet
+ * would bounce the row between CPUs. An ICMP error is not use.
+ */
+static inline void use_flow(const struct packet *packet, struct flow *flow, const struct settings *node, u64 now)
+{
+	if (packet->error)
+		return;
+	note_closing(packet, flow);
+	if (now - flow->seen > node->refresh)
+		flow->seen = now;
+}
+
+static inline u16 random_port(const struct settings *node)
+{
+	u32 span = (u32)node->snat_high - node->snat_low + 1;
+
+	return swap16((u16)(node->snat_low + (u32)(((u64)bpf_get_prandom_u32() * span) >> 32)));
+}
+
+/*
+ * The row by which replies find back to the frontend. Two flows of one client port to two frontends may have the same
+ * backend; the second one then gets another client port, as conntrack would give it. Returns GO_ON, or DISCARD.
+ */
+static inline int add_reply_row(const struct packet *packet, const struct backend *backend, struct flow *reply,
+				const struct settings *node, u16 *client_port)
+{
+	struct flow_key key = {};
+	struct flow *other;
+
+	key.source = backend->address;
+	key.source_port = backend->port;
+	key.destination = packet->key.source;
+	key.destination_port = packet->key.source_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_EGRESS;
+	*client_port = packet->key.source_port;
+
+	other = flows.lookup(&key);
+	if (!other || other->action != FLOW_UNDNAT || (other->flags & FLOW_CLOSING) ||
+	    (other->port == reply->port && other->other_port == reply->other_port &&
+	     same_address(&other->address, &reply->address))) {
+		if (!flows.update(&key, reply))
+			return GO_ON;
+		count(PACKET_NO_ROOM);
+		return DISCARD;
+	}
+
+	if (packet->key.protocol == IPPROTO_SCTP) {
+		count(PACKET_SCTP_PORT);
+		return DISCARD;
+	}
+#pragma nounroll
+	for (int i = 0; i < PORT_TRIES; i++) {
+		key.destination_port = random_port(node);
+		if (!flows.insert(&key, reply)) {
+			*client_port = key.destination_port;
+			count(PACKET_COLLISION);
+			return GO_ON;
+		}
+	}
+	count(PACKET_NO_PORT);
+	return DISCARD;
+}
+
+/*
+ * All rows that the first request of a flow can know; `to` becomes the request's new tuple. Returns GO_ON, or DISCARD
+ * where there is no room: a half-known flow would be answered from an address that the client never asked.
+ */
+static inline int begin_flow(struct packet *packet, const struct route *route, const struct backend *backend,
+			     u32 id, int masquerade, const struct settings *node, u64 now, struct flow_key *to)
+{
+	struct flow row = {};
+	struct flow_key key = {};
+	u16 client_port;
+	int verdict;
+
+	row.service = route->service;
+	row.backend = id;
+	row.seen = now;
+	row.created = now;
+	row.flags = masquerade ? FLOW_MASQUERADE : 0;
+
+	row.action = FLOW_UNDNAT;
+	row.address = packet->key.destination;
+	row.port = packet->key.destination_port;
+	row.other_port = packet->key.source_port;
+	verdict = add_reply_row(packet, backend, &row, node, &client_port);
+	if (verdict != GO_ON)
+		return verdict;
+
+	/* The row by which the request is masqueraded where it leaves; one of an older flow must not linger. */
+	key.source = packet->key.source;
+	key.source_port = client_port;
+	key.destination = backend->address;
+	key.destination_port = backend->port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_EGRESS;
+	if (masquerade) {
+		row.action = FLOW_SNAT;
+		row.flags = FLOW_MASQUERADE | FLOW_UNALLOCATED;
+		row.address = packet->key.source;
+		row.port = client_port;
+		row.other_port = backend->port;
+		if (flows.update(&key, &row)) {
+			count(PACKET_NO_ROOM);
+			return DISCARD;
+		}
+		row.flags = FLOW_MASQUERADE;
+	} else {
+		flows.delete(&key);
+	}
+
+	row.action = FLOW_DNAT;
+	row.address = backend->address;
+	row.port = backend->port;
+	row.other_port = client_port;
+	if (flows.update(&packet->key, &row)) {
+		count(PACKET_NO_ROOM);
+		return DISCARD;
+	}
+	translated(&packet->key, &row, to);
+	return GO_ON;
+}
+
+/* Whether a socket of this node could take the reply: its port is then not ours to give out. */
+static inline int port_is_taken(struct __sk_buff *skb, const struct flow_key *reply)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *socket;
+	u32 size;
+
+	if (is_ipv4(&reply->source)) {
+		tuple.ipv4.saddr = reply->source.word[3];
+		tuple.ipv4.daddr = reply->destination.word[3];
+		tuple.ipv4.sport = reply->source_port;
+		tuple.ipv4.dport = reply->destination_port;
+		size = sizeof(tuple.ipv4);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &reply->source, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, &reply->destination, 16);
+		tuple.ipv6.sport = reply->source_port;
+		tuple.ipv6.dport = reply->destination_port;
+		size = sizeof(tuple.ipv6);
+	}
+	if (reply->protocol == IPPROTO_TCP)
+		socket = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else if (reply->protocol == IPPROTO_UDP)
+		socket = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else
+		socket = 0;
+	if (!socket)
+		return 0;
+	bpf_sk_release(socket);
+	return 1;
+}
+
+/*
+ * Find the address and port that a masqueraded flow has on the device by which it leaves, and write the row of its
+ * replies. Two CPUs may do this for one flow at once: both ports then lead back to the client, and the later one stays.
+ */
+static inline int allocate_port(struct __sk_buff *skb, const struct packet *packet, struct flow *flow,
+				const struct settings *node, u64 now)
+{
+	u32 ifindex = skb->ifindex;
+	struct device *device = devices.lookup(&ifindex);
+	struct flow_key key = {};
+	struct flow row = {};
+
+	if (device)
+		key.destination = packet->version == 4 ? device->ipv4 : device->ipv6;
+	if (is_zero(&key.destination)) {
+		count(PACKET_NO_ADDRESS);
+		return DISCARD;
+	}
+	key.source = packet->key.destination;
+	key.source_port = packet->key.destination_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_INGRESS;
+
+	row.action = FLOW_UNSNAT;
+	row.flags = FLOW_MASQUERADE;
+	row.address = packet->key.source;
+	row.port = packet->key.source_port;
+	row.other_port = packet->key.destination_port;
+	row.service = flow->service;
+	row.backend = flow->backend;
+	row.seen = now;
+	row.created = now;
+
+#pragma nounroll
+	for (int i = 0; i < PORT_TRIES; i++) {
+		/* The CRC of SCTP covers the ports, and no helper mends it: such a flow keeps its port or has none. */
+		key.destination_port = packet->key.protocol == IPPROTO_SCTP ? packet->key.source_port : random_port(node);
+		if (port_is_taken(skb, &key))
+			continue;
+		if (flows.insert(&key, &row))
+			continue;
+		flow->address = key.destination;
+		flow->port = key.destination_port;
+		flow->flags &= ~FLOW_UNALLOCATED;
+		return GO_ON;
+	}
+	count(PACKET_NO_PORT);
+	return DISCARD;
+}
+
+/* Later fragments of a datagram have no ports: keep those of the first one. */
+static inline void remember_ports(const struct packet *packet)
+{
+	struct fragment_key key = fragment_of(packet);
+	struct fragment first = {};
+
+	first.source_port = packet->key.source_port;
+	first.destination_port = packet->key.destination_port;
+	fragments.update(&key, &first);
+}
+
+#endif

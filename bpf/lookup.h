@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * From a frontend to a backend, by rows alone: shared by the socket, tc and XDP programs.
+ *
+ * Nothing here knows why a row says what it says. A row that is missing where another one names it is counted by the
+ * caller, which then leaves the packet alone.
+ */
+#ifndef EBPFLB_LOOKUP_H
+#define EBPFLB_LOOKUP_H
+
+#include "addr.h"
+
+static inline void count(u32 counter)
+{
+	u64 *cell = counters.lookup(&counter);
+
+	if (cell)
+		*cell += 1;
+}
+
+static inline struct settings *node_settings(void)
+{
+	u32 only = 0;
+
+	return settings.lookup(&only);
+}
+
+static inline struct frontend *find_frontend(const struct address *address, u16 port, u8 protocol)
+{
+	struct frontend_key key = {};
+
+	key.address = *address;
+	key.port = port;
+	key.protocol = protocol;
+	return frontends.lookup(&key);
+}
+
+/* Bits SOURCE_… of an address. */
+static inline u32 source_flags(const struct address *address)
+{
+	struct source_key key = {};
+	struct source *source;
+
+	key.prefix = 128;
+	key.address = *address;
+	source = sources.lookup(&key);
+	return source ? source->flags : 0;
+}
+
+static inline int in_ranges(u32 id, const struct address *address)
+{
+	struct range_key key = {};
+
+	key.prefix = 32 + 128;
+	key.ranges = id;
+	key.address = *address;
+	return ranges.lookup(&key) != 0;
+}
+
+/* One of the route's active backends, evenly at random; its id goes to `id`. */
+static inline struct backend *choose_backend(const struct route *route, u32 *id)
+{
+	u32 slot, *content;
+	struct backend *backend;
+
+	if (route->count == 0)
+		return 0;
+	slot = route->slots + (u32)(((u64)bpf_get_prandom_u32() * route->count) >> 32);
+	content = slots.lookup(&slot);
+	if (!content)
+		return 0;
+	*id = *content;
+	backend = backends.lookup(id);
+	if (!backend || backend->state == BACKEND_FREE)
+		return 0;
+	return backend;
+}
+
+/* Whether a backend that was chosen earlier is still the same one and still serves. */
+static inline int backend_lives(u32 id, u32 service, const struct address *address, u16 port)
+{
+	struct backend *backend = backends.lookup(&id);
+
+	return backend && backend->state != BACKEND_FREE && backend->service == service && backend->port == port &&
+	       same_address(&backend->address, address);
+}
+
+#endif

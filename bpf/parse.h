@@ -1,0 +1,322 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * From bytes to a packet: where its headers lie and what its tuple is.
+ *
+ * Every parse function takes the bounds, fills in what it finds, and returns GO_ON or a final verdict. All that is not
+ * IPv4 or IPv6 with ports, and all that ends inside a header, is PASS: not ours to judge. Each bounds check stands
+ * next to its access.
+ */
+#ifndef EBPFLB_PARSE_H
+#define EBPFLB_PARSE_H
+
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+#include <uapi/linux/tcp.h>
+#include <uapi/linux/udp.h>
+
+#include "addr.h"
+#include "lookup.h"
+
+/* Verdicts of both packet hooks; each hook's main function says what they are called there. */
+#define GO_ON (-1)
+#define PASS 0
+#define DISCARD 1
+#define REDIRECTED 2
+
+#define WHOLE 0          /* not a fragment */
+#define FIRST_FRAGMENT 1 /* has the ports */
+#define LATER_FRAGMENT 2 /* has none */
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+/* How many bytes of headers are made readable: Ethernet, IPv6, some extension headers, TCP. */
+#define HEADERS 128
+#define MAX_EXTENSIONS 6
+
+#define IPV4_FRAGMENT 0x3fff /* more-fragments flag and offset, in host order */
+#define IPV4_OFFSET 0x1fff
+#define IPV6_OFFSET 0xfff8
+#define IPV6_FRAGMENT_HEADER 44
+
+/* ICMP and ICMPv6 alike; declared here because the kernel's own headers draw in those of libc. */
+struct icmp_header {
+	u8 type;
+	u8 code;
+	u16 checksum;
+	u32 rest;
+};
+
+#define ICMP_UNREACHABLE 3 /* RFC 792 */
+#define ICMP_TIME_EXCEEDED 11
+#define ICMP_PARAMETER_PROBLEM 12
+#define ICMP_CODE_PORT 3
+#define ICMPV6_UNREACHABLE 1 /* RFC 4443; the errors are 1 to 4 */
+#define ICMPV6_PARAMETER_PROBLEM 4
+#define ICMPV6_CODE_PORT 4
+
+struct packet {
+	struct flow_key key; /* the tuple as this hook sees it */
+	u32 fragment_id;
+	u16 l3; /* offset of the IP header */
+	u16 l4; /* offset of the transport header */
+	u16 ip_checksum;
+	u8 version; /* 4 or 6 */
+	u8 fragment;
+	u8 tcp_flags;
+	u8 error; /* an ICMP error: `key` is its inner packet's tuple, turned round */
+	u16 inner_l3;
+	u16 inner_l4;
+	struct address outer_source; /* of an ICMP error */
+	struct address outer_destination;
+};
+
+struct ports {
+	u16 source;
+	u16 destination;
+};
+
+static inline int has_ports(u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP;
+}
+
+static inline int too_short(void)
+{
+	count(PACKET_TOO_SHORT);
+	return PASS;
+}
+
+static inline int parse_ports(void *data, void *end, struct packet *packet)
+{
+	struct ports *ports = data + packet->l4;
+
+	if ((void *)(ports + 1) > end)
+		return too_short();
+	packet->key.source_port = ports->source;
+	packet->key.destination_port = ports->destination;
+	if (packet->key.protocol == IPPROTO_TCP) {
+		u8 *flags = data + packet->l4 + 13;
+
+		if ((void *)(flags + 1) > end)
+			return too_short();
+		packet->tcp_flags = *flags;
+	}
+	return GO_ON;
+}
+
+static inline int parse_ipv4(void *data, void *end, struct packet *packet)
+{
+	struct iphdr *ip = data + packet->l3;
+	u16 fragment;
+
+	if ((void *)(ip + 1) > end)
+		return too_short();
+	if (ip->version != 4 || ip->ihl < 5)
+		return PASS;
+	packet->version = 4;
+	packet->l4 = packet->l3 + ip->ihl * 4;
+	packet->ip_checksum = ip->check;
+	packet->key.protocol = ip->protocol;
+	set_ipv4(&packet->key.source, ip->saddr);
+	set_ipv4(&packet->key.destination, ip->daddr);
+	fragment = swap16(ip->frag_off) & IPV4_FRAGMENT;
+	if (fragment) {
+		packet->fragment = fragment & IPV4_OFFSET ? LATER_FRAGMENT : FIRST_FRAGMENT;
+		packet->fragment_id = ip->id;
+	}
+	return GO_ON;
+}
+
+struct extension {
+	u8 next;
+	u8 length; /* units of 8 bytes, less one */
+	u16 offset;
+	u32 id; /* fragment header only */
+};
+
+static inline int parse_ipv6(void *data, void *end, struct packet *packet)
+{
+	struct ipv6hdr *ip = data + packet->l3;
+	u32 offset = packet->l3 + sizeof(*ip);
+	u8 next;
+
+	if ((void *)(ip + 1) > end)
+		return too_short();
+	if (ip->version != 6)
+		return PASS;
+	packet->version = 6;
+	__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
+	__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
+	next = ip->nexthdr;
+
+#pragma unroll
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		struct extension *extension;
+
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPV6_FRAGMENT_HEADER)
+			break;
+		if (offset > HEADERS)
+			return PASS;
+		extension = data + offset;
+		if ((void *)(extension + 1) > end)
+			return too_short();
+		if (next == IPV6_FRAGMENT_HEADER) {
+			packet->fragment_id = extension->id;
+			if (swap16(extension->offset) & IPV6_OFFSET)
+				packet->fragment = LATER_FRAGMENT;
+			else if (extension->offset)
+				packet->fragment = FIRST_FRAGMENT;
+			offset += 8;
+		} else {
+			offset += ((u32)extension->length + 1) * 8;
+		}
+		next = extension->next;
+		if (packet->fragment == LATER_FRAGMENT)
+			break; /* what follows is the middle of something */
+	}
+	if (offset > HEADERS)
+		return PASS;
+	packet->key.protocol = next;
+	packet->l4 = offset;
+	return GO_ON;
+}
+
+static inline int is_error4(u8 type)
+{
+	return type == ICMP_UNREACHABLE || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM;
+}
+
+static inline int is_error6(u8 type)
+{
+	return type >= ICMPV6_UNREACHABLE && type <= ICMPV6_PARAMETER_PROBLEM;
+}
+
+/*
+ * An ICMP error speaks of a packet that went the other way. Its inner tuple, turned round, is that of a packet which
+ * would meet the same row of `flows` at this hook.
+ */
+static inline int parse_error4(void *data, void *end, struct packet *packet)
+{
+	struct icmp_header *icmp = data + packet->l4;
+	struct iphdr *inner;
+	struct ports *ports;
+
+	if ((void *)(icmp + 1) > end)
+		return too_short();
+	if (!is_error4(icmp->type))
+		return PASS;
+	inner = (void *)(icmp + 1);
+	if ((void *)(inner + 1) > end)
+		return PASS;
+	if (inner->ihl != 5 || !has_ports(inner->protocol) || (swap16(inner->frag_off) & IPV4_OFFSET))
+		return PASS;
+	ports = (void *)(inner + 1);
+	if ((void *)(ports + 1) > end)
+		return PASS;
+
+	packet->error = 1;
+	packet->inner_l3 = packet->l4 + sizeof(*icmp);
+	packet->inner_l4 = packet->inner_l3 + sizeof(*inner);
+	packet->outer_source = packet->key.source;
+	packet->outer_destination = packet->key.destination;
+	packet->key.protocol = inner->protocol;
+	set_ipv4(&packet->key.source, inner->daddr);
+	set_ipv4(&packet->key.destination, inner->saddr);
+	packet->key.source_port = ports->destination;
+	packet->key.destination_port = ports->source;
+	return GO_ON;
+}
+
+static inline int parse_error6(void *data, void *end, struct packet *packet)
+{
+	struct icmp_header *icmp = data + packet->l4;
+	struct ipv6hdr *inner;
+	struct ports *ports;
+
+	if ((void *)(icmp + 1) > end)
+		return too_short();
+	if (!is_error6(icmp->type))
+		return PASS;
+	inner = (void *)(icmp + 1);
+	if ((void *)(inner + 1) > end)
+		return PASS;
+	if (inner->version != 6 || !has_ports(inner->nexthdr))
+		return PASS;
+	ports = (void *)(inner + 1);
+	if ((void *)(ports + 1) > end)
+		return PASS;
+
+	packet->error = 1;
+	packet->inner_l3 = packet->l4 + sizeof(*icmp);
+	packet->inner_l4 = packet->inner_l3 + sizeof(*inner);
+	packet->outer_source = packet->key.source;
+	packet->outer_destination = packet->key.destination;
+	packet->key.protocol = inner->nexthdr;
+	__builtin_memcpy(&packet->key.source, &inner->daddr, 16);
+	__builtin_memcpy(&packet->key.destination, &inner->saddr, 16);
+	packet->key.source_port = ports->destination;
+	packet->key.destination_port = ports->source;
+	return GO_ON;
+}
+
+/* A later fragment's ports are those of its first one, if this hook has translated that. */
+static inline struct fragment_key fragment_of(const struct packet *packet)
+{
+	struct fragment_key key = {};
+
+	key.source = packet->key.source;
+	key.destination = packet->key.destination;
+	key.id = packet->fragment_id;
+	key.protocol = packet->key.protocol;
+	key.hook = packet->key.hook;
+	return key;
+}
+
+static inline int recall_ports(struct packet *packet)
+{
+	struct fragment_key key = fragment_of(packet);
+	struct fragment *first = fragments.lookup(&key);
+
+	if (!first) {
+		count(FRAGMENT_UNKNOWN);
+		return PASS;
+	}
+	packet->key.source_port = first->source_port;
+	packet->key.destination_port = first->destination_port;
+	return GO_ON;
+}
+
+/* Everything behind the Ethernet header, whose protocol the caller has found. */
+static inline int parse_packet(void *data, void *end, u16 ethertype, struct packet *packet)
+{
+	int verdict;
+
+	if (ethertype == swap16(ETH_P_IP))
+		verdict = parse_ipv4(data, end, packet);
+	else if (ethertype == swap16(ETH_P_IPV6))
+		verdict = parse_ipv6(data, end, packet);
+	else
+		verdict = PASS;
+	if (verdict != GO_ON)
+		return verdict;
+
+	if (packet->fragment == LATER_FRAGMENT)
+		return has_ports(packet->key.protocol) ? recall_ports(packet) : PASS;
+	if (has_ports(packet->key.protocol))
+		return parse_ports(data, end, packet);
+	if (packet->fragment != WHOLE)
+		return PASS;
+	if (packet->version == 4 && packet->key.protocol == IPPROTO_ICMP)
+		return parse_error4(data, end, packet);
+	if (packet->version == 6 && packet->key.protocol == IPPROTO_ICMPV6)
+		return parse_error6(data, end, packet);
+	return PASS;
+}
+
+#endif
