@@ -155,7 +155,7 @@ def vxlan_forwarding(index: int, peers: Sequence[int]) -> list[str]:
 
 
 def masquerade() -> list[str]:
-    """In a node, for `nft`: what pods send to anything that is no pod leaves with the node's address, as overlay CNIs do
+    """In a node, for `nft`: what pods send to anything but pods leaves with the node's address, as overlay CNIs do
     it; the answer would find no way back into the overlay. A node's own conntrack then sees every flow."""
     return [
         "table inet cni {",
