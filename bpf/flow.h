@@ -158,8 +158,8 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
  * All rows that the first request of a flow can know; `to` becomes the request's new tuple. Returns GO_ON, or DISCARD
  * where there is no room: a half-known flow would be answered from an address that the client never asked.
  */
-static inline int begin_flow(struct packet *packet, const struct route *route, const struct backend *backend,
-			     u32 id, int masquerade, const struct settings *node, u64 now, struct flow_key *to)
+static inline int begin_flow(struct packet *packet, const struct route *route, const struct backend *backend, u32 id,
+			     int masquerade, const struct settings *node, u64 now, struct flow_key *to)
 {
 	struct flow row = {};
 	struct flow_key key = {};
@@ -282,7 +282,8 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
 #pragma nounroll
 	for (int i = 0; i < PORT_TRIES; i++) {
 		/* The CRC of SCTP covers the ports, and no helper mends it: such a flow keeps its port or has none. */
-		key.destination_port = packet->key.protocol == IPPROTO_SCTP ? packet->key.source_port : random_port(node);
+		key.destination_port =
+			packet->key.protocol == IPPROTO_SCTP ? packet->key.source_port : random_port(node);
 		if (port_is_taken(skb, &key))
 			continue;
 		if (flows.insert(&key, &row))

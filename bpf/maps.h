@@ -105,13 +105,13 @@ _Static_assert(sizeof(struct device) == 40, "struct device");
 
 /* One row: what holds for this node as a whole. */
 struct settings {
-	u64 netns;            /* cookie of the network namespace whose node this is */
-	u64 flow_idle;        /* jiffies after which an idle UDP flow may be chosen anew */
-	u64 refresh;          /* jiffies between two refreshes of a flow's last use */
-	u32 layout;           /* LAYOUT */
-	u32 pod_sockets;      /* POD_SOCKETS_… */
-	u16 snat_low;         /* first port of masquerade, host order */
-	u16 snat_high;        /* last one */
+	u64 netns;       /* cookie of the network namespace whose node this is */
+	u64 flow_idle;   /* jiffies after which an idle UDP flow may be chosen anew */
+	u64 refresh;     /* jiffies between two refreshes of a flow's last use */
+	u32 layout;      /* LAYOUT */
+	u32 pod_sockets; /* POD_SOCKETS_… */
+	u16 snat_low;    /* first port of masquerade, host order */
+	u16 snat_high;   /* last one */
 	u16 nat_pad[2];
 	char pod_interface[16]; /* Locality.pod_interface without its star */
 	u8 pod_interface_is_prefix;
@@ -227,27 +227,27 @@ BPF_TABLE("lru_hash", struct socket_key, struct socket_value, sockets, MAX_SOCKE
 /* ---- Counters: one cell for each thing worth counting, summed over CPUs by the reader ---- */
 
 enum counter {
-	SOCKET_FORWARDED,    /* connect or sendmsg was given a backend */
-	SOCKET_REJECTED,     /* connect or sendmsg was refused: no endpoint */
-	SOCKET_DROPPED,      /* connect or sendmsg fell under a silent verdict */
-	SOCKET_NO_BACKEND,   /* a route named a backend that is not there; left alone */
-	PACKET_FORWARDED,    /* a new flow was given a backend */
-	PACKET_REJECTED_TCP, /* a new flow was answered with RST */
+	SOCKET_FORWARDED,     /* connect or sendmsg was given a backend */
+	SOCKET_REJECTED,      /* connect or sendmsg was refused: no endpoint */
+	SOCKET_DROPPED,       /* connect or sendmsg fell under a silent verdict */
+	SOCKET_NO_BACKEND,    /* a route named a backend that is not there; left alone */
+	PACKET_FORWARDED,     /* a new flow was given a backend */
+	PACKET_REJECTED_TCP,  /* a new flow was answered with RST */
 	PACKET_REJECTED_ICMP, /* a new flow was answered with port unreachable */
 	PACKET_REJECT_FAILED, /* no answer could be built; dropped */
-	PACKET_DROPPED,      /* a new flow fell under a silent verdict */
-	PACKET_NO_BACKEND,   /* a route named a backend that is not there; left alone */
-	PACKET_NOT_NEW,      /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same */
-	PACKET_COLLISION,    /* the client's port was changed: its flow to another frontend has the same backend */
-	PACKET_NO_PORT,      /* no free port for masquerade or collision; dropped */
-	PACKET_NO_ADDRESS,   /* masquerade on a device without an address; dropped */
-	PACKET_NO_ROOM,      /* a flow's rows could not be written; dropped */
-	PACKET_OUT_OF_RANGE, /* a new flow from outside the frontend's source ranges; dropped */
-	PACKET_SCTP_PORT,    /* SCTP whose port would have to change, which its CRC forbids here; dropped */
-	PACKET_TOO_SHORT,    /* ends inside a header; left alone */
-	FRAGMENT_UNKNOWN,    /* a later fragment whose first has not been seen; left alone */
-	ICMP_TRANSLATED,     /* an ICMP error about one of our flows */
-	FLOW_STALE,          /* a flow was given a new backend: closed, idle too long, or its backend has gone */
+	PACKET_DROPPED,       /* a new flow fell under a silent verdict */
+	PACKET_NO_BACKEND,    /* a route named a backend that is not there; left alone */
+	PACKET_NOT_NEW,       /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same */
+	PACKET_COLLISION,     /* the client's port was changed: its flow to another frontend has the same backend */
+	PACKET_NO_PORT,       /* no free port for masquerade or collision; dropped */
+	PACKET_NO_ADDRESS,    /* masquerade on a device without an address; dropped */
+	PACKET_NO_ROOM,       /* a flow's rows could not be written; dropped */
+	PACKET_OUT_OF_RANGE,  /* a new flow from outside the frontend's source ranges; dropped */
+	PACKET_SCTP_PORT,     /* SCTP whose port would have to change, which its CRC forbids here; dropped */
+	PACKET_TOO_SHORT,     /* ends inside a header; left alone */
+	FRAGMENT_UNKNOWN,     /* a later fragment whose first has not been seen; left alone */
+	ICMP_TRANSLATED,      /* an ICMP error about one of our flows */
+	FLOW_STALE,           /* a flow was given a new backend: closed, idle too long, or its backend has gone */
 	COUNTERS
 };
 

@@ -79,8 +79,8 @@ static inline int rewrite_error(struct __sk_buff *skb, const struct packet *pack
 	const struct flow_key *from = &packet->key;
 	struct address source = packet->outer_source;
 	struct address destination = packet->outer_destination;
-	u64 inner_change = address_change(&from->source, &to->source) +
-			   address_change(&from->destination, &to->destination);
+	u64 inner_change =
+		address_change(&from->source, &to->source) + address_change(&from->destination, &to->destination);
 	u64 port_change = word_change(from->source_port, to->source_port) +
 			  word_change(from->destination_port, to->destination_port);
 	u64 outer_change = 0;
@@ -135,8 +135,8 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 	 * IPv6 has no header checksum to balance the change, so hardware's sum must follow it (RECOMPUTE), which the
 	 * pseudo-header update above has taken for done the other way round.
 	 */
-	if (write_addresses(skb, packet->l3, packet->version, packet->ip_checksum, change, &to->source, &to->destination,
-			    BPF_F_RECOMPUTE_CSUM))
+	if (write_addresses(skb, packet->l3, packet->version, packet->ip_checksum, change, &to->source,
+			    &to->destination, BPF_F_RECOMPUTE_CSUM))
 		return DISCARD;
 	return GO_ON;
 }

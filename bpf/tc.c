@@ -126,7 +126,8 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 	}
 	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		count(PACKET_NOT_NEW);
-	verdict = begin_flow(packet, route, backend, id, wants_masquerade(packet, route, backend, flags), node, now, to);
+	verdict =
+		begin_flow(packet, route, backend, id, wants_masquerade(packet, route, backend, flags), node, now, to);
 	if (verdict != GO_ON)
 		return verdict;
 	count(PACKET_FORWARDED);
