@@ -73,7 +73,9 @@ def compile_sources(request: Request) -> Artifact:
                     raise CompileError(f"{source}: the program {program.name} is in {other.source} too")
                 programs[program.name] = program
         headers = "\n".join(text for name, text in files.items() if name.endswith(".h"))
-        return Artifact(maps, programs, str(bcc.__version__), numbers(headers), enumerators(headers, "counter"))
+        # The last one is their number, by the habit of C.
+        counters = enumerators(headers, "counter")[:-1]
+        return Artifact(maps, programs, str(bcc.__version__), numbers(headers), counters)
 
 
 class Compiled:

@@ -1,0 +1,269 @@
+"""Loads the programs, over maps that outlive them, and attaches the socket programs to a cgroup.
+
+Rules of this file: every step may be done again and changes nothing that is right already. Programs and maps belong
+together: maps of another shape are replaced as a whole, and programs with them, while the old programs, attached
+still, go on with the old maps until `attach` replaces each in one step. Nobody else's program is ever detached.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf.artifact import Artifact, MapSpec, Program
+from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX
+from ebpflb.dataplane.bpf.facts import cgroup2_root, filesystem_of
+from ebpflb.errors import ApplyError, Unsupported, UserError
+
+log = logging.getLogger(__name__)
+
+_ALLOW_MULTI = 2
+
+
+class Programs:
+    """The maps and programs under one pin directory.
+
+    `netns` is the cookie of the network namespace whose node this is; None where the kernel does not tell it.
+    `cgroup` is where the socket programs attach; None for the mounted root.
+    """
+
+    def __init__(self, artifact: Artifact, bpffs: Path, cgroup: Path | None = None, netns: int | None = None) -> None:
+        self._artifact = artifact
+        self._bpffs = bpffs
+        self._cgroup = cgroup
+        self._netns = netns
+        self._maps: dict[str, int] = {}
+        self._programs: dict[str, int] = {}
+
+    @property
+    def maps(self) -> Mapping[str, int]:
+        """Descriptors of the maps by name, once `open` has returned."""
+        return self._maps
+
+    @property
+    def programs(self) -> Mapping[str, int]:
+        """Descriptors of the programs by C function, once `open` has returned."""
+        return self._programs
+
+    def open(self) -> bool:
+        """Open or make the maps, load the programs, pin both; attaches nothing. Returns whether the maps are new and
+        empty, in which case rows should be written before `attach`, lest an upgrade refuses what worked.
+
+        Raises UserError (no BPF file system, another instance's directory), Unsupported (a program is refused) or
+        ApplyError.
+        """
+        self.close()
+        syscall.raise_memlock_limit()
+        pins.prepare(self._bpffs)
+        self._refuse_foreign_instance()
+        found = open_maps(self._bpffs, self._artifact)
+        if found is None:
+            self._make_maps()
+        else:
+            self._maps = found
+        for program in self._artifact.programs.values():
+            self._programs[program.name] = self._load(program)
+        return found is None
+
+    def close(self) -> None:
+        """Close the descriptors; what is pinned and attached stays."""
+        for fd in (*self._maps.values(), *self._programs.values()):
+            os.close(fd)
+        self._maps.clear()
+        self._programs.clear()
+
+    def _refuse_foreign_instance(self) -> None:
+        """A network namespace has its own routes: two that share a directory would undo each other's."""
+        spec = self._artifact.maps.get("settings")
+        fd = pins.opened(self._bpffs / pins.MAPS / "settings")
+        if fd is None:
+            return
+        try:
+            info = syscall.map_info(fd)
+            if spec is None or info.value_size != spec.value.size or self._netns is None:
+                return
+            row = syscall.lookup(fd, bytes(info.key_size), info.value_size) or bytes(info.value_size)
+        finally:
+            os.close(fd)
+        (owner,) = struct.unpack_from("=Q", row, spec.value.field("netns").offset)
+        if owner not in (0, self._netns):
+            raise UserError(
+                f"{self._bpffs} belongs to the ebpflb of another network namespace: give --bpffs another directory "
+                f"(or, if that namespace has gone: ebpflb cleanup --bpffs {self._bpffs})"
+            )
+
+    def _make_maps(self) -> None:
+        directory = self._bpffs / pins.MAPS
+        for pin in list(pins.ours(self._bpffs)):
+            # Links stay until `attach` gives them the new programs, which makes the change one step for each hook.
+            if pin.kind != pins.LINKS:
+                pin.path.unlink(missing_ok=True)
+        for spec in self._artifact.maps.values():
+            self._maps[spec.name] = fd = _create(spec)
+            pins.put(fd, directory / spec.name)
+
+    def _load(self, program: Program) -> int:
+        """The pinned program if it is what we would load, else a new one, pinned in its place."""
+        path = self._bpffs / pins.PROGRAMS / program.name
+        try:
+            fresh = syscall.prog_load(
+                program.type, program.patched(self._maps), program.kernel_name, program.attach_type
+            )
+        except syscall.VerifierError as error:
+            log.error("%s", error.log)
+            if error.errno == errno.EPERM:
+                raise UserError("loading BPF programs is not permitted: run as root") from None
+            raise Unsupported(f"the kernel refuses the program {program.name}: {error.strerror}") from None
+        pinned = pins.opened(path)
+        if pinned is not None:
+            if _same(pinned, fresh):
+                os.close(fresh)
+                return pinned
+            os.close(pinned)
+        try:
+            pins.put(fresh, path)
+        except ApplyError:
+            os.close(fresh)
+            raise
+        return fresh
+
+    def attach(self) -> int:
+        """Have every socket program run for the cgroup, each replaced in one step; returns how many had to be changed.
+
+        Raises UserError (no such cgroup, or somebody attached a program that tolerates no other) or ApplyError.
+        """
+        directory = cgroup_directory(self._cgroup)
+        cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            wanted = [program for program in self._artifact.programs.values() if program.name in CGROUP_HOOKS]
+            return sum(self._attach(program, cgroup, directory) for program in wanted)
+        finally:
+            os.close(cgroup)
+
+    def _attach(self, program: Program, cgroup: int, directory: Path) -> bool:
+        path = self._bpffs / pins.LINKS / program.name
+        fd = self._programs[program.name]
+        link = pins.opened(path)
+        if link is not None:
+            try:
+                info = syscall.link_info(link)
+                # The cgroup's inode number is 0 once the cgroup has been removed or the link been detached.
+                if info.cgroup == os.fstat(cgroup).st_ino:
+                    if info.program == syscall.prog_info(fd).id:
+                        return False
+                    syscall.link_update(link, fd)
+                    return True
+            except OSError as error:
+                raise ApplyError(
+                    pins.LINKS, program.name, error.errno or 0, f"{path} cannot be updated: {error.strerror}"
+                ) from error
+            finally:
+                os.close(link)
+        try:
+            made = syscall.link_create(fd, cgroup, program.attach_type)
+        except OSError as error:
+            raise _refused(error, program, directory) from error
+        try:
+            # A link to another cgroup ends here, with its last pin, after the new one has begun.
+            pins.put(made, path)
+        finally:
+            os.close(made)
+        return True
+
+
+def cgroup_directory(cgroup: Path | None) -> Path:
+    """The cgroup to attach to; raises UserError if there is no such cgroup."""
+    directory = cgroup or cgroup2_root()
+    if directory is None:
+        raise UserError("cgroup2 is not mounted: mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2")
+    if not directory.is_dir():
+        raise UserError(f"--cgroup: {directory} does not exist")
+    if filesystem_of(directory).type != "cgroup2":
+        raise UserError(f"--cgroup: {directory} is not in a cgroup2 file system")
+    return directory
+
+
+def open_maps(bpffs: Path, artifact: Artifact) -> dict[str, int] | None:
+    """Descriptors of all maps that `artifact` has, as pinned under `bpffs`; None if none is pinned, or if they are of
+    another version (said in the log). Changes nothing."""
+    found: dict[str, int] = {}
+    reason = ""
+    for spec in artifact.maps.values():
+        fd = pins.opened(bpffs / pins.MAPS / spec.name)
+        if fd is None:
+            reason = reason or f"the map {spec.name} is missing"
+            continue
+        found[spec.name] = fd
+        info = syscall.map_info(fd)
+        have = (info.type, info.key_size, info.value_size, info.max_entries, info.flags)
+        want = (spec.type, spec.key.size, spec.value.size, spec.max_entries, spec.flags)
+        if have != want:
+            reason = reason or f"the map {spec.name} is (type, key, value, entries, flags) {have} instead of {want}"
+    if found and not reason:
+        reason = _other_layout(found, artifact)
+    if not reason and found:
+        return found
+    if found:
+        log.warning("the maps under %s are of another version: %s", bpffs, reason)
+    for fd in found.values():
+        os.close(fd)
+    return None
+
+
+def _other_layout(maps: Mapping[str, int], artifact: Artifact) -> str:
+    """Why the rows are not to be read as ours: their version, which the settings row tells."""
+    layout = artifact.numbers.get("LAYOUT")
+    spec = artifact.maps.get("settings")
+    if layout is None or spec is None:
+        return ""
+    row = syscall.lookup(maps["settings"], bytes(spec.key.size), spec.value.size) or bytes(spec.value.size)
+    (have,) = struct.unpack_from("=I", row, spec.value.field("layout").offset)
+    return f"their layout is {have} instead of {layout}" if have not in (0, layout) else ""
+
+
+def _create(spec: MapSpec) -> int:
+    try:
+        return syscall.map_create(
+            spec.type, spec.key.size, spec.value.size, spec.max_entries, spec.flags, PREFIX + spec.name
+        )
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UserError("making BPF maps is not permitted: run as root") from None
+        raise ApplyError(
+            pins.MAPS, spec.name, error.errno or 0, f"the map {spec.name} cannot be made: {error.strerror}"
+        ) from error
+
+
+def _same(one: int, other: int) -> bool:
+    """Whether two programs have the same instructions over the same maps."""
+    first, second = syscall.prog_info(one), syscall.prog_info(other)
+    return (first.type, first.tag, first.map_ids) == (second.type, second.tag, second.map_ids)
+
+
+def _attached(cgroup: Path, attach_type: int) -> tuple[int, tuple[int, ...]]:
+    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return syscall.prog_query(fd, attach_type)
+    finally:
+        os.close(fd)
+
+
+def _refused(error: OSError, program: Program, directory: Path) -> ApplyError | UserError:
+    """What an attachment's refusal means: EPERM is mostly somebody's program that tolerates no other."""
+    if error.errno == errno.EPERM:
+        place = directory
+        while filesystem_of(place).type == "cgroup2":
+            flags, ids = _attached(place, program.attach_type)
+            if ids and not flags & _ALLOW_MULTI:
+                return UserError(
+                    f"the BPF program {ids[0]} at {place} tolerates no other for {program.name}: detach it "
+                    f"(bpftool cgroup show {place}) or have it attached with the flag multi"
+                )
+            place = place.parent
+    message = f"{program.name} cannot be attached to {directory}: {error.strerror}"
+    return ApplyError(pins.LINKS, program.name, error.errno or 0, message)
