@@ -1,0 +1,155 @@
+"""The options that commands share, in groups; names and defaults are those of the published interface.
+
+Rules of this file: spelling and help texts only. What an option means is checked in `config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+
+class _Verbosity(click.ParamType):
+    """A number; kube-proxy's `-v=2` arrives with the equals sign."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(str(value).lstrip("="))
+        except ValueError:
+            self.fail(f"{value} is not a number", param, ctx)
+
+
+def _group(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_LOG = (
+    click.option("--log-format", default="text", metavar="text|json", help="How it logs.  [default: text]"),
+    click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [default: info]"),
+    click.option("-v", "--v", "verbosity", type=_Verbosity(), metavar="N", help="kube-proxy's: 4 and more is debug."),
+)
+_BPFFS = click.option(
+    "--bpffs",
+    default="/sys/fs/bpf/ebpflb",
+    metavar="DIR",
+    help="Where maps and links are pinned.  [default: /sys/fs/bpf/ebpflb]",
+)
+_CGROUP = click.option(
+    "--cgroup", metavar="DIR", help="Where the socket programs attach.  [default: the mounted cgroup2 root]"
+)
+_DATAPLANE = (
+    click.option(
+        "--dataplane", metavar="auto|bpf", help="Who carries services; ipvs and iptables come later.  [default: auto]"
+    ),
+    click.option("--proxy-mode", metavar="MODE", help="kube-proxy's word for --dataplane."),
+)
+_ROUTES = (
+    click.option("--manifests", metavar="DIR", help="A directory of YAML or JSON manifests as source, watched."),
+    click.option(
+        "--node-name", "--hostname-override", "node_name", metavar="NAME", help="This node.  [default: the host's name]"
+    ),
+    click.option(
+        "--nodeport-addresses",
+        multiple=True,
+        metavar="CIDR,…|primary",
+        help="Which of this node's addresses carry NodePorts.  [default: all]",
+    ),
+    click.option("--cluster-cidr", multiple=True, metavar="CIDR,…", help="Where pods' addresses come from."),
+    click.option(
+        "--detect-local-mode",
+        metavar="MODE",
+        help="What tells this node's pods: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix.  "
+        "[default: ClusterCIDR]",
+    ),
+    click.option("--pod-bridge-interface", default="", metavar="NAME", help="For BridgeInterface: the pods' bridge."),
+    click.option(
+        "--pod-interface-name-prefix", default="", metavar="TEXT", help="For InterfaceNamePrefix: how names begin."
+    ),
+    click.option("--masquerade-all", is_flag=True, help="Masquerade everything that is sent to a cluster IP."),
+    click.option(
+        "--iptables-localhost-nodeports/--no-iptables-localhost-nodeports",
+        "localhost_nodeports",
+        default=True,
+        help="Whether 127.0.0.0/8 carries NodePorts.  [default: yes]",
+    ),
+    # What a later version reads; refused in one line until then.
+    click.option("--config", metavar="FILE", help="Not in this version yet."),
+    click.option("--kubeconfig", metavar="FILE", help="Not in this version yet."),
+    click.option("--apiserver", multiple=True, metavar="URL", help="Not in this version yet."),
+)
+_RUN = (
+    click.option(
+        "--devices", multiple=True, metavar="PATTERN,…", help="Node devices for outside traffic.  [default: detected]"
+    ),
+    click.option("--xdp", default="auto", metavar="auto|off", help="XDP comes later; both leave it alone."),
+    click.option(
+        "--min-sync-period",
+        type=float,
+        default=0.01,
+        metavar="SECONDS",
+        help="Least time between two syncs in a storm of changes.  [default: 0.01]",
+    ),
+    click.option(
+        "--audit-period",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="How often the kernel is read back, compared and repaired.  [default: 30]",
+    ),
+    click.option(
+        "--healthz-bind-address",
+        default="0.0.0.0:10256",
+        metavar="ADDRESS",
+        help="This server comes later; nothing listens in this version.",
+    ),
+    click.option(
+        "--metrics-bind-address",
+        default="127.0.0.1:10249",
+        metavar="ADDRESS",
+        help="This server comes later; nothing listens in this version.",
+    ),
+    click.option("--init-only", is_flag=True, help="Not in this version yet."),
+    click.option("--write-config-to", metavar="FILE", help="Not in this version yet."),
+)
+
+looking = _group(_BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
+"""Options of commands that look at the kernel."""
+
+routes = _group(*_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
+"""Options of commands that also read the source."""
+
+daemon = _group(*_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_LOG)
+"""Options of `run`."""
+
+status = _group(
+    click.option(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="Return as soon as the first complete sync is in the kernel.",
+    ),
+    _BPFFS,
+)
+"""Options of `status`."""
+
+service = click.option("--service", metavar="NAMESPACE/NAME", help="This Service only.")
+output = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "json", "yaml"]),
+    default="table",
+    help="How to print.  [default: table]",
+)

@@ -1,0 +1,199 @@
+"""`dump`, `plan`, `verify` and `check`: what is, what would be, and what could be. Nothing here changes anything.
+
+Rules of this file: whatever is said about the kernel has just been read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
+from ebpflb.commands.daemon import require_privilege
+from ebpflb.config import Config
+from ebpflb.errors import SourceError, Unsupported
+from ebpflb.model import ServiceName
+from ebpflb.output import (
+    Format,
+    Item,
+    document,
+    frontend_item,
+    items_table,
+    render,
+    route_item,
+    route_items,
+    routes_table,
+    select,
+    service_item,
+    table,
+)
+from ebpflb.parts import NothingProgrammed, Parts, choose, holder
+from ebpflb.routes import Key, Route, RouteTable, key_order
+
+# How `kind` of a document spells what `dump` was asked for.
+_KINDS = {
+    "services": "Service",
+    "backends": "Backend",
+    "flows": "Flow",
+    "affinity": "Affinity",
+    "sources": "Source",
+    "maglev": "Maglev",
+    "counters": "Counter",
+    "raw": "Raw",
+}
+WHATS = ("routes", *_KINDS)
+
+
+def dump(config: Config, parts: Parts, *, what: str, service: ServiceName | None, form: Format) -> Result:
+    """What the kernel holds, read back."""
+    require_privilege(parts)
+    dataplane = holder(parts.dataplanes(config))
+    if what == "routes":
+        rows = select(dataplane.state(), service)
+        if form.structured:
+            return Result(document("Route", route_items(rows), form))
+        return Result(routes_table(rows, wide=form is Format.WIDE))
+    items: Sequence[Item] = dataplane.tables(what)
+    return Result(render(_KINDS[what], _of_service(items, service), form))
+
+
+def _of_service(items: Sequence[Item], service: ServiceName | None) -> Sequence[Item]:
+    """The items that belong to a Service, where items say so."""
+    if service is None:
+        return items
+    found = []
+    for item in items:
+        owner = item.get("service")
+        if isinstance(owner, dict) and (owner.get("namespace"), owner.get("name")) == service:
+            found.append(item)
+    return found
+
+
+def wanted(config: Config, parts: Parts) -> RouteTable:
+    """What the sources ask for now. Raises SourceError if they do not say everything at once."""
+    sources = parts.sources(config)
+    try:
+        desired = parts.desired(config, sources)
+        for source in sources:
+            for event in source.read():
+                desired.apply(event)
+        if not desired.synced:
+            raise SourceError(f"{config.manifests} is being written; try again")
+        return desired.routes()
+    finally:
+        for source in sources:
+            source.close()
+
+
+def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | None, Route | None]]:
+    """Every key whose rows differ: (key, wanted, held), in the order of `dump`."""
+    keys = [key for key in {*want, *have} if want.get(key) != have.get(key)]
+    return [(key, want.get(key), have.get(key)) for key in sorted(keys, key=key_order)]
+
+
+def _held(config: Config, parts: Parts) -> RouteTable:
+    """What the kernel holds; nothing, if nothing is programmed."""
+    try:
+        return holder(parts.dataplanes(config)).state()
+    except NothingProgrammed:
+        return RouteTable()
+
+
+def compare(config: Config, parts: Parts, *, kind: str, service: ServiceName | None, form: Format) -> Result:
+    """`plan` (kind Change) and `verify` (kind Difference): the sources' routes beside the kernel's."""
+    require_privilege(parts)
+    want, have = wanted(config, parts), _held(config, parts)
+    rows = [
+        (key, new, old)
+        for key, new, old in differences(want, have)
+        if service is None or any(route is not None and route.service[:2] == service for route in (new, old))
+    ]
+    locality = want.locality != have.locality and service is None
+    status = CHANGES if rows or locality else OK
+    if form.structured:
+        items = [_change_item(*row) for row in rows]
+        if locality:
+            items.append(_locality_item(want, have))
+        return Result(document(kind, items, form), status)
+    if status == OK:
+        return Result("nothing to do: the kernel holds what the manifests say\n", status)
+    return Result(_changes_text(rows, want if locality else None, wide=form is Format.WIDE), status)
+
+
+def _change(new: Route | None, old: Route | None) -> str:
+    return "add" if old is None else "remove" if new is None else "change"
+
+
+def _change_item(key: Key, new: Route | None, old: Route | None) -> Item:
+    owner = new or old
+    return {
+        "change": _change(new, old),
+        "frontend": frontend_item(key[0]),
+        "scope": key[1].name,
+        "service": service_item(owner.service) if owner else None,
+        "wanted": route_item(key, new) if new else None,
+        "held": route_item(key, old) if old else None,
+    }
+
+
+def _locality_item(want: RouteTable, have: RouteTable) -> Item:
+    def plain(routes: RouteTable) -> Item:
+        locality = routes.locality
+        return {
+            "nodeAddresses": list(locality.node_addresses),
+            "podCIDRs": list(locality.pod_cidrs),
+            "podInterface": locality.pod_interface,
+        }
+
+    return {"change": "change", "locality": True, "wanted": plain(want), "held": plain(have)}
+
+
+def _changes_text(
+    rows: Sequence[tuple[Key, Route | None, Route | None]], locality: RouteTable | None, wide: bool
+) -> str:
+    text = ""
+    for title, pick in (("add", 0), ("change", 0), ("remove", 1)):
+        part = [(key, (new, old)[pick]) for key, new, old in rows if _change(new, old) == title]
+        listed = [(key, route) for key, route in part if route is not None]
+        if listed:
+            text += f"{title} {len(listed)}:\n{routes_table(listed, wide)}\n"
+    if locality is not None:
+        found = locality.locality
+        cells = [("node addresses", ",".join(found.node_addresses)), ("pod CIDRs", ",".join(found.pod_cidrs))]
+        text += "change what tells local clients:\n" + table(("WHAT", "WANTED"), [*cells, ("pod interface", found.pod_interface)])
+    return text.rstrip("\n") + "\n"
+
+
+def check(config: Config, parts: Parts, *, form: Format) -> Result:
+    """What this node offers, and who would carry services."""
+    require_privilege(parts)
+    ladder = parts.dataplanes(config)
+    items: list[Item] = [
+        {
+            "dataplane": dataplane.name,
+            "requirement": requirement.name,
+            "found": requirement.found,
+            "essential": requirement.essential,
+            "detail": requirement.detail,
+            "remedy": requirement.remedy,
+        }
+        for dataplane in ladder
+        for requirement in dataplane.requirements()
+    ]
+    try:
+        choice = choose(ladder)
+        verdict, status = f"{choice.dataplane.name} would carry services here", OK
+    except Unsupported as error:
+        verdict, status = f"nothing here can carry services: {error}", UNSUPPORTED
+    if form.structured:
+        return Result(document("Requirement", items, form), status)
+    shown = items if form is Format.WIDE else [_short(item) for item in items]
+    return Result(f"{items_table(shown)}\n{verdict}\n", status)
+
+
+def _short(item: Item) -> Item:
+    """A requirement on one line: what to do stands where it is missing."""
+    found = "yes" if item["found"] else "MISSING" if item["essential"] else "no (optional)"
+    detail = str(item["detail"])
+    if not item["found"] and item["remedy"]:
+        detail = f"{detail}; {item['remedy']}" if detail else str(item["remedy"])
+    return {"dataplane": item["dataplane"], "requirement": item["requirement"], "found": found, "detail": detail}

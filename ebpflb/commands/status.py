@@ -1,0 +1,172 @@
+"""`status`: the daemon's answer about itself, and how it is shown.
+
+Rules of this file: the document is made in the daemon, where the facts are, and only formatted in the command; both
+halves stand here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from ebpflb import __version__
+from ebpflb.commands import OK, REFUSED, Result
+from ebpflb.control import ask
+from ebpflb.dataplane import Dataplane
+from ebpflb.errors import EbpflbError, UserError
+from ebpflb.output import Format, document, table
+from ebpflb.parts import Parts
+from ebpflb.reconcile import Overview
+from ebpflb.routes import RouteTable
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who answers: node, dataplane, and since when (RFC 3339)."""
+
+    node: str
+    dataplane: str
+    since: str
+
+
+class Counts(msgspec.Struct, frozen=True):
+    services: int = 0
+    frontends: int = 0
+    routes: int = 0
+    backends: int = 0
+
+
+class Fill(msgspec.Struct, frozen=True):
+    """One kernel table: rows in it, and how many it has room for."""
+
+    name: str
+    entries: int
+    max: int
+
+
+class Trouble(msgspec.Struct, frozen=True):
+    part: str
+    subject: str
+    reason: str
+
+
+class Status(msgspec.Struct, frozen=True, rename="camel"):
+    """One item of kind Status. Ages in seconds, null for never."""
+
+    node: str
+    dataplane: str
+    version: str
+    pid: int
+    since: str
+    healthy: bool
+    sources_synced: bool
+    first_sync: bool
+    last_sync_seconds: float | None
+    last_audit_seconds: float | None
+    pending_seconds: float | None
+    failed_attempts: int
+    counts: Counts
+    maps: tuple[Fill, ...]
+    problems: tuple[Trouble, ...]
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    items: tuple[Status, ...]
+
+
+def count(routes: RouteTable | None) -> Counts:
+    """How much there is. A backend counts once per Service port, in however many routes it stands."""
+    if routes is None:
+        return Counts()
+    services = set()
+    backends = set()
+    seen: set[int] = set()
+    for (frontend, _scope), route in routes.items():
+        services.add(route.service.service)
+        # Both scopes, and all frontends of a Service port, mostly share one tuple: look into each once.
+        if id(route.backends) not in seen:
+            seen.add(id(route.backends))
+            backends.update(
+                (route.service, frontend.protocol, backend.address, backend.port) for backend in route.backends
+            )
+    return Counts(len(services), len(routes) // 2, len(routes), len(backends))
+
+
+def status_document(identity: Identity, dataplane: Dataplane, overview: Overview) -> bytes:
+    """The daemon's answer: a published document of one item."""
+    troubles = [Trouble(problem.part, problem.subject, problem.reason) for problem in overview.problems]
+    fills: tuple[Fill, ...] = ()
+    try:
+        fills = msgspec.convert(dataplane.tables("fill"), tuple[Fill, ...])
+    except UserError:
+        pass  # a dataplane without tables of a fixed size
+    except EbpflbError as error:
+        troubles.append(Trouble("status", dataplane.name, str(error)))
+    status = Status(
+        node=identity.node,
+        dataplane=identity.dataplane,
+        version=__version__,
+        pid=os.getpid(),
+        since=identity.since,
+        healthy=overview.healthy,
+        sources_synced=overview.synced_sources,
+        first_sync=overview.first_sync,
+        last_sync_seconds=_rounded(overview.last_sync_age),
+        last_audit_seconds=_rounded(overview.last_audit_age),
+        pending_seconds=_rounded(overview.pending_for),
+        failed_attempts=overview.failures,
+        counts=count(overview.routes),
+        maps=fills,
+        problems=tuple(troubles),
+    )
+    item: Mapping[str, object] = msgspec.to_builtins(status)
+    return document("Status", [item], Format.JSON).encode()
+
+
+def show_status(parts: Parts, *, wait: float, form: Format) -> Result:
+    """Ask the daemon of this network namespace."""
+    answer = ask(wait, parts.socket_name)
+    status = msgspec.json.decode(answer, type=_Envelope).items[0]
+    exit_status = OK if status.healthy else REFUSED
+    if form.structured:
+        return Result(document("Status", [msgspec.to_builtins(status)], form), exit_status)
+    return Result(_text(status, wide=form is Format.WIDE), exit_status)
+
+
+def _text(status: Status, wide: bool) -> str:
+    counts = status.counts
+    lines = [
+        f"{'healthy' if status.healthy else 'NOT HEALTHY'}: {_sentence(status)}",
+        f"node {status.node}, dataplane {status.dataplane}, since {status.since} "
+        f"(pid {status.pid}, version {status.version})",
+        f"{counts.services} services, {counts.frontends} frontends, {counts.routes} routes, {counts.backends} backends",
+    ]
+    text = "\n".join(lines) + "\n"
+    fullest = [fill for fill in status.maps if wide or fill.entries]
+    if fullest:
+        rows = [(fill.name, str(fill.entries), str(fill.max), _percent(fill)) for fill in fullest]
+        text += "\n" + table(("MAP", "ENTRIES", "MAX", "FILL"), rows)
+    if status.problems:
+        rows_of_problems = [(problem.part, problem.subject, problem.reason) for problem in status.problems]
+        text += "\n" + table(("FOUND-BY", "PROBLEM-WITH", "REASON"), rows_of_problems)
+    return text
+
+
+def _sentence(status: Status) -> str:
+    if not status.sources_synced:
+        return "waiting for the sources' first lists"
+    if not status.first_sync:
+        return "no complete sync yet" + (f" after {status.failed_attempts} attempts" if status.failed_attempts else "")
+    age = f"last sync {status.last_sync_seconds or 0:.1f} s ago"
+    if status.last_audit_seconds is not None:
+        age += f", compared with the kernel {status.last_audit_seconds:.1f} s ago"
+    return age if status.healthy else f"{age}, {status.failed_attempts} failed attempts since"
+
+
+def _percent(fill: Fill) -> str:
+    return f"{100 * fill.entries / fill.max:.1f}%" if fill.max else ""
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

@@ -1,0 +1,290 @@
+"""The options of `run`, and of the commands that read the same things, as one frozen, validated Config.
+
+Rules of this file: pure but for the host's name, which the caller passes in. Every option of the published interface
+is accepted here; one whose work is not in this version passes with its neutral value only and is refused in one line
+otherwise, so that no option is ever ignored in silence. A UserError says what is wrong and what to write instead.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import os
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from ebpflb.errors import UserError
+from ebpflb.model import DetectLocal, ProxyOptions
+
+DEFAULT_BPFFS = "/sys/fs/bpf/ebpflb"
+DEFAULT_HEALTHZ = "0.0.0.0:10256"
+DEFAULT_METRICS = "127.0.0.1:10249"
+DEFAULT_AUDIT_SECONDS = 30.0
+DEFAULT_MIN_SYNC_SECONDS = 0.01
+
+# kube-proxy's -v counts up; from 4 on klog calls it debug.
+_DEBUG_VERBOSITY = 4
+
+E = TypeVar("E", bound=enum.Enum)
+
+
+class LogFormat(enum.Enum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(enum.Enum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """The options as they were typed. `None` or () is "not given"."""
+
+    manifests: str | None = None
+    node_name: str | None = None
+    dataplane: str | None = None
+    proxy_mode: str | None = None
+    cgroup: str | None = None
+    bpffs: str = DEFAULT_BPFFS
+    devices: tuple[str, ...] = ()
+    xdp: str = "auto"
+    nodeport_addresses: tuple[str, ...] = ()
+    cluster_cidr: tuple[str, ...] = ()
+    detect_local_mode: str | None = None
+    pod_bridge_interface: str = ""
+    pod_interface_name_prefix: str = ""
+    masquerade_all: bool = False
+    localhost_nodeports: bool = True
+    healthz_bind_address: str = DEFAULT_HEALTHZ
+    metrics_bind_address: str = DEFAULT_METRICS
+    config: str | None = None
+    kubeconfig: str | None = None
+    apiserver: tuple[str, ...] = ()
+    init_only: bool = False
+    write_config_to: str | None = None
+    log_format: str = "text"
+    log_level: str | None = None
+    verbosity: int | None = None
+    min_sync_period: float = DEFAULT_MIN_SYNC_SECONDS
+    audit_period: float = DEFAULT_AUDIT_SECONDS
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator asked for, checked. `manifests` is "" for a command that needs no source; `cgroup` is "" for
+    "find the mounted cgroup2 root". Periods are seconds. `warnings` are sentences to log once."""
+
+    manifests: str
+    node_name: str
+    dataplane: str
+    cgroup: str
+    bpffs: str
+    devices: tuple[str, ...]
+    proxy: ProxyOptions
+    log_format: LogFormat
+    log_level: LogLevel
+    min_sync_period: float
+    audit_period: float
+    warnings: tuple[str, ...] = ()
+
+
+def configure(options: Options, *, hostname: str, need_source: bool = True) -> Config:
+    """The Config that `options` ask for. Raises UserError in one line for the first thing that is wrong."""
+    _refuse_what_is_not_here(options)
+    proxy = _proxy_options(options)
+    return Config(
+        manifests=_manifests(options.manifests, need_source),
+        node_name=_node_name(options.node_name, hostname),
+        dataplane=_dataplane(options.dataplane, options.proxy_mode),
+        cgroup=_directory("--cgroup", options.cgroup, "the cgroup2 directory whose processes are to be served"),
+        bpffs=_absolute("--bpffs", options.bpffs),
+        devices=_devices(options.devices),
+        proxy=proxy,
+        log_format=_choice("--log-format", options.log_format, LogFormat),
+        log_level=_log_level(options.log_level, options.verbosity),
+        min_sync_period=_seconds("--min-sync-period", options.min_sync_period, lowest=0.0),
+        audit_period=_seconds("--audit-period", options.audit_period, lowest=1.0),
+        warnings=_warnings(proxy),
+    )
+
+
+def _refuse_what_is_not_here(options: Options) -> None:
+    for given, name, instead in (
+        (options.config, "--config", "give the settings as options"),
+        (options.kubeconfig, "--kubeconfig", "give --manifests DIR"),
+        (options.apiserver, "--apiserver", "give --manifests DIR"),
+        (options.init_only, "--init-only", "run the daemon as root"),
+        (options.write_config_to, "--write-config-to", "leave it out"),
+    ):
+        if given:
+            raise UserError(f"{name} is not in this version yet; {instead}")
+    if options.xdp not in ("auto", "native", "generic", "off"):
+        raise UserError(f"--xdp {options.xdp}: choose auto or off")
+    if options.xdp in ("native", "generic"):
+        raise UserError(f"--xdp {options.xdp} is not in this version yet; choose auto or off (both leave XDP alone)")
+    for name, value, default in (
+        ("--healthz-bind-address", options.healthz_bind_address, DEFAULT_HEALTHZ),
+        ("--metrics-bind-address", options.metrics_bind_address, DEFAULT_METRICS),
+    ):
+        if value not in ("", default):
+            raise UserError(f'{name} {value}: this server is not in this version yet; leave the option out or give ""')
+
+
+def _manifests(path: str | None, need_source: bool) -> str:
+    if not path:
+        if need_source:
+            raise UserError("no source of Services: give --manifests DIR (the API server is not in this version yet)")
+        return ""
+    return _directory("--manifests", path, "a directory of YAML or JSON manifests")
+
+
+def _directory(option: str, path: str | None, meaning: str) -> str:
+    """An existing directory as an absolute path, "" if not given."""
+    if not path:
+        return ""
+    if not os.path.exists(path):
+        raise UserError(f"{option} {path}: there is no such directory; give {meaning}")
+    if not os.path.isdir(path):
+        raise UserError(f"{option} {path} is not a directory; give {meaning}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{option} {path} cannot be read; run as root or change its mode")
+    return os.path.abspath(path)
+
+
+def _absolute(option: str, path: str) -> str:
+    if not path:
+        raise UserError(f"{option} is empty; give a directory in a bpf file system, such as {DEFAULT_BPFFS}")
+    return os.path.abspath(path)
+
+
+def _node_name(given: str | None, hostname: str) -> str:
+    # kube-proxy trims and lowers both, so that a node is found under the name that the kubelet registered.
+    name = (hostname if given is None else given).strip().lower()
+    if not name:
+        raise UserError("this node has no name: give --node-name NAME, as `kubectl get nodes` shows it")
+    return name
+
+
+def _dataplane(dataplane: str | None, proxy_mode: str | None) -> str:
+    if proxy_mode:
+        if proxy_mode == "nftables":
+            raise UserError("--proxy-mode nftables: ebpflb has no nftables dataplane; leave the option out, or choose auto")
+        if proxy_mode not in ("iptables", "ipvs"):
+            raise UserError(f"--proxy-mode {proxy_mode} is unknown; use --dataplane auto or --dataplane bpf")
+        if dataplane and dataplane != proxy_mode:
+            raise UserError(f"--proxy-mode {proxy_mode} and --dataplane {dataplane} disagree; give --dataplane alone")
+        dataplane = proxy_mode
+    chosen = dataplane or "auto"
+    if chosen in ("ipvs", "iptables"):
+        option = "--proxy-mode" if proxy_mode else "--dataplane"
+        raise UserError(f"{option} {chosen} is not in this version yet; choose --dataplane auto or bpf")
+    if chosen not in ("auto", "bpf"):
+        raise UserError(f"--dataplane {chosen} is unknown; choose auto or bpf")
+    return chosen
+
+
+def _devices(patterns: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(sorted(set(_split(patterns))))
+    for pattern in found:
+        if "/" in pattern or any(letter.isspace() for letter in pattern):
+            raise UserError(f"--devices {pattern}: not a device name; give names or patterns such as eth0,ens*")
+    return found
+
+
+def _proxy_options(options: Options) -> ProxyOptions:
+    addresses = _split(options.nodeport_addresses)
+    primary = "primary" in addresses
+    if primary and len(addresses) > 1:
+        raise UserError("--nodeport-addresses: `primary` stands alone; give either it or CIDRs")
+    return ProxyOptions(
+        masquerade_all=options.masquerade_all,
+        detect_local=_detect_local(options.detect_local_mode),
+        cluster_cidrs=_cidrs("--cluster-cidr", _split(options.cluster_cidr)),
+        bridge_interface=_interface("--pod-bridge-interface", options.pod_bridge_interface),
+        interface_name_prefix=_interface("--pod-interface-name-prefix", options.pod_interface_name_prefix),
+        nodeport_addresses=() if primary else _cidrs("--nodeport-addresses", addresses),
+        nodeport_primary=primary,
+        localhost_nodeports=options.localhost_nodeports,
+    )
+
+
+def _detect_local(mode: str | None) -> DetectLocal:
+    if not mode:
+        return DetectLocal.CLUSTER_CIDR
+    for known in DetectLocal:
+        if known.value == mode:
+            return known
+    choices = ", ".join(known.value for known in DetectLocal)
+    raise UserError(f"--detect-local-mode {mode} is unknown; choose one of {choices}")
+
+
+def _interface(option: str, name: str) -> str:
+    if len(name) > 15 or "/" in name or any(letter.isspace() for letter in name):
+        raise UserError(f"{option} {name}: not an interface name (at most 15 characters, no spaces or slashes)")
+    return name
+
+
+def _cidrs(option: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """Canonical CIDRs, host bits masked, each once, in the given order."""
+    found: dict[str, None] = {}
+    for text in texts:
+        if "/" not in text:
+            raise UserError(f"{option} {text}: a CIDR is address/bits, such as {_example(text)}")
+        try:
+            found[str(ipaddress.ip_network(text, strict=False))] = None
+        except ValueError:
+            raise UserError(f"{option} {text} is not a CIDR; write such as 10.244.0.0/16 or fd00::/64") from None
+    return tuple(found)
+
+
+def _example(text: str) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return "10.244.0.0/16"
+    return f"{address}/{address.max_prefixlen}"
+
+
+def _split(values: Iterable[str]) -> tuple[str, ...]:
+    """An option that may be repeated and may hold commas, as one flat tuple."""
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def _choice(option: str, value: str, kind: type[E]) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(str(member.value) for member in kind)
+        raise UserError(f"{option} {value} is unknown; choose one of {choices}") from None
+
+
+def _log_level(level: str | None, verbosity: int | None) -> LogLevel:
+    if level is not None:
+        return _choice("--log-level", level, LogLevel)
+    return LogLevel.DEBUG if verbosity is not None and verbosity >= _DEBUG_VERBOSITY else LogLevel.INFO
+
+
+def _seconds(option: str, value: float, lowest: float) -> float:
+    if not lowest <= value < float("inf"):
+        raise UserError(f"{option} {value:g}: give seconds, at least {lowest:g}")
+    return value
+
+
+def _warnings(proxy: ProxyOptions) -> tuple[str, ...]:
+    """What kube-proxy also only warns of: a detect-local mode without its value detects nothing."""
+    missing = {
+        DetectLocal.CLUSTER_CIDR: ("" if proxy.cluster_cidrs else "--cluster-cidr"),
+        DetectLocal.NODE_CIDR: "",
+        DetectLocal.BRIDGE_INTERFACE: ("" if proxy.bridge_interface else "--pod-bridge-interface"),
+        DetectLocal.INTERFACE_NAME_PREFIX: ("" if proxy.interface_name_prefix else "--pod-interface-name-prefix"),
+    }[proxy.detect_local]
+    if not missing:
+        return ()
+    return (
+        f"detect-local mode {proxy.detect_local.value} needs {missing}, which is not given: "
+        "pods are not told from other clients",
+    )

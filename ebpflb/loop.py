@@ -1,0 +1,101 @@
+"""The daemon's one loop: waits on descriptors and on time, and calls whoever is concerned.
+
+Rules of this file: it knows nothing of Services. Everything runs in this one thread, so nothing needs a lock. All that
+is readable is read before any work is done, so that what came together is done together. The selector and the clock
+are passed in.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+# Reading goes before working, but an endless talker must not keep the work from being done.
+_MOST_ROUNDS = 64
+
+
+class Worker(Protocol):
+    """Something that has work to do at certain times."""
+
+    def due(self) -> float | None:
+        """When `work` should next be called, in the clock's time; None for "not before an event"."""
+
+    def work(self) -> None:
+        """Do what is due, if anything is."""
+
+
+class Stop:
+    """Whether the daemon has been asked to end; becomes readable when it is, so that a wait ends at once."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.asked = False
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def ask(self, *_: object) -> None:
+        """End the loop after what it is doing now. Safe in a signal handler."""
+        self.asked = True
+        try:
+            self._writer.send(b"\0")
+        except BlockingIOError:
+            pass  # it is readable already
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+@contextmanager
+def stop_on_signals(*numbers: signal.Signals) -> Iterator[Stop]:
+    """A Stop that these signals ask for, within the block; afterwards they do what they did before."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop.ask) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop.close()
+
+
+def run(
+    selector: selectors.BaseSelector,
+    workers: Sequence[Worker],
+    clock: Callable[[], float],
+    stopped: Callable[[], bool],
+) -> None:
+    """Until `stopped`: read what is readable, then let each worker work, then wait.
+
+    Each descriptor in `selector` has as its data a function without arguments that reads it.
+    """
+    while not stopped():
+        for worker in workers:
+            worker.work()
+        if stopped():
+            return
+        wait = _until(workers, clock)
+        for _ in range(_MOST_ROUNDS):
+            ready = selector.select(wait)
+            if not ready:
+                break
+            for key, _events in ready:
+                # An earlier reader of this round may have closed this one's descriptor.
+                if key.fileobj in selector.get_map():
+                    key.data()
+            if stopped():
+                return
+            wait = 0.0
+
+
+def _until(workers: Sequence[Worker], clock: Callable[[], float]) -> float | None:
+    """Seconds to the first worker's next work, None for ever."""
+    times = [time for worker in workers if (time := worker.due()) is not None]
+    return max(0.0, min(times) - clock()) if times else None

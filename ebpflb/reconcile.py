@@ -1,0 +1,332 @@
+"""Sources to store to policy to dataplane, again and again: when a sync happens, and what follows its failure.
+
+Rules of this file: it knows the Source and Dataplane protocols and no concrete one. It holds no clock, descriptor or
+thread of its own: the clock and the randomness are passed in, `loop` says when to call. Nothing reaches the dataplane
+before every source has said that its first list is complete. Whatever a source or the kernel refuses is reported and
+retried; only Unsupported and UserError, raised by `start`, leave here.
+
+When a sync happens: the first change after a quiet time at once (a lone change waits for nothing), the next ones not
+sooner than `min_interval` after the end of the last sync, so that a storm of changes costs a bounded number of syncs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from ebpflb.dataplane import Dataplane, Report
+from ebpflb.errors import EbpflbError, SourceError, Unsupported, UserError
+from ebpflb.model import Problem
+from ebpflb.routes import RouteTable
+from ebpflb.source import Event, Source
+
+log = logging.getLogger("ebpflb.reconcile")
+
+
+class Desired(Protocol):
+    """What the sources' events come to: the store and the policy, behind what this file needs of them."""
+
+    def apply(self, event: Event) -> None:
+        """Take one event in."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether every source has said that its first list is complete."""
+
+    def routes(self) -> RouteTable:
+        """What this node must do, by all that was said so far; evolved from the table returned before."""
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """All in seconds. A failed attempt is repeated after `retry_first`, then twice as long each time up to
+    `retry_most`; each wait is shortened at random by up to half, so that nodes do not retry in step."""
+
+    min_interval: float = 0.01
+    audit_period: float = 30.0
+    retry_first: float = 0.1
+    retry_most: float = 30.0
+
+
+class _Retry(msgspec.Struct, frozen=True):
+    at: float
+    what: str
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A problem, and which part of the daemon found it: a source's name, `policy`, `sync`, `audit` or `devices`."""
+
+    part: str
+    subject: str
+    reason: str
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """How it goes. Ages are seconds, None for "never". `complete`: the kernel holds the whole of the last table."""
+
+    synced_sources: bool
+    first_sync: bool
+    complete: bool
+    pending_for: float | None
+    last_sync_age: float | None
+    last_audit_age: float | None
+    failures: int
+    routes: RouteTable | None
+    problems: tuple[Found, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return self.complete
+
+
+class Reconciler:
+    """The state between events. `read` and `work` are called by the loop; `due` says when `work` has something."""
+
+    def __init__(
+        self,
+        *,
+        desired: Desired,
+        sources: Sequence[Source],
+        dataplane: Dataplane,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        timing: Timing | None = None,
+        device_problems: Callable[[], Iterable[Problem]] = tuple,
+    ) -> None:
+        self._desired = desired
+        self._sources = tuple(sources)
+        self._dataplane = dataplane
+        self._clock = clock
+        self._random = random
+        self._timing = timing or Timing()
+        self._device_problems = device_problems
+        self._started = False
+        self._routes: RouteTable | None = None
+        self._changed_at: float | None = None  # when the oldest change came that no sync has seen
+        self._not_before = clock()
+        self._retry: _Retry | None = None
+        self._failures = 0
+        self._audit_at: float | None = None
+        self._failing: set[str] = set()
+        self._first_sync = False
+        self._last_sync: float | None = None
+        self._last_audit: float | None = None
+        self._source_errors: dict[str, Problem] = {}
+        self._refused: dict[str, tuple[Problem, ...]] = {}
+        self._known: frozenset[Found] = frozenset()
+
+    # ---- What the loop calls ----
+
+    def read(self, source: Source) -> None:
+        """Take in all that `source` has to say."""
+        try:
+            events = source.read()
+            for event in events:
+                self._desired.apply(event)
+                if self._changed_at is None:
+                    self._changed_at = self._clock()
+            self._source_errors.pop(source.name, None)
+        except SourceError as error:
+            self._source_errors[source.name] = Problem(source.name, str(error))
+        except Exception as error:
+            log.debug("reading %s failed", source.name, exc_info=True)
+            self._source_errors[source.name] = Problem(source.name, _unexpected(error))
+        self._log_problems()
+
+    def read_all(self) -> None:
+        """Read every source once: the first lists."""
+        for source in self._sources:
+            self.read(source)
+
+    @property
+    def started(self) -> bool:
+        """Whether the dataplane has been started."""
+        return self._started
+
+    @property
+    def attempted(self) -> bool:
+        """Whether a first sync has been tried, with whatever success."""
+        return self._first_sync or self._failures > 0
+
+    @property
+    def first_sync(self) -> bool:
+        """Whether a complete sync has been in the kernel."""
+        return self._first_sync
+
+    def due(self) -> float | None:
+        """The clock's time at which `work` next has something to do; None if it only waits for events."""
+        if not self._desired.synced:
+            return None
+        times = []
+        if self._changed_at is not None:
+            times.append(self._not_before)
+        if self._retry is not None:
+            times.append(self._retry.at)
+        elif self._audit_at is not None:
+            times.append(self._audit_at)
+        return min(times, default=None)
+
+    def work(self) -> None:
+        """Do what is due, if anything is. Raises Unsupported or UserError where this node can never work."""
+        if not self._desired.synced:
+            return
+        now = self._clock()
+        if self._changed_at is not None and now >= self._not_before:
+            self._attempt("sync")
+        elif self._retry is not None:
+            if now >= self._retry.at:
+                what, self._retry = self._retry.what, None
+                self._attempt(what)
+        elif self._audit_at is not None and now >= self._audit_at:
+            self._attempt("audit")
+
+    def check_now(self) -> None:
+        """Something else touched what the dataplane installed: make the next audit due at once."""
+        if self._audit_at is not None:
+            self._audit_at = self._clock()
+
+    # ---- One attempt ----
+
+    def _attempt(self, what: str) -> None:
+        """Run a `sync` or an `audit`; whatever goes wrong becomes a problem and a time to try again."""
+        if not self._started and not self._start():
+            return
+        act = self._sync if what == "sync" else self._audit
+        try:
+            report = act()
+        except EbpflbError as error:
+            log.debug("%s failed", what, exc_info=True)
+            report = self._refusal(str(error))
+        except Exception as error:
+            # A fault of ours must not take the node's Services down with it: the kernel goes on with what it holds.
+            log.error("%s failed unexpectedly: %s", what, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            report = self._refusal(_unexpected(error))
+        self._settle(what, report)
+
+    def _start(self) -> bool:
+        """Start the dataplane. Lets Unsupported and UserError through: no later attempt can do better."""
+        try:
+            self._dataplane.start()
+        except (Unsupported, UserError):
+            raise
+        except EbpflbError as error:
+            log.debug("start failed", exc_info=True)
+            self._settle("sync", self._refusal(str(error)))
+            return False
+        self._started = True
+        return True
+
+    def _refusal(self, reason: str) -> Report:
+        return Report(failed=1, problems=(Problem(self._dataplane.name, reason),))
+
+    def _settle(self, what: str, report: Report) -> None:
+        now = self._clock()
+        self._not_before = now + self._timing.min_interval
+        self._refused[what] = report.problems
+        if report.complete:
+            # An audit has compared the whole kernel with the whole table; a sync speaks for itself only.
+            self._failing -= {what, "sync"} if what == "audit" else {what}
+            if what == "audit":
+                self._refused["sync"] = ()
+            else:
+                self._first_sync = True
+            if not self._failing:
+                self._retry = None
+                self._failures = 0
+            self._audit_at = self._audit_at if what == "sync" and self._audit_at else now + self._timing.audit_period
+        else:
+            self._failing.add(what)
+            if self._retry is None:  # a change in between brings no new wait, or a storm would make it endless
+                wait = min(self._timing.retry_most, self._timing.retry_first * 2 ** min(self._failures, 30))
+                wait *= 1 - self._random() / 2
+                self._failures += 1
+                self._retry = _Retry(now + wait, what)
+                log.warning("%s: %d refused; trying again in %.1f s", what, report.failed, wait)
+        self._log_problems()
+
+    def _sync(self) -> Report:
+        began = self._clock()
+        self._changed_at = None
+        routes = self._desired.routes()
+        older, self._routes = self._routes, routes
+        report = self._dataplane.sync(routes)
+        ended = self._clock()
+        if report.complete:
+            self._last_sync = ended
+        changed = len(routes) if older is None else len(routes.changed_from(older))
+        log.info(
+            "sync: %d of %d routes changed; %d rows written, %d removed, %d failed; %.1f ms",
+            changed, len(routes), report.written, report.removed, report.failed, (ended - began) * 1e3,
+            extra={"fields": {
+                "event": "sync", "changed": changed, "routes": len(routes), "written": report.written,
+                "removed": report.removed, "failed": report.failed, "seconds": round(ended - began, 6),
+            }},
+        )  # fmt: skip
+        return report
+
+    def _audit(self) -> Report:
+        began = self._clock()
+        report = self._dataplane.audit()
+        ended = self._clock()
+        if report.complete:
+            self._last_audit = ended
+        level = logging.WARNING if report.written or report.removed else logging.DEBUG
+        log.log(
+            level,
+            "audit: the kernel %s; %d rows written, %d removed, %d failed; %.1f ms",
+            "differed and was repaired" if level == logging.WARNING else "holds what it should",
+            report.written, report.removed, report.failed, (ended - began) * 1e3,
+            extra={"fields": {
+                "event": "audit", "written": report.written, "removed": report.removed, "failed": report.failed,
+                "seconds": round(ended - began, 6),
+            }},
+        )  # fmt: skip
+        return report
+
+    # ---- What is wrong ----
+
+    def problems(self) -> tuple[Found, ...]:
+        """Everything that is wrong now, in a stable order."""
+        found: set[Found] = set()
+        for source in self._sources:
+            found.update(Found(source.name, *problem) for problem in source.problems())
+        found.update(Found(name, *problem) for name, problem in self._source_errors.items())
+        if self._routes is not None:
+            for remarks in self._routes.problems.values():
+                found.update(Found("policy", *problem) for problem in remarks)
+        for what, refused in self._refused.items():
+            found.update(Found(what, *problem) for problem in refused)
+        found.update(Found("devices", *problem) for problem in self._device_problems())
+        return tuple(sorted(found, key=lambda item: (item.part, item.subject, item.reason)))
+
+    def _log_problems(self) -> None:
+        found = self.problems()
+        now = frozenset(found)
+        for problem in found:
+            if problem not in self._known:
+                log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
+        for problem in sorted(self._known - now, key=lambda item: (item.part, item.subject, item.reason)):
+            log.info("%s: %s: resolved: %s", problem.part, problem.subject, problem.reason)
+        self._known = now
+
+    def overview(self) -> Overview:
+        """How it goes, now."""
+        now = self._clock()
+        pending = None if self._changed_at is None else now - self._changed_at
+        return Overview(
+            synced_sources=self._desired.synced,
+            first_sync=self._first_sync,
+            complete=self._first_sync and not self._failing,
+            pending_for=pending,
+            last_sync_age=None if self._last_sync is None else now - self._last_sync,
+            last_audit_age=None if self._last_audit is None else now - self._last_audit,
+            failures=self._failures,
+            routes=self._routes,
+            problems=self.problems(),
+        )
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {error}".replace("\n", " ").strip()

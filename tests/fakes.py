@@ -1,0 +1,285 @@
+"""Parts that live in memory, in the shape of the real ones: a dataplane, a source, a store with a policy, time.
+
+Rules of this file: every fake keeps the contract of its protocol (a dataplane's `state()` is what was synced, a second
+sync writes nothing), so that what is tested on them is true of what they stand for. Failures are asked for, not random.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from ebpflb.config import Config
+from ebpflb.dataplane import Dataplane, Report, Requirement
+from ebpflb.errors import ApplyError, EbpflbError, UserError
+from ebpflb.model import Problem, Protocol, ServiceName
+from ebpflb.parts import Parts, Watch
+from ebpflb.reconcile import Desired
+from ebpflb.routes import (
+    Backend,
+    Frontend,
+    Key,
+    Kind,
+    Locality,
+    Route,
+    RouteTable,
+    Scope,
+    ServicePortName,
+    Verdict,
+)
+from ebpflb.source import DropService, Event, Source, Synced
+
+Row = tuple[Key, Route]
+
+
+def row(
+    address: str = "172.30.0.41",
+    port: int = 80,
+    scope: Scope = Scope.INTERNAL,
+    *,
+    backends: Sequence[str] = ("10.180.0.1",),
+    name: str = "web",
+    **more: object,
+) -> Row:
+    """One route, by what a test is about: `ns/NAME:p80` at `address`, served by port 8080 of `backends`."""
+    service = ServicePortName("ns", name, "p80")
+    found = tuple(Backend(each, 8080) for each in backends)
+    verdict = Verdict.FORWARD if found else Verdict.REJECT
+    route = Route(service, Kind.CLUSTER_IP, verdict, found, **more)  # type: ignore[arg-type]
+    return ((Frontend(address, port, Protocol.TCP), scope), route)
+
+
+def both(*arguments: object, **more: object) -> list[Row]:
+    """`row` in both scopes."""
+    return [row(*arguments, scope=scope, **more) for scope in Scope]  # type: ignore[arg-type, misc]
+
+
+def routes(*rows: Row, **more: object) -> RouteTable:
+    return RouteTable(dict(rows), **more)  # type: ignore[arg-type]
+
+
+class FakeClock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeDataplane:
+    """Holds routes in memory. `fail_next` syncs or audits are refused; `raises` is raised by the next call of that
+    name; `drift` puts something else in the kernel behind the daemon's back."""
+
+    name = "bpf"
+
+    def __init__(self, held: RouteTable | None = None) -> None:
+        self.held = held
+        self.wanted: RouteTable | None = None
+        self.calls: list[str] = []
+        self.fail_next = 0
+        self.raises: dict[str, Exception] = {}
+        self.lacks: tuple[Requirement, ...] = ()
+        self.rows: dict[str, list[dict[str, object]]] = {"fill": [{"name": "frontends", "entries": 1, "max": 10}]}
+
+    def _called(self, what: str) -> None:
+        self.calls.append(what)
+        if what in self.raises:
+            raise self.raises.pop(what)
+
+    def check(self) -> None:
+        self._called("check")
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        return (Requirement("bpf(2)", True, "kernel 6.1"), *self.lacks)
+
+    def start(self) -> None:
+        self._called("start")
+        if self.held is None:
+            self.held = RouteTable()
+
+    def sync(self, routes: RouteTable) -> Report:
+        self._called("sync")
+        self.wanted = routes
+        return self._make_equal()
+
+    def audit(self) -> Report:
+        self._called("audit")
+        return self._make_equal()
+
+    def _make_equal(self) -> Report:
+        if self.fail_next:
+            self.fail_next -= 1
+            return Report(failed=1, problems=(Problem("frontends", "no room (ENOSPC)"),))
+        assert self.wanted is not None
+        held = self.held or RouteTable()
+        written = sum(held.get(key) != route for key, route in self.wanted.items())
+        removed = sum(key not in self.wanted for key in held)
+        self.held = self.wanted
+        return Report(written=written, removed=removed)
+
+    def state(self) -> RouteTable:
+        self._called("state")
+        return self.held or RouteTable()
+
+    def tables(self, what: str) -> list[dict[str, object]]:
+        if what not in self.rows:
+            raise UserError(f"dump {what}: this dataplane has no such table")
+        return self.rows[what]
+
+    def inventory(self) -> tuple[str, ...]:
+        return () if self.held is None else ("map frontends", "program connect4")
+
+    def cleanup(self) -> None:
+        self._called("cleanup")
+        self.held = None
+
+
+class FakeSource:
+    """Says what a test puts into `say`, and is readable while there is something."""
+
+    def __init__(self, name: str = "manifests") -> None:
+        self.name = name
+        self.wrong: tuple[Problem, ...] = ()
+        self.raises: Exception | None = None
+        self.closed = False
+        self._events: list[Event] = []
+        self._reader, self._writer = socket.socketpair()
+
+    def say(self, *events: Event) -> None:
+        self._events += events
+        self._writer.send(b"\0")
+
+    def change(self) -> None:
+        """Some change; what is wanted then is up to the FakeDesired."""
+        self.say(DropService(ServiceName("ns", "some")))
+
+    def synced(self) -> None:
+        self.say(Synced(self.name))
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def read(self) -> Iterable[Event]:
+        self._reader.setblocking(False)
+        try:
+            self._reader.recv(4096)
+        except BlockingIOError:
+            pass
+        if self.raises:
+            error, self.raises = self.raises, None
+            raise error
+        events, self._events = self._events, []
+        return events
+
+    def problems(self) -> tuple[Problem, ...]:
+        return self.wrong
+
+    def close(self) -> None:
+        self.closed = True
+        self._reader.close()
+        self._writer.close()
+
+
+class FakeDesired:
+    """Wants what a test puts into `want`, once every source has synced."""
+
+    def __init__(self, want: RouteTable | None = None, sources: Sequence[str] = ("manifests",)) -> None:
+        self.want = want or RouteTable()
+        self.events: list[Event] = []
+        self.raises: Exception | None = None
+        self._missing = set(sources)
+
+    @property
+    def synced(self) -> bool:
+        return not self._missing
+
+    def apply(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Synced):
+            self._missing.discard(event.source)
+
+    def routes(self) -> RouteTable:
+        if self.raises:
+            error, self.raises = self.raises, None
+            raise error
+        return self.want
+
+
+class FakeSelector(selectors.DefaultSelector):
+    """A selector whose waiting is the clock's advance: what is readable is real, the time that passes is not.
+
+    When a wait would begin, the next of `script` runs instead, at the time it is due: (seconds from the start, what).
+    """
+
+    def __init__(self, clock: FakeClock, script: Iterable[tuple[float, Callable[[], object]]] = ()) -> None:
+        super().__init__()
+        self._clock = clock
+        self._start = clock.now
+        self._script = sorted(script, key=lambda step: step[0])
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        until = None if timeout is None else self._clock.now + timeout
+        if self._script and (until is None or self._start + self._script[0][0] <= until):
+            at, act = self._script.pop(0)
+            self._clock.now = max(self._clock.now, self._start + at)
+            act()
+            return super().select(0)
+        assert until is not None, "waits for ever: the script has run out"
+        self._clock.now = until
+        return []
+
+
+class World:
+    """Parts, and the fakes behind them."""
+
+    def __init__(self, want: RouteTable | None = None, held: RouteTable | None = None) -> None:
+        self.clock = FakeClock()
+        self.dataplane = FakeDataplane(held)
+        self.source = FakeSource()
+        self.desired = FakeDesired(want)
+        self.device_problems: tuple[Problem, ...] = ()
+        self.configs: list[Config] = []
+        self.source.synced()
+        self.parts = Parts(
+            hostname=lambda: "Node-1.example ",
+            dataplanes=self._dataplanes,
+            sources=lambda config: (self.source,),
+            desired=lambda config, sources: self.desired,
+            watches=lambda dataplane: (),
+            device_problems=lambda dataplane: self.device_problems,
+            privileged=lambda: True,
+            clock=self.clock,
+            random=lambda: 0.0,
+            now=lambda: "2026-01-31T12:00:00Z",
+            socket_name=f"ebpflb-test-{os.getpid()}",
+        )
+
+    def _dataplanes(self, config: Config) -> Sequence[Dataplane]:
+        self.configs.append(config)
+        return (self.dataplane,)
+
+    def but(self, **parts: object) -> Parts:
+        """These parts, some replaced."""
+        return replace(self.parts, **parts)  # type: ignore[arg-type]
+
+
+def keeps_protocols(dataplane: FakeDataplane, source: FakeSource, desired: FakeDesired) -> tuple[Dataplane, Source, Desired]:
+    """mypy's proof that the fakes have the shape of what they stand for."""
+    return dataplane, source, desired
+
+
+__all__ = [
+    "ApplyError", "Backend", "EbpflbError", "FakeClock", "FakeDataplane", "FakeDesired", "FakeSelector", "FakeSource",
+    "Locality", "Watch", "World", "both", "routes", "row",
+]  # fmt: skip

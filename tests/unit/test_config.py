@@ -1,0 +1,223 @@
+"""Options to Config: what is accepted, what it comes to, and the one line that a wrong one is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ebpflb.config import Config, LogFormat, LogLevel, Options, configure
+from ebpflb.errors import UserError
+from ebpflb.model import DetectLocal
+
+
+def config(need_source: bool = False, hostname: str = "node-1", **options: object) -> Config:
+    return configure(Options(**options), hostname=hostname, need_source=need_source)  # type: ignore[arg-type]
+
+
+def refusal(need_source: bool = False, hostname: str = "node-1", **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        config(need_source, hostname, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults() -> None:
+    found = config()
+    assert found.node_name == "node-1"
+    assert found.dataplane == "auto"
+    assert found.bpffs == "/sys/fs/bpf/ebpflb"
+    assert found.cgroup == ""
+    assert found.log_format is LogFormat.TEXT
+    assert found.log_level is LogLevel.INFO
+    assert found.proxy.detect_local is DetectLocal.CLUSTER_CIDR
+    assert found.proxy.nodeport_addresses == ()
+    assert found.proxy.localhost_nodeports
+
+
+def test_manifests_are_a_directory(tmp_path: Path) -> None:
+    assert config(need_source=True, manifests=str(tmp_path)).manifests == str(tmp_path)
+
+
+def test_a_relative_directory_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon may be asked about it from elsewhere."""
+    (tmp_path / "manifests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert config(need_source=True, manifests="manifests").manifests == str(tmp_path / "manifests")
+
+
+def test_no_source_says_which_option_to_give() -> None:
+    assert "--manifests DIR" in refusal(need_source=True)
+
+
+def test_a_missing_directory_is_named() -> None:
+    assert refusal(need_source=True, manifests="/nowhere/at/all").startswith("--manifests /nowhere/at/all: there is no")
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    path = tmp_path / "web.yaml"
+    path.write_text("")
+    assert "is not a directory" in refusal(need_source=True, manifests=str(path))
+
+
+def test_a_wrong_cgroup_is_named() -> None:
+    assert "--cgroup /nowhere" in refusal(cgroup="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("hostname", "given", "name"),
+    [("Node-1.Example", None, "node-1.example"), ("x", " Worker-A ", "worker-a"), ("x", "w", "w")],
+)
+def test_node_names_are_trimmed_and_lowered_as_by_the_kubelet(hostname: str, given: str | None, name: str) -> None:
+    assert config(hostname=hostname, node_name=given).node_name == name
+
+
+def test_an_empty_node_name_is_refused() -> None:
+    assert "--node-name" in refusal(node_name="  ")
+
+
+NOT_YET = {
+    "config": ({"config": "kube-proxy.yaml"}, "--config"),
+    "kubeconfig": ({"kubeconfig": "/root/.kube/config"}, "--kubeconfig"),
+    "apiserver": ({"apiserver": ("https://10.0.0.1",)}, "--apiserver"),
+    "init-only": ({"init_only": True}, "--init-only"),
+    "write-config-to": ({"write_config_to": "x"}, "--write-config-to"),
+    "ipvs": ({"dataplane": "ipvs"}, "--dataplane ipvs"),
+    "iptables": ({"dataplane": "iptables"}, "--dataplane iptables"),
+    "kube-proxy's ipvs": ({"proxy_mode": "ipvs"}, "--proxy-mode ipvs"),
+    "kube-proxy's iptables": ({"proxy_mode": "iptables"}, "--proxy-mode iptables"),
+    "native XDP": ({"xdp": "native"}, "--xdp native"),
+    "generic XDP": ({"xdp": "generic"}, "--xdp generic"),
+    "a healthz server": ({"healthz_bind_address": "0.0.0.0:1"}, "--healthz-bind-address"),
+    "a metrics server": ({"metrics_bind_address": "0.0.0.0:1"}, "--metrics-bind-address"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_YET)
+def test_what_a_later_version_brings_is_refused_by_name(case: str) -> None:
+    options, name = NOT_YET[case]
+    text = refusal(**options)
+    assert text.startswith(name)
+    assert "not in this version yet" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"xdp": "off"},
+        {"xdp": "auto"},
+        {"dataplane": "auto"},
+        {"dataplane": "bpf"},
+        {"healthz_bind_address": "", "metrics_bind_address": ""},
+        {"healthz_bind_address": "0.0.0.0:10256", "metrics_bind_address": "127.0.0.1:10249"},
+    ],
+)
+def test_neutral_values_are_accepted(options: dict[str, object]) -> None:
+    config(**options)
+
+
+def test_nftables_is_refused_clearly() -> None:
+    assert "no nftables dataplane" in refusal(proxy_mode="nftables")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dataplane": "xdp"}, {"proxy_mode": "userspace"}, {"xdp": "fast"}, {"log_format": "xml"}, {"log_level": "loud"}],
+)
+def test_unknown_words_are_answered_with_the_known_ones(options: dict[str, object]) -> None:
+    text = refusal(**options)
+    assert str(next(iter(options.values()))) in text
+    assert "choose" in text or "use" in text
+
+
+def test_two_words_for_the_dataplane_must_agree() -> None:
+    assert "disagree" in refusal(dataplane="bpf", proxy_mode="ipvs")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (("10.0.0.0/8,192.168.0.0/16",), ("10.0.0.0/8", "192.168.0.0/16")),
+        (("10.0.0.0/8", "fd00::/8"), ("10.0.0.0/8", "fd00::/8")),
+        (("10.1.2.3/8", " 10.0.0.0/8 ", ""), ("10.0.0.0/8",)),
+        (("FD00:0::1/64",), ("fd00::/64",)),
+        (("10.0.0.1/32",), ("10.0.0.1/32",)),
+    ],
+)
+def test_cidrs_are_split_masked_and_written_canonically(given: tuple[str, ...], found: tuple[str, ...]) -> None:
+    assert config(cluster_cidr=given).proxy.cluster_cidrs == found
+    assert config(nodeport_addresses=given).proxy.nodeport_addresses == found
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0", "10.0.0.0/33", "ten/8", "10.0.0.256/24", "fd00::/129", "fd00::1"])
+def test_a_wrong_cidr_is_named_with_its_option(text: str) -> None:
+    assert refusal(cluster_cidr=(text,)).startswith(f"--cluster-cidr {text}")
+    assert refusal(nodeport_addresses=(text,)).startswith(f"--nodeport-addresses {text}")
+
+
+def test_an_address_without_bits_is_answered_with_the_cidr_meant() -> None:
+    assert "10.0.0.1/32" in refusal(cluster_cidr=("10.0.0.1",))
+    assert "fd00::1/128" in refusal(cluster_cidr=("fd00::1",))
+
+
+def test_primary_is_a_word_of_its_own() -> None:
+    found = config(nodeport_addresses=("primary",)).proxy
+    assert found.nodeport_primary
+    assert found.nodeport_addresses == ()
+    assert "stands alone" in refusal(nodeport_addresses=("primary,10.0.0.0/8",))
+
+
+@pytest.mark.parametrize(
+    ("mode", "companion"),
+    [
+        ("ClusterCIDR", {"cluster_cidr": ("10.0.0.0/8",)}),
+        ("BridgeInterface", {"pod_bridge_interface": "cni0"}),
+        ("InterfaceNamePrefix", {"pod_interface_name_prefix": "veth"}),
+        ("NodeCIDR", {}),
+    ],
+)
+def test_detect_local_modes_need_their_companions(mode: str, companion: dict[str, object]) -> None:
+    assert config(detect_local_mode=mode, **companion).warnings == ()
+    if companion:
+        (warning,) = config(detect_local_mode=mode).warnings
+        assert mode in warning
+
+
+def test_an_unknown_detect_local_mode_is_answered_with_the_known_ones() -> None:
+    assert "BridgeInterface" in refusal(detect_local_mode="clustercidr")
+
+
+@pytest.mark.parametrize("name", ["a-name-that-is-too-long", "with space", "with/slash"])
+def test_interfaces_have_names(name: str) -> None:
+    assert name in refusal(pod_bridge_interface=name)
+
+
+def test_devices_are_names_or_patterns() -> None:
+    assert config(devices=("eth0,ens*", "eth0")).devices == ("ens*", "eth0")
+    assert "--devices /dev/eth0" in refusal(devices=("/dev/eth0",))
+
+
+@pytest.mark.parametrize(
+    ("options", "level"),
+    [
+        ({"verbosity": 2}, LogLevel.INFO),
+        ({"verbosity": 5}, LogLevel.DEBUG),
+        ({"verbosity": 5, "log_level": "error"}, LogLevel.ERROR),
+        ({"log_level": "warning"}, LogLevel.WARNING),
+    ],
+)
+def test_log_levels(options: dict[str, object], level: LogLevel) -> None:
+    assert config(**options).log_level is level
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"audit_period": 0.5}, {"audit_period": float("nan")}, {"min_sync_period": -1.0}, {"min_sync_period": float("inf")}],
+)
+def test_periods_are_sane(options: dict[str, object]) -> None:
+    assert "give seconds" in refusal(**options)
+
+
+def test_an_empty_bpffs_is_refused() -> None:
+    assert "--bpffs is empty" in refusal(bpffs="")
