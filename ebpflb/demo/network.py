@@ -4,7 +4,7 @@ Rules of this file: pure text; nothing here touches the machine. An address tell
 
     nodes      192.168.0.2, .3 …       fd00:192:168::2 …       (the fabric that joins them is .1)
     pods       10.244.<node>.10 …      fd00:10:244:<node>::10 …
-    outside    203.0.113.10            2001:db8:203::10
+    outside    203.0.113.10            fd00:203:0:113::10
 
 The fabric is a bridge to the nodes and a router to the outside client. It stands for the network between machines, and
 so it knows no pod: the nodes route those among themselves, plainly or over VXLAN.
@@ -45,8 +45,8 @@ class Addresses(NamedTuple):
 
 
 FABRIC = Addresses("192.168.0.1", "fd00:192:168::1")
-OUTSIDE_GATEWAY = Addresses("203.0.113.1", "2001:db8:203::1")
-OUTSIDE = Addresses("203.0.113.10", "2001:db8:203::10")
+OUTSIDE_GATEWAY = Addresses("203.0.113.1", "fd00:203:0:113::1")
+OUTSIDE = Addresses("203.0.113.10", "fd00:203:0:113::10")
 
 # Strict reverse path filtering: a packet whose source would not be routed back where it came from is dropped.
 NODE_SYSCTLS = {
