@@ -1,0 +1,52 @@
+"""Fixtures of the tests that load programs: `node` is a node's programs with the rows of a small world.
+
+Rules of this file: programs are compiled and verified once a session; every test starts from empty maps. Nothing is
+attached or pinned here.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
+from tests.bpf.loaded import TEST_CHECKSUM_COMPLETE, Loaded
+
+
+@pytest.fixture(scope="session")
+def artifact() -> Artifact:
+    """Our programs, compiled (from the cache if nothing has changed)."""
+    return load_artifact()
+
+
+@pytest.fixture(scope="session")
+def loaded_once(artifact: Artifact) -> Iterator[Loaded]:
+    """The tc programs, verified once."""
+    loaded = Loaded(artifact, programs=("tc_ingress", "tc_egress"))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="session")
+def hardware_sums(loaded_once: Loaded) -> bool:
+    """Whether this kernel's test run can pretend that the device has summed the packet (Linux 6.16)."""
+    try:
+        syscall.prog_test_run(loaded_once.programs["tc_egress"], bytes(64), flags=TEST_CHECKSUM_COMPLETE)
+    except OSError as error:
+        assert error.errno == errno.EINVAL
+        return False
+    return True
+
+
+@pytest.fixture(params=("no-sum", "hardware-sum"))
+def node(request: pytest.FixtureRequest, loaded_once: Loaded, hardware_sums: bool) -> Loaded:
+    """The tc programs with empty maps. Every test runs twice: with packets that nobody has summed, and with packets
+    whose sum hardware has taken (CHECKSUM_COMPLETE), where the kernel checks that it is still true afterwards."""
+    if request.param == "hardware-sum" and not hardware_sums:
+        pytest.skip("this kernel's test run keeps no hardware sum")
+    loaded_once.clear()
+    loaded_once.flags = TEST_CHECKSUM_COMPLETE if request.param == "hardware-sum" else 0
+    return loaded_once
