@@ -1,5 +1,17 @@
-"""`ebpflb demo`: a small cluster of network namespaces on this machine, with real servers and clients, served by ebpflb.
+"""`ebpflb demo`: a small cluster of network namespaces on this machine, with real servers and clients.
 
 Rules of this package: it talks to ebpflb as a person does, by its command line and its manifests, and imports nothing
 of it but errors. Whatever it makes in the kernel or on disk it removes, however it ends.
 """
+
+from __future__ import annotations
+
+
+def run_demo(keep: bool = False, clean: bool = False) -> int:
+    """Tell the story and return the exit status: 0 if every step was as promised.
+
+    `keep` leaves the cluster standing; `clean` only removes one that was kept. Raises UserError if it cannot begin.
+    """
+    from ebpflb.demo.story import remove_kept, tell
+
+    return remove_kept() if clean else tell(keep)

@@ -1,0 +1,384 @@
+"""The demo's story: each step says what is asked, asks it with a real client, shows what comes back, and checks it.
+
+Rules of this file: steps and promises only; how to do things is in `stage`, how to show them in `console`. A broken
+promise does not end the story, an interruption does; either way nothing is left behind, unless that was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ebpflb.demo import namespaces, servers
+from ebpflb.demo.cluster import Cluster, Place
+from ebpflb.demo.console import Console
+from ebpflb.demo.stage import DNS_ADDRESS, NAME, Probe, Stage
+from ebpflb.errors import EbpflbError, UserError
+
+SERVICE = "10.96.0.80"
+SERVICE_IPV6 = "[fd00:10:96::80]"
+MYSQL = "10.96.0.33"
+NOBODY = "10.96.0.99"
+REQUESTS = 40
+
+# A refusal is one round trip; a time-out would be a minute and more.
+AT_ONCE_SECONDS = 0.5
+# From a file's rename to the last answer of a pod that it took out.
+MILLISECONDS_PROMISED = 50
+
+
+def tell(keep: bool) -> int:
+    """The whole of it; 0 if every promise was kept, 130 if it was interrupted. Raises UserError if it cannot begin."""
+    servers.check_installed()
+    if namespaces.leftovers(NAME):
+        raise UserError("a demo is standing already: look around in it, or remove it with `ebpflb demo --clean`")
+    console = Console()
+    began = time.monotonic()
+    with _signals_as_interrupts():
+        try:
+            return _tell(keep, console, began)
+        except KeyboardInterrupt:
+            left = namespaces.leftovers(NAME)
+            console.say(f"Interrupted. {'Left behind: ' + '; '.join(left) if left else 'Everything is removed.'}")
+            return 130
+
+
+def _tell(keep: bool, console: Console, began: float) -> int:
+    cluster = Cluster(("node1", "node2"), name=NAME)
+    cluster.__enter__()
+    left: tuple[str, ...] = ()
+    standing = False
+    try:
+        Story(Stage(cluster), console).tell()
+        standing = keep
+    finally:
+        if not standing:
+            left = cluster.remove()
+    if not standing:
+        with console.step("Nothing is left behind", "Processes, namespaces, cgroups, mounts, pins, files."):
+            console.check(not left, f"all of it is gone{', but ' + '; '.join(left) if left else ''}")
+    console.summary(time.monotonic() - began)
+    if standing:
+        _how_to_look_around(console, cluster)
+    return int(console.failed)
+
+
+def remove_kept() -> int:
+    """Remove a demo that was kept."""
+    if not namespaces.leftovers(NAME):
+        print("no demo is standing")
+        return 0
+    left = namespaces.remove(NAME)
+    print(f"could not remove {'; '.join(left)}" if left else "the demo is removed")
+    return int(bool(left))
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the demo as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _how_to_look_around(console: Console, cluster: Cluster) -> None:
+    target = " ".join(cluster.target("node1"))
+    console.say("")
+    console.say("The cluster is left standing. Be its client, change it, look into it:")
+    for line in (
+        f"nsenter --net=/run/netns/{cluster.outside.namespace} curl http://192.168.0.2:30007/    # from outside",
+        f"nsenter --net=/run/netns/{cluster.nodes['node1'].namespace} ebpflb dump {target}",
+        f"nsenter --net=/run/netns/{cluster.nodes['node1'].namespace} ebpflb status",
+        f"$EDITOR {cluster.manifests.directory}/my-service.yaml    # the daemons follow",
+        f"tail -f {cluster.logs}/node1.log",
+        "ebpflb demo --clean    # removes it",
+    ):
+        console.say(f"    {line}")
+
+
+class Story:
+    """The steps, in order."""
+
+    def __init__(self, stage: Stage, console: Console) -> None:
+        self.stage = stage
+        self.console = console
+
+    def tell(self) -> None:
+        console, stage = self.console, self.stage
+        with console.step(
+            "A cluster on this machine",
+            "Two nodes, their pods and a client outside are network namespaces. Each node runs `ebpflb run` on the "
+            "manifests of deploy/demo; nothing else here knows of Services: no kube-proxy, no iptables.",
+        ):
+            stage.set_up(console.progress)
+            console.check(True, "servers serve, and both daemons say that the kernel carries the manifests")
+        self.spread()
+        self.outside()
+        self.sql()
+        self.dns()
+        self.headless()
+        self.refused()
+        self.unready()
+        self.scale_up()
+        self.dump()
+        self.trace()
+        self.killed()
+
+    # ---- Steps ----
+
+    def spread(self) -> None:
+        with self.console.step(
+            "my-service from a pod: the socket path",
+            f"The address {SERVICE} is nobody's. The client's connect() is given a pod's address in its place, so that "
+            "not a single packet needs translating; the answer names the pod.",
+        ):
+            counts = self._spread(self.stage.client, "client", f"http://{SERVICE}/")
+            self.console.check(set(counts) == {"web-1", "web-2"}, f"both nginx pods served: {_words(counts)}")
+            counts = self._spread(self.stage.client, "client", f"http://{SERVICE_IPV6}/")
+            self.console.check(set(counts) == {"web-1", "web-2"}, f"over IPv6 too: {_words(counts)}")
+            source = self._curl(self.stage.client, "client", f"http://{SERVICE}/source")
+            own = self.stage.address("client")
+            self.console.check(source == own, f"the server sees the client's own address {own}")
+
+    def outside(self) -> None:
+        with self.console.step(
+            "my-service from outside: NodePort 30007, the packet path",
+            "A machine that is no node asks a node. Packets are translated where they enter and leave the node, also "
+            "when the pod is on the other one.",
+        ):
+            for node in self.stage.cluster.nodes.values():
+                url = f"http://{node.addresses.ipv4}:30007/"
+                counts = self._spread(self.stage.outside, "outside", url)
+                promise = f"{node.name}: both nginx pods served: {_words(counts)}"
+                self.console.check(set(counts) == {"web-1", "web-2"}, promise)
+
+    def sql(self) -> None:
+        with self.console.step(
+            "mysql: SQL over port 3360",
+            "MariaDB listens at 3306 on node2; clients in the cluster ask for 3360, those outside for node port 30008.",
+        ):
+            create = "CREATE TABLE fruit (name TEXT, price INT); INSERT INTO fruit VALUES ('apple', 3), ('quince', 5)"
+            self._run(self.stage.client, "client", servers.sql_client(MYSQL, 3360, create))
+            query = servers.sql_client("192.168.0.2", 30008, "SELECT * FROM fruit", "SELECT SUM(price) FROM fruit")
+            output = self._run(self.stage.outside, "outside", query)
+            self.console.check(output.split()[-1:] == ["8"], "written through one, read through the other")
+
+    def dns(self) -> None:
+        with self.console.step(
+            "kube-dns: one address, UDP and TCP",
+            f"Pods have {DNS_ADDRESS} in their resolv.conf. dig refuses an answer that comes from another address than "
+            "it asked, so that what it shows proves the way back as well.",
+        ):
+            name = f"my-service.default.svc.{servers.DOMAIN}"
+            for how in ("+notcp", "+tcp"):
+                output = self._run(self.stage.client, "client", ("dig", f"@{DNS_ADDRESS}", name, how, "+short"))
+                self.console.check(output.split() == [SERVICE], f"answered over {'UDP' if how == '+notcp' else 'TCP'}")
+            output = self._curl(self.stage.client, "client", "http://my-service/")
+            self.console.check(output in ("web-1", "web-2"), "and curl finds my-service by its name alone")
+
+    def headless(self) -> None:
+        with self.console.step(
+            "my-pods: a headless Service",
+            "It has no address of its own: its name means its pods, and there is nothing to program.",
+        ):
+            name = f"my-pods.default.svc.{servers.DOMAIN}"
+            output = self._run(self.stage.client, "client", ("dig", f"@{DNS_ADDRESS}", name, "+short"))
+            pods = {self.stage.address("web-1"), self.stage.address("web-2")}
+            self.console.check(set(output.split()) == pods, "DNS gives the pods' own addresses")
+            self.console.check(not self.stage.routes("node1", "default/my-pods"), "the kernel holds no row for it")
+
+    def refused(self) -> None:
+        with self.console.step(
+            "nobody-home: a Service without endpoints",
+            "Nobody waits for a time-out: a pod's connect() fails, an outside client's SYN is answered with a reset.",
+        ):
+            for place, name, url in (
+                (self.stage.client, "client", f"http://{NOBODY}/"),
+                (self.stage.outside, "outside", "http://192.168.0.2:30009/"),
+            ):
+                argv = ("curl", "--silent", "--show-error", "--max-time", "10", "-w", "%{time_total}", url)
+                done = self.stage.ask(place, *argv)
+                self.console.command(name, argv, done.stderr)
+                refused = done.returncode == 7
+                seconds = float(done.stdout or "inf")
+                promise = f"refused after {seconds * 1000:.1f} ms"
+                self.console.check(refused and seconds < AT_ONCE_SECONDS, promise)
+
+    def unready(self) -> None:
+        stage = self.stage
+        with self.console.step(
+            "A pod becomes unready",
+            "While a client asks without end, web-2's `ready` turns false in the manifest (one rename of a file).",
+        ):
+            probe = stage.probe(stage.client, f"http://{SERVICE}/")
+            probe.wait(200)
+            changed = stage.change_endpoints("my-service.yaml", lambda item: _set_ready(item, "web-2", False))
+            probe.wait(400)
+            answers = probe.stop()
+            late = [moment for moment, _, who in answers if who == "web-2" and moment > changed]
+            self._show_probe(answers, changed)
+            milliseconds = (max(late) - changed) * 1000 if late else 0.0
+            self.console.check(
+                milliseconds < MILLISECONDS_PROMISED, f"web-2's last answer came {milliseconds:.1f} ms after the rename"
+            )
+            self._check_no_failure(answers)
+            for node in stage.cluster.nodes:
+                left = _backends(stage.routes(node, "default/my-service"))
+                self.console.check(stage.address("web-2") not in left, f"{node}: `dump` no longer knows it")
+
+    def scale_up(self) -> None:
+        stage = self.stage
+        with self.console.step("Scale up", "web-2 is ready again, and a third nginx starts on node2."):
+            web3 = stage.cluster.add_pod("node2", "web-3")
+            stage.start_nginx("web-3")(10)
+            probe = stage.probe(stage.client, f"http://{SERVICE}/")
+            probe.wait(20)
+
+            def grow(item: dict[str, Any]) -> None:
+                _set_ready(item, "web-2", True)
+                address = web3.addresses.ipv6 if item["addressType"] == "IPv6" else web3.addresses.ipv4
+                target = {"kind": "Pod", "namespace": "default", "name": "web-3"}
+                item["endpoints"].append(
+                    {"addresses": [address], "nodeName": "node2", "targetRef": target, "conditions": {"ready": True}}
+                )
+
+            changed = stage.change_endpoints("my-service.yaml", grow)
+            probe.wait(400)
+            answers = probe.stop()
+            first = min((moment for moment, _, who in answers if who == "web-3"), default=float("inf"))
+            self._show_probe(answers, changed)
+            milliseconds = (first - changed) * 1000
+            promise = f"web-3's first answer came {milliseconds:.1f} ms after the rename"
+            self.console.check(milliseconds < 2 * MILLISECONDS_PROMISED, promise)
+            self._check_no_failure(answers)
+            counts = self._spread(stage.outside, "outside", "http://192.168.0.3:30007/", 2 * REQUESTS)
+            self.console.check(set(counts) == {"web-1", "web-2", "web-3"}, f"all three serve: {_words(counts)}")
+
+    def dump(self) -> None:
+        with self.console.step("dump: what the kernel holds", "Read back from the kernel, not from a memory of it."):
+            status, _ = self._ebpflb("node1", "dump", "--service", "default/my-service")
+            self.console.check(status == 0, "it can be read")
+            found = _backends(self.stage.routes("node1", "default/my-service"))
+            pods = {
+                address for pod in ("web-1", "web-2", "web-3") for address in self.stage.cluster.pods[pod].addresses
+            }
+            self.console.check(found == pods, "its backends are the three pods, in both families")
+
+    def trace(self) -> None:
+        with self.console.step(
+            "trace: why a packet goes where it goes", "One that is served, and one that is refused."
+        ):
+            status, output = self._ebpflb("node1", "trace", self.stage.address("client"), f"{SERVICE}:80")
+            self.console.check(status == 0 and "my-service" in output, "served: exit status 0")
+            outside = self.stage.outside.addresses.ipv4
+            status, output = self._ebpflb("node1", "trace", outside, "192.168.0.2:30009")
+            self.console.check(status == 6 and "nobody-home" in output, "refused: exit status 6")
+
+    def killed(self) -> None:
+        stage = self.stage
+        with self.console.step(
+            "kill -9, and a restart that writes nothing",
+            "Clients ask without end on both paths. The daemon of node1 is killed: programs and rows stay in the "
+            "kernel. Its successor reads them back and finds nothing to do.",
+        ):
+            daemon = stage.cluster.nodes["node1"].daemon
+            assert daemon is not None
+            probes = {
+                "socket path": stage.probe(stage.client, f"http://{SERVICE}/"),
+                "packet path": stage.probe(stage.outside, "http://192.168.0.2:30007/"),
+            }
+            _all_wait(probes.values(), 100)
+            self.console.command("node1", ("kill", "-9", str(daemon.pid)), "")
+            daemon.kill()
+            status, _ = self._ebpflb("node1", "status", target=False)
+            self.console.check(status == 1, "`status` says that no daemon answers")
+            _all_wait(probes.values(), 200)
+            before = len(stage.cluster.log("node1").read_text())
+            stage.cluster.start_daemons(["node1"])
+            _all_wait(probes.values(), 100)
+            log = stage.cluster.log("node1").read_text()[before:]
+            synced = [line for line in log.splitlines() if "sync:" in line]
+            self.console.command("node1", (), "\n".join(synced), "ebpflb run …    # its log")
+            nothing = bool(synced) and all(_writes_nothing(line) for line in synced)
+            self.console.check(nothing, "the new daemon wrote nothing")
+            status, _ = self._ebpflb("node1", "plan")
+            self.console.check(status == 0, "`plan` finds nothing to change")
+            for path, probe in probes.items():
+                answers = probe.stop()
+                self._check_no_failure(answers, f"{path}: ")
+
+    # ---- Telling ----
+
+    def _run(self, where: Place, name: str, argv: Sequence[str]) -> str:
+        done = self.stage.ask(where, *argv)
+        self.console.command(name, argv, done.stdout + done.stderr)
+        return done.stdout if done.returncode == 0 else ""
+
+    def _curl(self, where: Place, name: str, url: str) -> str:
+        return self._run(where, name, ("curl", "--silent", "--show-error", "--max-time", "5", url)).strip()
+
+    def _spread(self, where: Place, name: str, url: str, times: int = REQUESTS) -> Counter[str]:
+        """Ask `times` times, each by a connection of its own; who answered how often. Raises EbpflbError."""
+        argv = ("curl", "--silent", "--show-error", "--max-time", "5", "-H", "Connection: close", f"{url}?[1-{times}]")
+        done = self.stage.ask(where, *argv)
+        counts = Counter(done.stdout.split())
+        output = "".join(f"{number:4} x {pod}\n" for pod, number in sorted(counts.items()))
+        self.console.command(name, argv, output + done.stderr)
+        if done.returncode or counts.total() != times:
+            raise EbpflbError(f"{counts.total()} of {times} requests were answered")
+        return counts
+
+    def _ebpflb(self, node: str, *words: str, target: bool = True) -> tuple[int, str]:
+        full = (*words, *(self.stage.cluster.target(node) if target else ()))
+        done = self.stage.cluster.ebpflb(node, *full)
+        self.console.command(node, ("ebpflb", *words), done.stdout + done.stderr)
+        return done.returncode, done.stdout
+
+    def _show_probe(self, answers: Sequence[tuple[float, str, str]], changed: float) -> None:
+        before = Counter(who for moment, _, who in answers if moment < changed)
+        after = Counter(who for moment, _, who in answers if moment >= changed)
+        rate = len(answers) / (answers[-1][0] - answers[0][0])
+        self.console.say(f"    {rate:.0f} requests a second; before: {_words(before)}; after: {_words(after)}")
+
+    def _check_no_failure(self, answers: Sequence[tuple[float, str, str]], prefix: str = "") -> None:
+        failures = Counter(why for _, outcome, why in answers if outcome != "ok")
+        said = f" ({_words(failures)})" if failures else ""
+        promise = f"{prefix}{len(answers)} requests meanwhile, {failures.total()} failed{said}"
+        self.console.check(not failures and len(answers) > 0, promise)
+
+
+def _all_wait(probes: Iterable[Probe], number: int) -> None:
+    for probe in probes:
+        probe.wait(number)
+
+
+def _words(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} x {name}" for name, number in sorted(counts.items())) or "nobody"
+
+
+def _set_ready(item: dict[str, Any], pod: str, ready: bool) -> None:
+    for endpoint in item["endpoints"]:
+        if endpoint["targetRef"]["name"] == pod:
+            endpoint["conditions"]["ready"] = ready
+
+
+def _backends(routes: Sequence[dict[str, Any]]) -> set[str]:
+    return {backend["address"] for route in routes for backend in route["backends"]}
+
+
+def _writes_nothing(line: str) -> bool:
+    found = re.search(r"(\d+) rows written, (\d+) removed, (\d+) failed", line)
+    return found is not None and found.groups() == ("0", "0", "0")
