@@ -250,7 +250,7 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
             "cgroup2",
             is_cgroup,
             str(where) if where else "cgroup2 is not mounted",
-            "--cgroup with a directory of a cgroup2 mount, or: mkdir -p /run/cgroup2; mount -t cgroup2 none /run/cgroup2",
+            "--cgroup with a directory of cgroup2, or: mkdir -p /run/cgroup2; mount -t cgroup2 none /run/cgroup2",
         ),
         Requirement(
             "compiler",
