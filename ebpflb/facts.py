@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ebpflb.model import Address, DetectLocal, Family, Node, ProxyOptions, Service, family_of
+from ebpflb.model import Address, DetectLocal, EndpointSlice, Family, Node, ProxyOptions, Service, family_of
 from ebpflb.routes import Locality, address_order, cidr_order, in_cidr
 
 
@@ -25,11 +25,10 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     default_algorithm: str
     locality: Locality
 
-    def concern(self, service: Service, before: Facts) -> bool:
+    def concern(self, service: Service, slices: tuple[EndpointSlice, ...], before: Facts) -> bool:
         """Whether the routes of `service` may differ under these facts from those under the facts `before`."""
-        if (self.node, self.zone, self.detectors, self.masquerade_all, self.default_algorithm) != (
+        if (self.node, self.detectors, self.masquerade_all, self.default_algorithm) != (
             before.node,
-            before.zone,
             before.detectors,
             before.masquerade_all,
             before.default_algorithm,
@@ -37,7 +36,9 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
             return True
         if self.nodeport_addresses != before.nodeport_addresses and any(port.node_port for port in service.ports):
             return True
-        return self.node_ips != before.node_ips and bool(service.source_ranges)
+        if self.node_ips != before.node_ips and service.source_ranges:
+            return True
+        return self.zone != before.zone and any(endpoint.zone_hints for each in slices for endpoint in each.endpoints)
 
     def node_ip(self, family: Family) -> Address:
         """This node's main address in `family`."""

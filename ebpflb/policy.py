@@ -51,7 +51,9 @@ class Router:
         names = touched if touched is not None else frozenset(snapshot.services) | self._claims.keys()
         concerned: set[ServiceName] = set()
         if before is not None and before != facts:
-            concerned = {name for name, claims in self._claims.items() if facts.concern(claims.service, before)}
+            concerned = {
+                name for name, held in self._claims.items() if facts.concern(held.service, held.slices, before)
+            }
         self.recomputed = 0
         affected: set[Frontend] = set()
         remarked: set[ServiceName] = set()
@@ -122,9 +124,7 @@ class Router:
             ):
                 if table.get(key) != route:
                     put[key] = route
-        problems = {
-            name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())
-        }
+        problems = {name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())}
         if put or drop or problems or facts.locality != table.locality:
             self._table = table.evolve(put, drop, locality=facts.locality, problems=problems)
         return self._table
