@@ -84,7 +84,7 @@ def root() -> None:
 @click.option("--once", is_flag=True, help="One complete sync, then exit; programs and rules stay.")
 @click.option("--cleanup", "clean", is_flag=True, help="kube-proxy's spelling of `ebpflb cleanup`.")
 @click.pass_obj
-def run(parts: Parts | None, once: bool, clean: bool, **typed: Any) -> int:
+def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> int:
     """The daemon, in the foreground; logs to stderr.
 
     Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With --once:
@@ -107,7 +107,7 @@ def run(parts: Parts | None, once: bool, clean: bool, **typed: Any) -> int:
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def dump(parts: Parts | None, what: str, service: str | None, output: str, **typed: Any) -> int:
+def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **typed: Any) -> int:
     """What the kernel holds now, read back; changes nothing.
 
     WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, raw (every map, every field).
@@ -127,7 +127,7 @@ def dump(parts: Parts | None, what: str, service: str | None, output: str, **typ
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def plan(parts: Parts | None, service: str | None, output: str, **typed: Any) -> int:
+def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> int:
     """What a sync would change, as additions, changes and removals; changes nothing.
 
     Exit status: 0 nothing to do, 5 there are changes.
@@ -140,7 +140,7 @@ def plan(parts: Parts | None, service: str | None, output: str, **typed: Any) ->
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def verify(parts: Parts | None, service: str | None, output: str, **typed: Any) -> int:
+def verify(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> int:
     """The manifests against the kernel: every entry that differs, by name.
 
     Exit status: 0 all agree, 5 drift.
@@ -163,7 +163,7 @@ def _compare(parts: Parts | None, kind: str, service: str | None, output: str, t
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def trace(parts: Parts | None, source: str, target: str, interface: str, output: str, **typed: Any) -> int:
+def trace(parts: Parts | None, /, source: str, target: str, interface: str, output: str, **typed: Any) -> int:
     """Step by step, what the live tables do with a packet from SRC to DST.
 
     PROTO is TCP (default), UDP or SCTP; an IPv6 destination is written [ADDRESS]:PORT. Exit status: 0 forwarded, 6
@@ -181,7 +181,7 @@ def trace(parts: Parts | None, source: str, target: str, interface: str, output:
 @cli_options.status
 @cli_options.output
 @click.pass_obj
-def status(parts: Parts | None, wait: float, output: str, **typed: Any) -> int:
+def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> int:
     """Is it working? Asks the daemon of this network namespace.
 
     Exit status: 0 healthy, 1 not (or no daemon).
@@ -197,7 +197,7 @@ def status(parts: Parts | None, wait: float, output: str, **typed: Any) -> int:
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def check(parts: Parts | None, output: str, **typed: Any) -> int:
+def check(parts: Parts | None, /, output: str, **typed: Any) -> int:
     """What this kernel offers, and which dataplane would carry services here.
 
     Exit status: 0, 3 if none can.
@@ -214,7 +214,7 @@ def check(parts: Parts | None, output: str, **typed: Any) -> int:
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def cleanup(parts: Parts | None, dry_run: bool, kube_proxy: bool, output: str, **typed: Any) -> int:
+def cleanup(parts: Parts | None, /, dry_run: bool, kube_proxy: bool, output: str, **typed: Any) -> int:
     """Removes everything that ebpflb ever installed here, and nothing else."""
     from ebpflb.commands.cleanup import cleanup as act
 
@@ -226,11 +226,12 @@ def cleanup(parts: Parts | None, dry_run: bool, kube_proxy: bool, output: str, *
 
 @root.command()
 @click.option("--keep", is_flag=True, help="Leave the cluster standing, with instructions on how to look around.")
-def demo(keep: bool) -> int:
+@click.option("--clean", is_flag=True, help="Only remove a cluster that was kept.")
+def demo(keep: bool, clean: bool) -> int:
     """A small cluster of network namespaces on this machine, served by ebpflb; leaves nothing behind."""
     from ebpflb.demo import run_demo
 
-    return run_demo(keep)
+    return run_demo(keep, clean)
 
 
 # ---- Between click and the commands ----
