@@ -18,11 +18,13 @@ static inline void count(u32 counter)
 		*cell += 1;
 }
 
+/* What holds for this node; none before the control plane has written it, or if another version did. */
 static inline struct settings *node_settings(void)
 {
 	u32 only = 0;
+	struct settings *row = settings.lookup(&only);
 
-	return settings.lookup(&only);
+	return row && row->layout == LAYOUT ? row : 0;
 }
 
 static inline struct frontend *find_frontend(const struct address *address, u16 port, u8 protocol)

@@ -67,7 +67,10 @@ static inline int rewrite_transport(struct __sk_buff *skb, const struct packet *
 		return DISCARD;
 	ports.source = to->source_port;
 	ports.destination = to->destination_port;
-	return bpf_skb_store_bytes(skb, packet->l4, &ports, sizeof(ports), 0) ? DISCARD : GO_ON;
+	/* Without a checksum to balance the ports, hardware's sum of the packet must follow them. */
+	if (bpf_skb_store_bytes(skb, packet->l4, &ports, sizeof(ports), packet->unsummed ? BPF_F_RECOMPUTE_CSUM : 0))
+		return DISCARD;
+	return GO_ON;
 }
 
 /*

@@ -68,7 +68,8 @@ struct packet {
 	u8 version; /* 4 or 6 */
 	u8 fragment;
 	u8 tcp_flags;
-	u8 error; /* an ICMP error: `key` is its inner packet's tuple, turned round */
+	u8 unsummed; /* UDP without a checksum (IPv4 only) */
+	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
 	u16 inner_l3;
 	u16 inner_l4;
 	struct address outer_source; /* of an ICMP error */
@@ -105,6 +106,13 @@ static inline int parse_ports(void *data, void *end, struct packet *packet)
 		if ((void *)(flags + 1) > end)
 			return too_short();
 		packet->tcp_flags = *flags;
+	}
+	if (packet->key.protocol == IPPROTO_UDP) {
+		u16 *checksum = data + packet->l4 + 6;
+
+		if ((void *)(checksum + 1) > end)
+			return too_short();
+		packet->unsummed = *checksum == 0;
 	}
 	return GO_ON;
 }
