@@ -1,0 +1,525 @@
+"""What the kernel's rows say by this process's own account, and what to write when routes change.
+
+Rules of this file: pure. `prepare` reserves and describes; nothing is given back before `sweep`, so within one sync no
+number that a row may still name is used for anything else. A sync goes: `prepare`, write what came in, `switched` /
+`gone` / `abandoned` for each frontend by what became of its row, `sweep`, write what went out, `freed_…`.
+
+A frontend's row is the unit of success: whatever could not be written for it leaves its old row in force, and no other
+frontend notices. References are counted by the rows held, so a set of backends or a name lives exactly as long as a
+row names it.
+
+A backend is known by address, port and weight, not by state: one that begins to drain keeps its id, and with it its
+flows.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterable, Mapping
+
+from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
+from ebpflb.dataplane.bpf.tables import (
+    ABSENT,
+    FREE,
+    NAME_LIMIT,
+    ROUTE,
+    Reading,
+    pack_backend,
+    pack_frontend,
+    pack_name,
+    pack_ranges,
+    pack_route,
+    unpack_frontend,
+)
+from ebpflb.model import Protocol
+from ebpflb.routes import Backend, BackendState, Frontend, Route, RouteTable, Scope, ServicePortName
+
+ServiceKey = tuple[ServicePortName, Protocol]
+
+UNKNOWN = b""
+"""The held row of a frontend that the kernel has in a form that refers to nothing sound."""
+
+
+class Refused(Exception):
+    """A route that no row can express."""
+
+
+class Service:
+    """A service port and its id; `refs` counts halves of rows."""
+
+    __slots__ = ("id", "key", "refs", "sets")
+
+    def __init__(self, key: ServiceKey, id: int) -> None:
+        self.key = key
+        self.id = id
+        self.refs = 0
+        self.sets: list[BackendSlots] = []
+
+
+class BackendSlots:
+    """A slot range in use: `backends` as in the route, `ids` by slot (4 bytes each), active ones first."""
+
+    __slots__ = ("backends", "count", "ids", "refs", "service", "start")
+
+    def __init__(self, service: Service, start: int, count: int, backends: tuple[Backend, ...], ids: bytes) -> None:
+        self.service = service
+        self.start = start
+        self.count = count
+        self.backends = backends
+        self.ids = ids
+        self.refs = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.backends)
+
+    def numbers(self) -> array[int]:
+        """The ids, by slot."""
+        return array("I", self.ids)
+
+    def by_slot(self) -> list[Backend]:
+        """The backends, by slot."""
+        return by_slot(self.backends)
+
+
+class Ranges:
+    """A set of source ranges in use."""
+
+    __slots__ = ("cidrs", "id", "refs")
+
+    def __init__(self, cidrs: tuple[str, ...], id: int) -> None:
+        self.cidrs = cidrs
+        self.id = id
+        self.refs = 0
+
+
+class Change:
+    """What one sync is to write, before the frontends' rows: rows by id. `sets` are the new slot ranges. `puts` are
+    frontends' rows, `removals` frontends that go, `refused` those that cannot be had, each with service and reason."""
+
+    __slots__ = ("backends", "names", "puts", "ranges", "refused", "removals", "sets")
+
+    def __init__(self) -> None:
+        self.backends: dict[int, bytes] = {}
+        self.sets: dict[int, BackendSlots] = {}
+        self.names: dict[int, bytes] = {}
+        self.ranges: dict[int, list[bytes]] = {}
+        self.puts: dict[Frontend, bytes] = {}
+        self.removals: list[Frontend] = []
+        self.refused: list[tuple[Frontend, ServicePortName, str]] = []
+
+
+def by_slot(backends: tuple[Backend, ...]) -> list[Backend]:
+    """Active backends first, draining ones behind them, each in their order."""
+    active = [backend for backend in backends if backend.state == BackendState.ACTIVE]
+    if len(active) == len(backends):
+        return active
+    return active + [backend for backend in backends if backend.state != BackendState.ACTIVE]
+
+
+class Ledger:
+    """`capacity`: entries of each map by name. A new ledger knows of nothing; `adopt` takes over what was read."""
+
+    def __init__(self, capacity: Mapping[str, int]) -> None:
+        self._capacity = capacity
+        self.held: dict[Frontend, bytes] = {}
+        self._services: dict[ServiceKey, Service] = {}
+        self._by_id: dict[int, Service] = {}
+        self._sets: dict[int, BackendSlots] = {}
+        self._ranges: dict[tuple[str, ...], Ranges] = {}
+        self._ranges_by_id: dict[int, Ranges] = {}
+        self._range_rows = 0
+        self._service_ids = IdPool("names", capacity["names"])
+        self._backend_ids = IdPool("backends", capacity["backends"] - 1)
+        self._range_ids = IdPool("ranges", capacity["ranges"])
+        self._slots = SlotPool("slots", capacity["slots"])
+        self._idle_sets: set[int] = set()
+        self._idle_services: set[int] = set()
+        self._idle_ranges: set[int] = set()
+        # What is to be written once no row refers to it; what fails stays here for the next sync.
+        self.stale_backends: dict[int, bytes] = {}
+        self.stale_names: set[int] = set()
+        self.stale_ranges: dict[int, list[bytes]] = {}
+        self.stale_frontends: set[bytes] = set()
+
+    # ---- Taking over what the kernel holds
+
+    def adopt(self, reading: Reading) -> None:
+        """Take over rows that were read. Rows that refer to nothing sound are held as UNKNOWN, rows that nobody
+        refers to become stale."""
+        rows: list[tuple[Frontend, bytes]] = []
+        claims: dict[int, tuple[int, int, int, int]] = {}
+        for key, value in reading.frontends():
+            frontend = unpack_frontend(key)
+            if frontend is None or pack_frontend(frontend) != key:
+                self.stale_frontends.add(key)
+                continue
+            rows.append((frontend, value))
+            for _, _, _, _, service, start, count, draining, _, _, _ in ROUTE.iter_unpack(value):
+                if not service or not count + draining:
+                    continue
+                if reading.backend_set(service, start, count, draining) is not None:
+                    claims.setdefault(start, (service, start, count, draining))
+        end = 0
+        for start in sorted(claims):
+            if start < end:
+                del claims[start]
+            else:
+                end = start + claims[start][2] + claims[start][3]
+        for frontend, value in rows:
+            self.held[frontend] = value if self._adopt_row(reading, frontend, value, claims) else UNKNOWN
+        self._adopt_rest(reading)
+
+    def _adopt_row(
+        self, reading: Reading, frontend: Frontend, value: bytes, claims: Mapping[int, tuple[int, int, int, int]]
+    ) -> bool:
+        halves = [half for half in ROUTE.iter_unpack(value) if half[4]]
+        for _, _, _, _, service, start, count, draining, _, ranges, _ in halves:
+            if service not in reading.names or (ranges and ranges not in reading.ranges):
+                return False
+            if count + draining and claims.get(start) != (service, start, count, draining):
+                return False
+        for _, _, _, _, service, start, count, draining, _, ranges, _ in halves:
+            record = self._by_id.get(service)
+            if record is None:
+                record = Service((reading.names[service], frontend.protocol), service)
+                self._by_id[service] = record
+                self._services.setdefault(record.key, record)
+            if count + draining and start not in self._sets:
+                found = reading.backend_set(service, start, count, draining)
+                assert found is not None  # a claim is one that could be read
+                slots = BackendSlots(record, start, count, found.backends, found.ids)
+                self._sets[start] = slots
+                record.sets.append(slots)
+            if ranges and ranges not in self._ranges_by_id:
+                known = Ranges(reading.ranges[ranges], ranges)
+                self._ranges_by_id[ranges] = known
+                self._ranges.setdefault(known.cidrs, known)
+        self._hold(value)
+        return True
+
+    def _adopt_rest(self, reading: Reading) -> None:
+        """Numbers in use, and rows that nobody refers to."""
+        active: set[int] = set()
+        used: set[int] = set()
+        for slots in self._sets.values():
+            numbers = slots.numbers()
+            used.update(numbers)
+            active.update(numbers[: slots.count])
+        wrong: set[int] = set()
+        for number, state, _ in reading.backend_rows():
+            if number not in used:
+                self.stale_backends[number] = FREE
+            elif state != (BackendState.ACTIVE if number in active else BackendState.DRAINING):
+                wrong.add(number)
+        if wrong:
+            for slots in self._sets.values():
+                for number, backend in zip(slots.numbers(), slots.by_slot(), strict=True):
+                    if number in wrong:
+                        state = BackendState.ACTIVE if number in active else BackendState.DRAINING
+                        self.stale_backends[number] = pack_backend(backend, state, slots.service.id)
+        self.stale_names = set(reading.names) - set(self._by_id)
+        for id, cidrs in reading.ranges.items():
+            self._range_rows += len(cidrs)
+            if id not in self._ranges_by_id:
+                self.stale_ranges[id] = pack_ranges(id, cidrs)
+        self._service_ids = IdPool("names", self._capacity["names"], reading.names)
+        self._backend_ids = IdPool("backends", self._capacity["backends"] - 1, used | set(self.stale_backends))
+        self._range_ids = IdPool("ranges", self._capacity["ranges"], reading.ranges)
+        taken = ((slots.start, slots.length) for slots in self._sets.values())
+        self._slots = SlotPool("slots", self._capacity["slots"], taken)
+
+    # ---- Planning
+
+    def prepare(self, want: RouteTable, frontends: Iterable[Frontend]) -> Change:
+        """What makes the rows of `frontends` those of `want`. Reserves numbers; costs those frontends only."""
+        change = Change()
+        wanted: list[tuple[Frontend, Route | None, Route | None]] = []
+        for frontend in frontends:
+            internal = want.get((frontend, Scope.INTERNAL))
+            external = want.get((frontend, Scope.EXTERNAL))
+            if internal is None and external is None:
+                if frontend in self.held:
+                    change.removals.append(frontend)
+            else:
+                wanted.append((frontend, internal, external))
+        room = self._capacity["frontends"] - len(self.held) + len(change.removals)
+        for frontend, internal, external in wanted:
+            held = self.held.get(frontend)
+            fresh: list[Service | BackendSlots | Ranges] = []
+            try:
+                if held is None and room <= 0:
+                    raise Exhausted("frontends", self._capacity["frontends"])
+                protocol = frontend.protocol
+                row = self._half(internal, protocol, change, fresh) + self._half(external, protocol, change, fresh)
+            except (Exhausted, Refused, struct.error, OSError, OverflowError) as error:
+                for made in reversed(fresh):
+                    self._forget(made, change)
+                route = internal or external
+                assert route is not None  # one without either is a removal
+                change.refused.append((frontend, route.service, str(error)))
+                continue
+            if row != held:
+                change.puts[frontend] = row
+                self._hold(row)
+                if held is None:
+                    room -= 1
+        return change
+
+    def _half(
+        self,
+        route: Route | None,
+        protocol: Protocol,
+        change: Change,
+        fresh: list[Service | BackendSlots | Ranges],
+    ) -> bytes:
+        """One scope's half of a row. Raises Exhausted or Refused; what was made until then is in `fresh`."""
+        if route is None:
+            return ABSENT
+        key = (route.service, protocol)
+        service = self._services.get(key)
+        if service is None:
+            service = self._new_service(key, change)
+            fresh.append(service)
+        start = count = draining = ranges = 0
+        if route.backends:
+            slots = self._find(service, route.backends)
+            if slots is None:
+                slots = self._new_set(service, route.backends, change)
+                fresh.append(slots)
+            start, count = slots.start, slots.count
+            draining = slots.length - count
+        if route.source_ranges:
+            known = self._ranges.get(route.source_ranges)
+            if known is None:
+                known = self._new_ranges(route.source_ranges, change)
+                fresh.append(known)
+            ranges = known.id
+        return pack_route(route, service.id, start, count, draining, ranges)
+
+    @staticmethod
+    def _find(service: Service, backends: tuple[Backend, ...]) -> BackendSlots | None:
+        for slots in service.sets:
+            if slots.backends is backends:
+                return slots
+        for slots in service.sets:
+            if slots.backends == backends:
+                # After a restart, the tuple that was read gives way to the one that the routes hold anyway.
+                slots.backends = backends
+                return slots
+        return None
+
+    def _new_service(self, key: ServiceKey, change: Change) -> Service:
+        name = pack_name(key[0])
+        if name is None:
+            raise Refused(f"a name has more than {NAME_LIMIT} bytes")
+        service = Service(key, self._service_ids.take())
+        self._services[key] = service
+        self._by_id[service.id] = service
+        change.names[service.id] = name
+        return service
+
+    def _new_set(self, service: Service, backends: tuple[Backend, ...], change: Change) -> BackendSlots:
+        ordered = by_slot(backends)
+        count = next((at for at, backend in enumerate(ordered) if backend.state != BackendState.ACTIVE), len(ordered))
+        known: dict[tuple[str, int, int], int] = {}
+        active: set[int] = set()
+        for slots in service.sets:
+            numbers = slots.numbers()
+            active.update(numbers[: slots.count])
+            for number, backend in zip(numbers, slots.by_slot(), strict=True):
+                known[backend.address, backend.port, backend.weight] = number
+        missing = len(ordered)
+        if known:
+            missing = sum((backend.address, backend.port, backend.weight) not in known for backend in ordered)
+        if missing > self._backend_ids.available:
+            raise Exhausted("backends", self._capacity["backends"] - 1)
+        start = self._slots.take(len(ordered))
+        ids = array("I")
+        rows: dict[int, bytes] = {}
+        made: list[int] = []
+        try:
+            for backend in ordered:
+                number = known.get((backend.address, backend.port, backend.weight), 0) if known else 0
+                if not number:
+                    number = self._backend_ids.take()
+                    made.append(number)
+                    rows[number] = pack_backend(backend, backend.state, service.id)
+                elif backend.state == BackendState.ACTIVE and number not in active:
+                    rows[number] = pack_backend(backend, backend.state, service.id)
+                ids.append(number)
+        except (struct.error, OSError, OverflowError):
+            self._slots.give(start, len(ordered))
+            for number in made:
+                self._backend_ids.give(number)
+            raise
+        change.backends.update(rows)
+        if self.stale_backends:
+            for number in rows:
+                self.stale_backends.pop(number, None)
+        slots = BackendSlots(service, start, count, backends, ids.tobytes())
+        service.sets.append(slots)
+        self._sets[start] = slots
+        change.sets[start] = slots
+        return slots
+
+    def _new_ranges(self, cidrs: tuple[str, ...], change: Change) -> Ranges:
+        if self._range_rows + len(cidrs) > self._capacity["ranges"]:
+            raise Exhausted("ranges", self._capacity["ranges"])
+        known = Ranges(cidrs, self._range_ids.take())
+        self._range_rows += len(cidrs)
+        self._ranges[cidrs] = known
+        self._ranges_by_id[known.id] = known
+        change.ranges[known.id] = pack_ranges(known.id, cidrs)
+        return known
+
+    def _forget(self, made: Service | BackendSlots | Ranges, change: Change) -> None:
+        """Undo what `prepare` made for a frontend that it then had to refuse; the last made first."""
+        if isinstance(made, Service):
+            del self._services[made.key], self._by_id[made.id], change.names[made.id]
+            self._service_ids.give(made.id)
+        elif isinstance(made, Ranges):
+            del self._ranges[made.cidrs], self._ranges_by_id[made.id], change.ranges[made.id]
+            self._range_rows -= len(made.cidrs)
+            self._range_ids.give(made.id)
+        else:
+            self._drop_set(made)
+            del change.sets[made.start]
+            for number, row in self._unused(made).items():
+                if row is FREE:
+                    del change.backends[number]
+                    self._backend_ids.give(number)
+                else:
+                    change.backends[number] = row
+
+    # ---- What became of it
+
+    def depends(self, row: bytes, sets: set[int], names: set[int], ranges: set[int]) -> bool:
+        """Whether a row refers to any of these slot ranges (by start), names or ranges."""
+        for _, _, _, _, service, start, count, draining, _, cidrs, _ in ROUTE.iter_unpack(row):
+            if service in names or cidrs in ranges or (count + draining and start in sets):
+                return True
+        return False
+
+    def switched(self, frontend: Frontend, row: bytes) -> None:
+        """The kernel now holds `row`."""
+        old = self.held.get(frontend)
+        self.held[frontend] = row
+        if old:
+            self._release(old)
+
+    def gone(self, frontend: Frontend) -> None:
+        """The kernel no longer holds the frontend."""
+        self._release(self.held.pop(frontend))
+
+    def abandoned(self, row: bytes) -> None:
+        """`prepare`'s row did not get into the kernel."""
+        self._release(row)
+
+    def owner(self, row: bytes) -> str:
+        """The Service of a held row, in words."""
+        for half in ROUTE.iter_unpack(row):
+            service = self._by_id.get(half[4])
+            if service is not None:
+                return str(service.key[0])
+        return "an unknown Service"
+
+    def _hold(self, row: bytes) -> None:
+        for _, _, _, _, service, start, count, draining, _, ranges, _ in ROUTE.iter_unpack(row):
+            if service:
+                self._by_id[service].refs += 1
+                if count + draining:
+                    self._sets[start].refs += 1
+                if ranges:
+                    self._ranges_by_id[ranges].refs += 1
+
+    def _release(self, row: bytes) -> None:
+        for _, _, _, _, service, start, count, draining, _, ranges, _ in ROUTE.iter_unpack(row):
+            if not service:
+                continue
+            record = self._by_id[service]
+            record.refs -= 1
+            if not record.refs:
+                self._idle_services.add(service)
+            if count + draining:
+                slots = self._sets[start]
+                slots.refs -= 1
+                if not slots.refs:
+                    self._idle_sets.add(start)
+            if ranges:
+                known = self._ranges_by_id[ranges]
+                known.refs -= 1
+                if not known.refs:
+                    self._idle_ranges.add(ranges)
+
+    # ---- What is left over
+
+    def sweep(self) -> None:
+        """Everything that no row refers to any more: slot ranges are free at once, the rest becomes stale."""
+        for start in self._idle_sets:
+            slots = self._sets.get(start)
+            if slots is not None and not slots.refs:
+                self._retire(slots)
+        for id in self._idle_services:
+            service = self._by_id.get(id)
+            if service is not None and not service.refs:
+                del self._by_id[id]
+                if self._services.get(service.key) is service:
+                    del self._services[service.key]
+                self.stale_names.add(id)
+        for id in self._idle_ranges:
+            known = self._ranges_by_id.get(id)
+            if known is not None and not known.refs:
+                del self._ranges_by_id[id]
+                if self._ranges.get(known.cidrs) is known:
+                    del self._ranges[known.cidrs]
+                self.stale_ranges[id] = pack_ranges(id, known.cidrs)
+        self._idle_sets.clear()
+        self._idle_services.clear()
+        self._idle_ranges.clear()
+
+    def _drop_set(self, slots: BackendSlots) -> None:
+        slots.service.sets.remove(slots)
+        del self._sets[slots.start]
+        self._slots.give(slots.start, slots.length)
+
+    def _retire(self, slots: BackendSlots) -> None:
+        self._drop_set(slots)
+        self.stale_backends.update(self._unused(slots))
+
+    @staticmethod
+    def _unused(slots: BackendSlots) -> dict[int, bytes]:
+        """The rows that backends get when `slots`, already out of its service, has gone: FREE, or no longer active."""
+        rows: dict[int, bytes] = {}
+        used: set[int] = set()
+        active: set[int] = set()
+        for other in slots.service.sets:
+            numbers = other.numbers()
+            used.update(numbers)
+            active.update(numbers[: other.count])
+        for at, (number, backend) in enumerate(zip(slots.numbers(), slots.by_slot(), strict=True)):
+            if number not in used:
+                rows[number] = FREE
+            elif at < slots.count and number not in active:
+                rows[number] = pack_backend(backend, BackendState.DRAINING, slots.service.id)
+        return rows
+
+    def freed_backend(self, number: int) -> None:
+        """A stale backend's row has been written."""
+        if self.stale_backends.pop(number) is FREE:
+            self._backend_ids.give(number)
+
+    def freed_name(self, id: int) -> None:
+        """A stale name's row has been removed."""
+        self.stale_names.remove(id)
+        self._service_ids.give(id)
+
+    def freed_ranges(self, id: int, left: list[bytes]) -> None:
+        """Stale ranges have been removed, but for the rows in `left`."""
+        self._range_rows -= len(self.stale_ranges[id]) - len(left)
+        if left:
+            self.stale_ranges[id] = left
+        else:
+            del self.stale_ranges[id]
+            self._range_ids.give(id)

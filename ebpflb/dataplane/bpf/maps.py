@@ -1,0 +1,90 @@
+"""The kernel's maps as this dataplane reads and writes them.
+
+Rules of this file: rows are bytes, back to back; nothing here knows what they mean. A row that the kernel refuses is an
+answer and not an exception, and never keeps the rows behind it from being written. Removing what is not there is
+success. Only what makes reading impossible raises (OSError).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.tables import SIZES
+
+# A refused row splits its batch; small batches keep the copying of what is left small.
+_BATCH = 4096
+
+
+class Maps(Protocol):
+    """Maps by name, with rows of the sizes in `tables.SIZES`."""
+
+    @property
+    def capacity(self) -> Mapping[str, int]:
+        """Entries of each map."""
+
+    def put(self, table: str, keys: bytes, values: bytes) -> Mapping[int, int]:
+        """Set rows, in this order. What was refused, as errno by index; {} if nothing."""
+
+    def remove(self, table: str, keys: bytes) -> Mapping[int, int]:
+        """Remove rows, in this order. What was refused, as errno by index."""
+
+    def read(self, table: str) -> tuple[bytes, bytes]:
+        """All keys and values. Raises OSError."""
+
+    def read_array(self, table: str, start: int, count: int) -> bytes:
+        """The values of an array at `start` … `start + count`, fewer where it ends. Raises OSError."""
+
+
+class KernelMaps:
+    """Maps by their descriptors, which the caller keeps open."""
+
+    def __init__(self, descriptors: Mapping[str, int]) -> None:
+        self._descriptors = descriptors
+        self._infos = {table: syscall.map_info(fd) for table, fd in descriptors.items()}
+
+    @property
+    def capacity(self) -> Mapping[str, int]:
+        return {table: info.max_entries for table, info in self._infos.items()}
+
+    def put(self, table: str, keys: bytes, values: bytes) -> Mapping[int, int]:
+        fd = self._descriptors[table]
+        width, size = SIZES[table]
+        refused: dict[int, int] = {}
+        count = len(keys) // width
+        at = 0
+        while at < count:
+            end = min(count, at + _BATCH)
+            try:
+                syscall.update_batch(fd, keys[at * width : end * width], values[at * size : end * size], end - at)
+                at = end
+            except syscall.BatchError as error:
+                at += error.done
+                refused[at] = error.errno or 0
+                at += 1
+        return refused
+
+    def remove(self, table: str, keys: bytes) -> Mapping[int, int]:
+        fd = self._descriptors[table]
+        width, _ = SIZES[table]
+        refused: dict[int, int] = {}
+        count = len(keys) // width
+        at = 0
+        while at < count:
+            end = min(count, at + _BATCH)
+            try:
+                syscall.delete_batch(fd, keys[at * width : end * width], end - at)
+                at = end
+            except syscall.BatchError as error:
+                at += error.done
+                refused[at] = error.errno or 0
+                at += 1
+        return refused
+
+    def read(self, table: str) -> tuple[bytes, bytes]:
+        keys, values, _ = syscall.lookup_all(self._descriptors[table], self._infos[table])
+        return keys, values
+
+    def read_array(self, table: str, start: int, count: int) -> bytes:
+        return syscall.lookup_range(self._descriptors[table], start, count, self._infos[table])[1]

@@ -1,0 +1,339 @@
+"""Makes maps hold a RouteTable: the order of the writes, and what follows from those that fail.
+
+Rules of this file: it decides when, `ledger` decides what, `maps` does it. The order is backends, slots, names, ranges,
+then frontends' rows (each switches at once), then what nothing refers to any more. At every prefix of the writes each
+frontend's row refers only to rows that are there. What failed is remembered and tried again by the next sync; a sync of
+what is held writes nothing. The cost is that of the change.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+from ebpflb.dataplane import Report
+from ebpflb.dataplane.bpf.ledger import Change, Ledger
+from ebpflb.dataplane.bpf.maps import Maps
+from ebpflb.dataplane.bpf.tables import (
+    BACKEND,
+    ONLY,
+    SOURCE_KEY,
+    U32,
+    NodeFacts,
+    RawTables,
+    Reading,
+    interface_fits,
+    pack_frontend,
+    pack_settings,
+    pack_sources,
+    slots_end,
+)
+from ebpflb.diff import diff
+from ebpflb.model import Problem
+from ebpflb.routes import Frontend, Locality, RouteTable
+
+log = logging.getLogger(__name__)
+
+NODE = "node"
+"""The subject of problems that concern no Service."""
+
+_COLD = 1000
+"""Frontends from which on a sync pauses the garbage collector: it would walk every new row again and again."""
+
+_CHUNK = 4096
+
+
+class Tally:
+    """What a sync has done so far."""
+
+    def __init__(self) -> None:
+        self.written = 0
+        self.removed = 0
+        self.failed = 0
+        self.problems: dict[Problem, None] = {}
+
+    def refuse(self, subject: str, reason: str) -> None:
+        self.failed += 1
+        self.problems[Problem(subject, reason)] = None
+
+    def report(self, seconds: float) -> Report:
+        return Report(self.written, self.removed, self.failed, seconds, tuple(self.problems))
+
+
+def read_tables(maps: Maps) -> RawTables:
+    """All maps of routes. Raises OSError."""
+    frontends = maps.read("frontends")
+    slots = maps.read_array("slots", 0, slots_end(frontends[1], maps.capacity["slots"]))
+    return RawTables(
+        frontends,
+        slots,
+        _read_backends(maps),
+        maps.read("names"),
+        maps.read("ranges")[0],
+        maps.read("sources"),
+        maps.read_array("settings", 0, 1),
+    )
+
+
+def _read_backends(maps: Maps) -> bytes:
+    """The array as far as it was ever used: ids are given out from below, so nothing lies behind a chunk of zeros."""
+    found = bytearray()
+    while True:
+        chunk = maps.read_array("backends", len(found) // BACKEND.size, _CHUNK)
+        if not chunk.strip(b"\0"):
+            return bytes(found)
+        found += chunk
+
+
+class Writer:
+    """One process's hold on the maps. `facts` go into the settings; `clock` counts seconds from anywhere."""
+
+    def __init__(self, maps: Maps, facts: NodeFacts, clock: Callable[[], float]) -> None:
+        self._maps = maps
+        self._facts = facts
+        self._clock = clock
+        self._ledger: Ledger | None = None
+        self._target: RouteTable | None = None
+        self._retry: set[Frontend] = set()
+        self._sources: dict[bytes, bytes] = {}
+        self._settings = b""
+        self._locality: Locality | None = None
+
+    def state(self) -> RouteTable:
+        """What the maps hold. Raises OSError."""
+        with collector_paused():
+            return Reading(read_tables(self._maps)).routes()
+
+    def sync(self, routes: RouteTable) -> Report:
+        """Make the maps hold `routes`; the cost is that of what changed since the last call."""
+        started = self._clock()
+        tally = Tally()
+        target, self._target = self._target, routes
+        if self._ledger is None:
+            self._locality = None
+            ledger = self._read(tally)
+            if ledger is None:
+                return tally.report(self._clock() - started)
+            target, self._ledger = None, ledger
+        if target is None:
+            frontends = {frontend for frontend, _ in routes}
+            frontends.update(self._ledger.held)
+        else:
+            frontends = {frontend for frontend, _ in routes.changed_from(target)}
+            frontends.update(self._retry)
+        try:
+            with nullcontext() if len(frontends) < _COLD else collector_paused():
+                self._write(self._ledger, routes, frontends, tally)
+        except BaseException:
+            # Where it stopped, only the maps know: the next sync reads them.
+            self._ledger = None
+            raise
+        return tally.report(self._clock() - started)
+
+    def audit(self) -> Report:
+        """Read the maps back and make them hold the last `routes` again. Before the first sync nothing is known to
+        be right, and nothing is done."""
+        if self._target is None:
+            return Report()
+        self._ledger = None
+        report = self.sync(self._target)
+        if report.written or report.removed:
+            log.warning("the kernel's tables had been changed: %d rows repaired", report.written + report.removed)
+        return report
+
+    def _read(self, tally: Tally) -> Ledger | None:
+        try:
+            raw = read_tables(self._maps)
+        except OSError as error:
+            tally.refuse(NODE, f"the maps cannot be read: {os.strerror(error.errno or 0)}")
+            return None
+        ledger = Ledger(self._maps.capacity)
+        with collector_paused():
+            ledger.adopt(Reading(raw))
+        keys, values = raw.sources
+        width = SOURCE_KEY.size
+        self._sources = {
+            keys[at * width : (at + 1) * width]: values[at * 4 : (at + 1) * 4] for at in range(len(keys) // width)
+        }
+        self._settings = raw.settings
+        return ledger
+
+    # ---- One sync, step by step
+
+    def _write(self, ledger: Ledger, routes: RouteTable, frontends: Iterable[Frontend], tally: Tally) -> None:
+        self._retry = set()
+        self._write_locality(routes.locality, tally)
+        change = ledger.prepare(routes, frontends)
+        for frontend, service, reason in change.refused:
+            self._retry.add(frontend)
+            tally.refuse(str(service), reason)
+        self._write_new(ledger, change, tally)
+        self._remove_frontends(ledger, change, tally)
+        self._put_frontends(ledger, change, tally)
+        ledger.sweep()
+        self._write_stale(ledger, tally)
+
+    def _write_locality(self, locality: Locality, tally: Tally) -> None:
+        if locality == self._locality:
+            return
+        self._locality = None
+        whole = True
+        delta = diff(pack_sources(locality), self._sources)
+        put, removed = self._put("sources", delta.put, tally), self._remove("sources", delta.removed, tally)
+        for error in (*put.values(), *removed.values()):
+            whole = False
+            tally.refuse(NODE, f"an address of the node or its pods: {self._words('sources', error)}")
+        settings = pack_settings(self._facts, locality)
+        if settings != self._settings:
+            errors = self._put("settings", {ONLY: settings}, tally)
+            if errors:
+                whole = False
+                tally.refuse(NODE, f"the settings: {self._words('settings', errors[ONLY])}")
+            else:
+                self._settings = settings
+        if not interface_fits(locality):
+            tally.problems[Problem(NODE, f"no device can be called {locality.pod_interface}: 15 bytes at most")] = None
+        if whole:
+            self._locality = locality
+
+    def _write_new(self, ledger: Ledger, change: Change, tally: Tally) -> None:
+        """Everything that the frontends' new rows will refer to. Rows that cannot have theirs are taken out of
+        `change`."""
+        backends = self._put("backends", {U32.pack(number): row for number, row in change.backends.items()}, tally)
+        slots = self._put_slots(change, tally)
+        names = self._put("names", {U32.pack(id): row for id, row in change.names.items()}, tally)
+        ranges = self._put("ranges", {key: U32.pack(1) for keys in change.ranges.values() for key in keys}, tally)
+        if not (backends or slots or names or ranges):
+            return
+        lost = {U32.unpack(key)[0] for key in backends}
+        broken = {
+            start
+            for start, found in change.sets.items()
+            if not lost.isdisjoint(found.numbers()) or any(start <= slot < start + found.length for slot in slots)
+        }
+        nameless = {U32.unpack(key)[0] for key in names}
+        unranged = {id for id, keys in change.ranges.items() if not ranges.keys().isdisjoint(keys)}
+        table, errors = next(
+            (table, list(found.values()))
+            for table, found in (("backends", backends), ("slots", slots), ("names", names), ("ranges", ranges))
+            if found
+        )
+        for frontend, row in list(change.puts.items()):
+            if ledger.depends(row, broken, nameless, unranged):
+                del change.puts[frontend]
+                self._retry.add(frontend)
+                tally.refuse(ledger.owner(row), self._words(table, errors[0]))
+                ledger.abandoned(row)
+
+    def _put_slots(self, change: Change, tally: Tally) -> dict[int, int]:
+        if not change.sets:
+            return {}
+        numbers = [slot for start, found in change.sets.items() for slot in range(start, start + found.length)]
+        keys = b"".join(map(U32.pack, numbers))
+        refused = self._maps.put("slots", keys, b"".join(found.ids for found in change.sets.values()))
+        tally.written += len(numbers) - len(refused)
+        return {numbers[at]: error for at, error in refused.items()}
+
+    def _remove_frontends(self, ledger: Ledger, change: Change, tally: Tally) -> None:
+        """Before the new ones come: a full map needs the room."""
+        foreign = list(ledger.stale_frontends)
+        refused = self._remove("frontends", foreign, tally)
+        for key in foreign:
+            if key not in refused:
+                ledger.stale_frontends.remove(key)
+        for error in refused.values():
+            tally.refuse(NODE, f"a row of nobody: {self._words('frontends', error)}")
+        refused = self._remove("frontends", map(pack_frontend, change.removals), tally)
+        for frontend in change.removals:
+            found = refused.get(pack_frontend(frontend), 0) if refused else 0
+            if not found:
+                ledger.gone(frontend)
+            else:
+                self._retry.add(frontend)
+                tally.refuse(ledger.owner(ledger.held[frontend]), self._words("frontends", found))
+
+    def _put_frontends(self, ledger: Ledger, change: Change, tally: Tally) -> None:
+        keys = [pack_frontend(frontend) for frontend in change.puts]
+        refused = self._put("frontends", dict(zip(keys, change.puts.values(), strict=True)), tally)
+        for key, (frontend, row) in zip(keys, change.puts.items(), strict=True):
+            error = refused.get(key, 0) if refused else 0
+            if not error:
+                ledger.switched(frontend, row)
+            else:
+                self._retry.add(frontend)
+                tally.refuse(ledger.owner(row), self._words("frontends", error))
+                ledger.abandoned(row)
+
+    def _write_stale(self, ledger: Ledger, tally: Tally) -> None:
+        if ledger.stale_backends:
+            rows = {U32.pack(number): row for number, row in ledger.stale_backends.items()}
+            refused = self._put("backends", rows, tally)
+            for key in rows:
+                if key not in refused:
+                    ledger.freed_backend(U32.unpack(key)[0])
+            self._left(refused, "backends", tally)
+        if ledger.stale_names:
+            names = [U32.pack(id) for id in ledger.stale_names]
+            refused = self._remove("names", names, tally)
+            for key in names:
+                if key not in refused:
+                    ledger.freed_name(U32.unpack(key)[0])
+            self._left(refused, "names", tally)
+        if ledger.stale_ranges:
+            refused = self._remove("ranges", [key for keys in ledger.stale_ranges.values() for key in keys], tally)
+            for id, keys in list(ledger.stale_ranges.items()):
+                ledger.freed_ranges(id, [key for key in keys if key in refused])
+            self._left(refused, "ranges", tally)
+
+    def _left(self, refused: Mapping[bytes, int], table: str, tally: Tally) -> None:
+        for error in refused.values():
+            tally.refuse(NODE, f"a row that is no longer needed stays: {self._words(table, error)}")
+
+    # ---- Rows to bytes
+
+    def _put(self, table: str, rows: Mapping[bytes, bytes], tally: Tally) -> dict[bytes, int]:
+        """The keys that were refused, with errno."""
+        if not rows:
+            return {}
+        refused = self._maps.put(table, b"".join(rows), b"".join(rows.values()))
+        tally.written += len(rows) - len(refused)
+        if table == "sources":
+            kept = [row for at, row in enumerate(rows.items()) if at not in refused]
+            self._sources.update(kept)
+        if not refused:
+            return {}
+        keys = list(rows)
+        return {keys[at]: error for at, error in refused.items()}
+
+    def _remove(self, table: str, keys: Iterable[bytes], tally: Tally) -> dict[bytes, int]:
+        listed = list(keys)
+        if not listed:
+            return {}
+        refused = self._maps.remove(table, b"".join(listed))
+        tally.removed += len(listed) - len(refused)
+        if table == "sources":
+            for at, key in enumerate(listed):
+                if at not in refused:
+                    self._sources.pop(key, None)
+        return {listed[at]: error for at, error in refused.items()}
+
+    def _words(self, table: str, error: int) -> str:
+        if error in (errno.E2BIG, errno.ENOSPC):
+            return f"the map {table} is full ({self._maps.capacity[table]} entries)"
+        return f"the kernel refused a row of the map {table}: {os.strerror(error)}"
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
