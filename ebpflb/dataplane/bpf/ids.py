@@ -58,6 +58,16 @@ class IdPool:
             return self._next - 1
         raise Exhausted(self.what, self.capacity)
 
+    def take_many(self, count: int) -> list[int]:
+        """`count` free ids, or none at all. Raises Exhausted."""
+        if count > self.available:
+            raise Exhausted(self.what, self.capacity)
+        if not self._free and self._next + count <= self.capacity + 1:
+            first = self._next
+            self._next += count
+            return list(range(first, self._next))
+        return [self.take() for _ in range(count)]
+
     def give(self, number: int) -> None:
         """Take back an id that no row names. One that this pool could not have given is forgotten."""
         if number <= self.capacity:

@@ -26,6 +26,7 @@ from ebpflb.dataplane.bpf.tables import (
     ROUTE,
     Reading,
     pack_backend,
+    pack_backends,
     pack_frontend,
     pack_name,
     pack_ranges,
@@ -112,10 +113,10 @@ class Change:
 
 def by_slot(backends: tuple[Backend, ...]) -> list[Backend]:
     """Active backends first, draining ones behind them, each in their order."""
-    active = [backend for backend in backends if backend.state == BackendState.ACTIVE]
+    active = [backend for backend in backends if not backend.state]
     if len(active) == len(backends):
         return active
-    return active + [backend for backend in backends if backend.state != BackendState.ACTIVE]
+    return active + [backend for backend in backends if backend.state]
 
 
 class Ledger:
@@ -322,7 +323,9 @@ class Ledger:
 
     def _new_set(self, service: Service, backends: tuple[Backend, ...], change: Change) -> BackendSlots:
         ordered = by_slot(backends)
-        count = next((at for at, backend in enumerate(ordered) if backend.state != BackendState.ACTIVE), len(ordered))
+        count = len(ordered)
+        while count and ordered[count - 1].state != BackendState.ACTIVE:
+            count -= 1
         known: dict[tuple[str, int, int], int] = {}
         active: set[int] = set()
         for slots in service.sets:
@@ -330,35 +333,31 @@ class Ledger:
             active.update(numbers[: slots.count])
             for number, backend in zip(numbers, slots.by_slot(), strict=True):
                 known[backend.address, backend.port, backend.weight] = number
-        missing = len(ordered)
+        # Packed before anything is taken: a value that no row can hold ends it here.
+        rows = pack_backends(ordered, service.id)
         if known:
-            missing = sum((backend.address, backend.port, backend.weight) not in known for backend in ordered)
-        if missing > self._backend_ids.available:
-            raise Exhausted("backends", self._capacity["backends"] - 1)
-        start = self._slots.take(len(ordered))
-        ids = array("I")
-        rows: dict[int, bytes] = {}
-        made: list[int] = []
+            found = [known.get((backend.address, backend.port, backend.weight), 0) for backend in ordered]
+            missing = found.count(0)
+        else:
+            found, missing = [], len(ordered)
+        made = self._backend_ids.take_many(missing)
         try:
-            for backend in ordered:
-                number = known.get((backend.address, backend.port, backend.weight), 0) if known else 0
-                if not number:
-                    number = self._backend_ids.take()
-                    made.append(number)
-                    rows[number] = pack_backend(backend, backend.state, service.id)
-                elif backend.state == BackendState.ACTIVE and number not in active:
-                    rows[number] = pack_backend(backend, backend.state, service.id)
-                ids.append(number)
-        except (struct.error, OSError, OverflowError):
-            self._slots.give(start, len(ordered))
+            start = self._slots.take(len(ordered))
+        except Exhausted:
             for number in made:
                 self._backend_ids.give(number)
             raise
-        change.backends.update(rows)
-        if self.stale_backends:
-            for number in rows:
-                self.stale_backends.pop(number, None)
-        slots = BackendSlots(service, start, count, backends, ids.tobytes())
+        if known:
+            fresh = iter(made)
+            ids = [number or next(fresh) for number in found]
+            for at, number in enumerate(ids):
+                if not found[at] or (at < count and number not in active):
+                    change.backends[number] = rows[at]
+                    self.stale_backends.pop(number, None)
+        else:
+            ids = made
+            change.backends.update(zip(ids, rows, strict=True))
+        slots = BackendSlots(service, start, count, backends, array("I", ids).tobytes())
         service.sets.append(slots)
         self._sets[start] = slots
         change.sets[start] = slots

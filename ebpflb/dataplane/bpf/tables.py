@@ -306,6 +306,21 @@ def pack_backend(backend: Backend, state: int, service: int) -> bytes:
     return BACKEND.pack(pack_address(backend.address), htons(backend.port), backend.weight, state, service)
 
 
+def pack_backends(backends: Iterable[Backend], service: int) -> list[bytes]:
+    """As `pack_backend` with each one's own state: written out, for a hundred thousand of them."""
+    pack = BACKEND.pack
+    return [
+        pack(
+            inet_pton(AF_INET6, backend.address) if ":" in backend.address else _MAPPED + inet_aton(backend.address),
+            htons(backend.port),
+            backend.weight,
+            backend.state,
+            service,
+        )
+        for backend in backends
+    ]
+
+
 def unpack_backend(row: bytes) -> tuple[Backend, int]:
     """The inverse of `pack_backend`: (backend, service). The state is the row's; BACKEND_FREE reads as DRAINING."""
     address, port, weight, state, service = BACKEND.unpack(row)

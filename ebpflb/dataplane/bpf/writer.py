@@ -12,6 +12,7 @@ import errno
 import gc
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -203,38 +204,41 @@ class Writer:
     def _write_new(self, ledger: Ledger, change: Change, tally: Tally) -> None:
         """Everything that the frontends' new rows will refer to. Rows that cannot have theirs are taken out of
         `change`."""
-        backends = self._put("backends", {U32.pack(number): row for number, row in change.backends.items()}, tally)
+        backends = self._put_numbered("backends", change.backends, tally)
         slots = self._put_slots(change, tally)
-        names = self._put("names", {U32.pack(id): row for id, row in change.names.items()}, tally)
+        names = self._put_numbered("names", change.names, tally)
         ranges = self._put("ranges", {key: U32.pack(1) for keys in change.ranges.values() for key in keys}, tally)
         if not (backends or slots or names or ranges):
             return
-        lost = {U32.unpack(key)[0] for key in backends}
         broken = {
             start
             for start, found in change.sets.items()
-            if not lost.isdisjoint(found.numbers()) or any(start <= slot < start + found.length for slot in slots)
+            if not backends.keys().isdisjoint(found.numbers())
+            or any(start <= slot < start + found.length for slot in slots)
         }
-        nameless = {U32.unpack(key)[0] for key in names}
         unranged = {id for id, keys in change.ranges.items() if not ranges.keys().isdisjoint(keys)}
-        table, errors = next(
-            (table, list(found.values()))
-            for table, found in (("backends", backends), ("slots", slots), ("names", names), ("ranges", ranges))
-            if found
-        )
+        errors: dict[str, Mapping[int, int] | Mapping[bytes, int]] = {
+            "backends": backends,
+            "slots": slots,
+            "names": names,
+            "ranges": ranges,
+        }
+        table, first = next((table, next(iter(found.values()))) for table, found in errors.items() if found)
         for frontend, row in list(change.puts.items()):
-            if ledger.depends(row, broken, nameless, unranged):
+            if ledger.depends(row, broken, set(names), unranged):
                 del change.puts[frontend]
                 self._retry.add(frontend)
-                tally.refuse(ledger.owner(row), self._words(table, errors[0]))
+                tally.refuse(ledger.owner(row), self._words(table, first))
                 ledger.abandoned(row)
 
     def _put_slots(self, change: Change, tally: Tally) -> dict[int, int]:
         if not change.sets:
             return {}
-        numbers = [slot for start, found in change.sets.items() for slot in range(start, start + found.length)]
-        keys = b"".join(map(U32.pack, numbers))
-        refused = self._maps.put("slots", keys, b"".join(found.ids for found in change.sets.values()))
+        numbers = array("I")
+        for start, found in change.sets.items():
+            numbers.extend(range(start, start + found.length))
+        ids = b"".join([found.ids for found in change.sets.values()])
+        refused = self._maps.put("slots", numbers.tobytes(), ids)
         tally.written += len(numbers) - len(refused)
         return {numbers[at]: error for at, error in refused.items()}
 
@@ -270,12 +274,11 @@ class Writer:
 
     def _write_stale(self, ledger: Ledger, tally: Tally) -> None:
         if ledger.stale_backends:
-            rows = {U32.pack(number): row for number, row in ledger.stale_backends.items()}
-            refused = self._put("backends", rows, tally)
-            for key in rows:
-                if key not in refused:
-                    ledger.freed_backend(U32.unpack(key)[0])
-            self._left(refused, "backends", tally)
+            kept = self._put_numbered("backends", ledger.stale_backends, tally)
+            for number in list(ledger.stale_backends):
+                if number not in kept:
+                    ledger.freed_backend(number)
+            self._left(kept, "backends", tally)
         if ledger.stale_names:
             names = [U32.pack(id) for id in ledger.stale_names]
             refused = self._remove("names", names, tally)
@@ -289,11 +292,22 @@ class Writer:
                 ledger.freed_ranges(id, [key for key in keys if key in refused])
             self._left(refused, "ranges", tally)
 
-    def _left(self, refused: Mapping[bytes, int], table: str, tally: Tally) -> None:
+    def _left(self, refused: Mapping[int, int] | Mapping[bytes, int], table: str, tally: Tally) -> None:
         for error in refused.values():
             tally.refuse(NODE, f"a row that is no longer needed stays: {self._words(table, error)}")
 
     # ---- Rows to bytes
+
+    def _put_numbered(self, table: str, rows: Mapping[int, bytes], tally: Tally) -> dict[int, int]:
+        """As `_put`, for keys that are one u32."""
+        if not rows:
+            return {}
+        refused = self._maps.put(table, array("I", rows).tobytes(), b"".join(rows.values()))
+        tally.written += len(rows) - len(refused)
+        if not refused:
+            return {}
+        numbers = list(rows)
+        return {numbers[at]: error for at, error in refused.items()}
 
     def _put(self, table: str, rows: Mapping[bytes, bytes], tally: Tally) -> dict[bytes, int]:
         """The keys that were refused, with errno."""
