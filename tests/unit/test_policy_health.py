@@ -1,0 +1,72 @@
+"""healthCheckNodePort: what a load balancer is told about this node, for each family."""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpflb.model import Endpoint, EndpointSlice, Family, Service
+from ebpflb.policy import health_counts
+from tests.world import (
+    LOCAL,
+    UDP,
+    dying,
+    endpoint_slice,
+    leaving,
+    port,
+    service,
+    slice_port,
+    unready,
+)
+
+LB = service(lb=["1.2.3.4"], external_policy=LOCAL, health_port=32000)
+DUAL = service("ns1/svc1", ["172.30.0.41", "fd00:172:30::41"], lb=["1.2.3.4"], external_policy=LOCAL, health_port=32000)
+A, B = slice_port(80, "a"), slice_port(81, "b")
+
+COUNTS: dict[str, tuple[tuple[EndpointSlice, ...], int]] = {
+    "esipp-should-only-target-nodes-with-endpoints": ((endpoint_slice("10.0.2.1"),), 0),
+    "local-endpoints-count": ((endpoint_slice("10.0.1.1", "10.0.1.2", "10.0.2.1"),), 2),
+    "no-slices": ((), 0),
+    "should-fail-health-check-node-port-if-there-are-only-terminating-endpoints": (
+        (endpoint_slice(leaving("10.0.1.1"), leaving("10.0.1.2")),),
+        0,
+    ),
+    "terminating-ones-do-not-count-beside-ready-ones": ((endpoint_slice("10.0.1.1", leaving("10.0.1.2")),), 1),
+    "unready-and-dying": ((endpoint_slice(unready("10.0.1.1"), dying("10.0.1.2")),), 0),
+    "one-address-on-two-ports-counts-once": ((endpoint_slice("10.0.1.1", ports=[A, B]),), 1),
+    "one-address-in-two-slices-counts-once": (
+        (endpoint_slice("10.0.1.1", ports=[A]), endpoint_slice("10.0.1.1", "10.0.1.2", ports=[B])),
+        2,
+    ),
+    "ports-that-the-service-lacks-count": ((endpoint_slice("10.0.1.1", ports=[slice_port(9, "x", UDP)]),), 1),
+    "slice-without-ports": ((endpoint_slice("10.0.1.1", ports=[]),), 0),
+    "other-family": ((endpoint_slice(Endpoint("fd00:10:0:1::1", node="node1")),), 0),
+}
+
+
+@pytest.mark.parametrize(("slices", "wanted"), COUNTS.values(), ids=COUNTS)
+def test_count(slices: tuple[EndpointSlice, ...], wanted: int) -> None:
+    assert health_counts(LB, slices, "node1") == {Family.IPV4: wanted}
+
+
+def test_each_family_has_its_own_count() -> None:
+    slices = (
+        endpoint_slice("10.0.1.1", "10.0.1.2"),
+        endpoint_slice(Endpoint("fd00:10:0:1::1", node="node1"), name="six"),
+    )
+    assert health_counts(DUAL, slices, "node1") == {Family.IPV4: 2, Family.IPV6: 1}
+    assert health_counts(DUAL, slices, "node2") == {Family.IPV4: 0, Family.IPV6: 0}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(service(lb=["1.2.3.4"], health_port=32000), id="policy-cluster"),
+        pytest.param(service(lb=["1.2.3.4"], external_policy=LOCAL), id="no-port"),
+        pytest.param(
+            service("ns1/svc1", "172.30.0.41", port(80, node_port=30080), external_policy=LOCAL, health_port=32000),
+            id="node-port-only",
+        ),
+    ],
+)
+def test_no_health_check(what: Service) -> None:
+    assert health_counts(what, (endpoint_slice("10.0.1.1"),), "node1") == {}
