@@ -29,6 +29,7 @@ class Layer:
 
 _WORLD = ("model", "routes", "errors")
 _SEAMS = (*_WORLD, "=source", "=dataplane")
+_ROWS = (*_WORLD, "diff", "dataplane.bpf.constants")
 _TOOLS = ("decide", "config", "log", "loop", "reconcile", "control", "output")
 
 # Names are relative to `ebpflb`; "*" is everything, `=source` a package's own file without what is under it: a seam.
@@ -43,20 +44,20 @@ LAYERS = (
     Layer("decide", ("model", "routes"), pure=True),
     Layer("diff", ("model", "routes"), pure=True),
     Layer("source", ("model", "errors", "=source")),
+    Layer("source.documents", ("model", "errors", "source.parse", "source.validate", "source.wire")),
     Layer("source.parse", ("model", "=source", "source.wire"), pure=True),
     Layer("source.wire", ("model",), pure=True),
+    Layer("source.validate", ("model", "source.wire", "source.parse"), pure=True),
     Layer("source.store", ("model", "=source"), pure=True),
     Layer("source.manifests", ("model", "errors", "source")),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.bpf", (*_WORLD, "diff", "=dataplane", "dataplane.bpf")),
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
-    Layer(
-        "dataplane.bpf.tables",
-        ("model", "routes", "diff", "dataplane.bpf.ids", "dataplane.bpf.constants"),
-        pure=True,
-    ),
     Layer("dataplane.bpf.constants", ("model", "routes"), pure=True),
+    Layer("dataplane.bpf.edges", ("model", "routes", "errors", "dataplane.bpf.constants", "dataplane.bpf.netlink")),
     Layer("dataplane.bpf.flatten", (), pure=True),
+    Layer("dataplane.bpf.ledger", (*_ROWS, "dataplane.bpf.ids", "dataplane.bpf.tables"), pure=True),
+    Layer("dataplane.bpf.tables", (*_ROWS, "dataplane.bpf.ids"), pure=True),
     Layer("config", ("model", "errors")),
     Layer("log", ("config",)),
     Layer("loop", ("errors",)),
@@ -68,7 +69,9 @@ LAYERS = (
         "commands", (*_SEAMS, "decide", "config", "log", "loop", "reconcile", "control", "output", "parts", "commands")
     ),
     Layer("wiring", ("*",)),
+    Layer("cli_options", ()),
     Layer("cli", ("*",)),
+    Layer("cli_options", ("config", "output")),
     Layer("__main__", ("cli",)),
     Layer("demo", ("errors", "demo")),
 )
@@ -78,21 +81,21 @@ UNIMPORTABLE = {"cli", "__main__"}
 
 # Who imports these at all, by file; nobody else may.
 CONFINED = {
-    "bcc": {"dataplane.bpf.compile"},
+    "bcc": {"dataplane.bpf.compile"},  # it costs 75 MB: only a child process may
     "kubernetes": {"source.kube"},
-    "pyroute2": {"source.local", "dataplane.bpf.devices", "demo.namespaces"},
-    "subprocess": {"dataplane.bpf.artifact", "demo.namespaces", "demo.processes"},
+    "pyroute2": {"source.local"},
+    "subprocess": {"dataplane.bpf.artifact", "demo.cluster", "demo.daemon", "demo.namespaces", "demo.stage"},
 }
 
 # What a dataplane may know of Kubernetes: words for addresses and names, never an object.
 MODEL_FOR_DATAPLANES = {"Address", "Family", "Problem", "Protocol", "ServiceName"}
 
 PURE_OUTSIDE = {
-    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "immutables",
+    "__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "immutables",
     "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing", "types", "weakref",
 }  # fmt: skip
 # `socket` is I/O but for the arithmetic of addresses.
-PURE_SOCKET = {"inet_aton", "inet_ntoa", "inet_pton", "inet_ntop", "AF_INET", "AF_INET6"}
+PURE_SOCKET = {"htons", "ntohs", "inet_aton", "inet_ntoa", "inet_pton", "inet_ntop", "AF_INET", "AF_INET6"}
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval"}
 
 
