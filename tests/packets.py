@@ -145,7 +145,7 @@ class Packet:
         ether: ScapyPacket = Ether(src=MAC_CLIENT, dst=MAC_NODE, type=0x0800 if family == 4 else 0x86DD)
         if self.vlan is not None:
             ether = Ether(src=MAC_CLIENT, dst=MAC_NODE) / Dot1Q(vlan=self.vlan, type=0x0800 if family == 4 else 0x86DD)
-        return raw(ether / whole)
+        return bytes(raw(ether / whole))
 
 
 _NUMBERS = {"tcp": (6, 6), "udp": (17, 17), "sctp": (132, 132), "echo": (1, 58)}
@@ -229,12 +229,12 @@ def icmp_error(
     else:
         ip = IPv6(src=address(source, 6), dst=address(destination, 6), hlim=hops, nh=protocol)
         kind_of_frame = 0x86DD
-    return raw(Ether(src=MAC_CLIENT, dst=MAC_NODE, type=kind_of_frame) / ip / Raw(message))
+    return bytes(raw(Ether(src=MAC_CLIENT, dst=MAC_NODE, type=kind_of_frame) / ip / Raw(message)))
 
 
 def arp() -> bytes:
     """An ARP request."""
-    return raw(Ether(src=MAC_CLIENT, dst="ff:ff:ff:ff:ff:ff") / ARP(psrc="203.0.113.5", pdst="203.0.113.1"))
+    return bytes(raw(Ether(src=MAC_CLIENT, dst="ff:ff:ff:ff:ff:ff") / ARP(psrc="203.0.113.5", pdst="203.0.113.1")))
 
 
 def packed(role: str, family: int) -> bytes:
@@ -249,7 +249,7 @@ def checksum(data: bytes) -> int:
     """RFC 1071: the one's complement of the one's complement sum of 16-bit words."""
     if len(data) % 2:
         data += b"\0"
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

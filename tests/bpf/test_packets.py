@@ -74,7 +74,7 @@ def _to_vip(protocol: str, port: int = 80, **changes: object) -> Packet:
 
 def _forwarded(name: str, packet: Packet, device: Device = UPLINK, only: int = 0) -> Case:
     """A packet that becomes one to local:8080 and is otherwise the same."""
-    counts = ("PACKET_FORWARDED",)
+    counts: tuple[str, ...] = ("PACKET_FORWARDED",)
     if packet.protocol == "tcp" and packet.flags != "S":
         counts += ("PACKET_NOT_NEW",)
     return Case(name, packet, UNSPEC, packet.but(destination="local", dport=8080), counts, device, only)
