@@ -2,7 +2,8 @@
 
 Rules of this file: pure. Each function takes an object as it was written, before defaulting, and says what is wrong
 with it, one sentence each, beginning with the field's path; () means that a server would take it. Text follows the API
-server's, so that a search for it finds the same advice. `missing_…` says what only a server could have filled in.
+server's, so that a search for it finds the same advice. What only a server could have filled in is said in the same
+way: without a clusterIP there is nothing to serve, so that it is refused; the rest is what `missing_…` says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _SUBDOMAIN_WORDS = (
     f"end with an alphanumeric character (e.g. 'example.com', regex used for validation is '{_SUBDOMAIN.pattern}')"
 )
 _PORT_WORDS = "must be between 1 and 65535, inclusive"
+_NOBODY = "no API server is there to allocate one: a manifest must give it"
 _LB_ONLY = "may only be used when `type` is 'LoadBalancer'"
 
 _PROTOCOLS = ("SCTP", "TCP", "UDP")
@@ -268,6 +270,8 @@ def _cluster_ips(spec: wire.ServiceSpec) -> Iterator[str]:
     ips, families = spec.cluster_ips or ([first] if first else []), spec.ip_families or []
     if not first and ips:
         yield _invalid(path, ips, "must be empty when `clusterIP` is not specified")
+    elif not first:
+        yield _required("spec.clusterIP", _NOBODY)
     elif ips and ips[0] != first:
         yield _invalid(path, ips, "first value must match `clusterIP`")
     for index, family in enumerate(families):
@@ -348,18 +352,13 @@ def _ingress(status: wire.ServiceStatus | None) -> Iterator[str]:
 
 
 def missing_service(obj: wire.Service) -> tuple[str, ...]:
-    """What an API server would have allocated for an acceptable Service, and without which part of it is not served."""
+    """What an API server would have allocated for an acceptable Service; what needs it is not served."""
     spec = obj.spec or wire.ServiceSpec()
     kind = spec.type or "ClusterIP"
-    if kind == "ExternalName":
-        return ()
-    nobody = "no API server is there to allocate one: a manifest must give it"
-    if not spec.cluster_ip:
-        return (_required("spec.clusterIP", nobody),)
     if kind != "NodePort":
         return ()
     return tuple(
-        _required(f"spec.ports[{index}].nodePort", nobody)
+        _required(f"spec.ports[{index}].nodePort", _NOBODY)
         for index, port in enumerate(spec.ports or ())
         if not port.node_port
     )

@@ -1,0 +1,196 @@
+"""Kubernetes objects from a directory of YAML and JSON files, followed as the files change.
+
+Rules of this file: what a file says is its last whole and parsable content. A broken file keeps what it said before, a
+refused object keeps what it was before (as on an API server), a file that is gone takes its objects with it. An object
+in several files counts once: in the first of them by path. Nothing here raises for what it read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from ebpflb.errors import SourceError
+from ebpflb.model import EndpointSlice, Node, Problem, Service
+from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutService, PutSlice, Synced, documents
+from ebpflb.source.documents import Content, Entry, Key, Value
+from ebpflb.source.tree import Changes, Tree
+
+# A file that is written again and again while we read it is taken as it is after this many tries.
+_READS = 8
+
+_KEPT = "; what it said before stays in force"
+
+
+class ManifestSource:
+    """The objects in a directory. Raises UserError if there is none.
+
+    `grace`: seconds that a file may be missing while somebody replaces it."""
+
+    name = "manifests"
+
+    def __init__(self, directory: str, *, grace: float = 0.05) -> None:
+        self._tree = Tree(directory, grace=grace)
+        self._began = False
+        self._files: dict[str, dict[Key, Entry]] = {}
+        self._owners: dict[Key, list[str]] = {}
+        self._given: dict[Key, Value] = {}
+        self._wrong: dict[str, tuple[Problem, ...]] = {}
+        self._repeated: dict[Key, tuple[Problem, ...]] = {}
+        self._problems: tuple[Problem, ...] | None = None
+
+    def fileno(self) -> int:
+        """Readable when `read` has something to say."""
+        return self._tree.fileno()
+
+    def close(self) -> None:
+        """Release descriptors."""
+        self._tree.close()
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the files now, by path."""
+        if self._problems is None:
+            found = [*self._tree.problems.values()]
+            for group in (self._wrong, self._repeated):
+                for problems in group.values():
+                    found.extend(problems)
+            self._problems = tuple(sorted(found))
+        return self._problems
+
+    def read(self) -> list[Event]:
+        """All that is new, of whole files only; never blocks for what others write."""
+        if self._began:
+            return self._apply(self._read_files(self._tree.poll()))
+        events = self._apply(self._read_files(self._tree.scan()))
+        self._began = True
+        return [*events, Synced(self.name)]
+
+    # ---- Files ----
+
+    def _read_files(self, changes: Changes) -> dict[str, bytes | OSError | None]:
+        """The content of each file that changed: None if it is gone, OSError if it cannot be read. A file that was
+        written to while it was read is read again, or left until its writer closes it."""
+        found: dict[str, bytes | OSError | None] = {}
+        for _ in range(_READS):
+            for path in changes.changed:
+                try:
+                    with open(os.path.join(self._tree.root, path), "rb") as file:
+                        found[path] = file.read()
+                    self._tree.unreadable.discard(path)
+                except FileNotFoundError:
+                    found.pop(path, None)  # an event tells of it
+                except OSError as error:
+                    self._tree.unreadable.add(path)
+                    found[path] = error
+            for path in changes.gone:
+                found[path] = None
+            changes = self._tree.poll()
+            if not changes:
+                break
+        return {path: data for path, data in found.items() if data is None or path not in self._tree.being_written}
+
+    def _apply(self, files: dict[str, bytes | OSError | None]) -> list[Event]:
+        """Take in new contents, all in one step."""
+        self._problems = None
+        touched: dict[Key, None] = {}
+        for path in sorted(files):
+            data = files[path]
+            if data is None:
+                self._wrong.pop(path, None)
+                touched.update(dict.fromkeys(self._own(path, {})))
+            elif isinstance(data, OSError):
+                self._keep(path, f"cannot be read: {data.strerror}")
+            else:
+                try:
+                    content = documents.read(data, is_json=path.endswith(".json"))
+                except SourceError as error:
+                    self._keep(path, str(error))
+                else:
+                    touched.update(dict.fromkeys(self._own(path, self._judge(path, content))))
+        return self._events(touched)
+
+    def _keep(self, path: str, reason: str) -> None:
+        """A file that says nothing now: leave in force what it said."""
+        self._wrong[path] = (Problem(path, reason + (_KEPT if self._files.get(path) else "")),)
+
+    def _judge(self, path: str, content: Content) -> dict[Key, Entry]:
+        """The entries of a file, with those of before in place of refused ones; what is wrong is noted."""
+        entries, before = content.entries, self._files.get(path, {})
+        kept = {
+            remark.key: before[remark.key]
+            for remark in content.remarks
+            if remark.key is not None and remark.key in before and remark.key not in entries
+        }
+        problems = tuple(
+            Problem(f"{path} {remark.where}", remark.reason + (_KEPT if remark.key in kept else ""))
+            for remark in content.remarks
+        )
+        if problems:
+            self._wrong[path] = problems
+        else:
+            self._wrong.pop(path, None)
+        return {**entries, **kept} if kept else entries
+
+    def _own(self, path: str, entries: dict[Key, Entry]) -> Iterable[Key]:
+        """Let `path` hold these entries; which keys may have changed."""
+        before = self._files.pop(path, {})
+        if entries:
+            self._files[path] = entries
+        for key in before.keys() - entries.keys():
+            owners = self._owners[key]
+            owners.remove(path)
+            if not owners:
+                del self._owners[key]
+        for key in entries.keys() - before.keys():
+            owners = self._owners.setdefault(key, [])
+            owners.append(path)
+            owners.sort()
+        return (*before, *entries)
+
+    # ---- Objects ----
+
+    def _events(self, touched: Iterable[Key]) -> list[Event]:
+        """What has changed about these objects, now that all files are taken in."""
+        events: list[Event] = []
+        for key in touched:
+            owners = self._owners.get(key, [])
+            self._note_repeated(key, owners)
+            value = self._files[owners[0]][key].value if owners else None
+            before = self._given.get(key)
+            if value == before:
+                continue
+            if value is None:
+                del self._given[key]
+                events.append(_DROP[key.kind](key))
+                if key.kind == "Node":
+                    # DropNode names no node: say again what is known of the others.
+                    events += [PutNode(each) for each in self._given.values() if isinstance(each, Node)]
+            else:
+                self._given[key] = value
+                events.append(_put(value))
+        return events
+
+    def _note_repeated(self, key: Key, owners: list[str]) -> None:
+        if len(owners) < 2:
+            self._repeated.pop(key, None)
+            return
+        first = f"{owners[0]} {self._files[owners[0]][key].where}"
+        self._repeated[key] = tuple(
+            Problem(
+                f"{path} {self._files[path][key].where}", f"{key} is also in {first}, which counts: remove one of them"
+            )
+            for path in owners[1:]
+        )
+
+
+_DROP: dict[str, Callable[[Key], Event]] = {
+    "Service": lambda key: DropService(key.name),
+    "EndpointSlice": lambda key: DropSlice(key.name),
+    "Node": lambda key: DropNode(),
+}
+
+
+def _put(value: Service | EndpointSlice | Node) -> Event:
+    if isinstance(value, Service):
+        return PutService(value)
+    return PutSlice(value) if isinstance(value, EndpointSlice) else PutNode(value)
