@@ -20,10 +20,11 @@ setup:
 demo: setup
 	@.venv/bin/ebpflb demo $(DEMO)
 
-test:
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory test-pure
-	@$(MAKE) --no-print-directory test-root
+# Every stage runs, also after one that failed, so that one run tells everything.
+test: setup
+	@status=0; for stage in lint test-pure test-root; do \
+		$(MAKE) --no-print-directory $$stage || { status=1; failed="$$failed $$stage"; }; \
+	done; [ $$status = 0 ] || echo "make test: failed in:$$failed"; exit $$status
 
 test-pure: setup
 	@echo '== pure tests: no root, no kernel'
