@@ -17,6 +17,8 @@ SOURCE_NODE = 2
 
 DEVICE_POD = 1
 """Bit of a `devices` row: what enters by the device is a local pod's."""
+DEVICE_CLSACT = 2
+"""Bit of a `devices` row that only the control plane reads: we made the device's clsact qdisc."""
 
 POD_SOCKETS_IPV4 = 1
 """Bit of `settings.pod_sockets`: IPv4 sockets of other network namespaces count as pods'."""

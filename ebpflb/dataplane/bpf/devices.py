@@ -1,0 +1,299 @@
+"""Keeps our tc programs on every edge device of the network namespace, and the `devices` map true.
+
+Rules of this file: the kernel tells by netlink what has changed, and then the whole is looked at again; nothing is
+followed step by step, so that nothing can be missed. Only devices that are new, changed or touched by somebody have
+their filters read. A device's failure is its own: it is a Problem, tried again by each `sync`.
+
+Filters: clsact, direct action, handle 0xeb, before everybody else's wherever that is possible (preference 1; also
+among other bpf filters there, where the newest runs first). Our programs end with TC_ACT_UNSPEC, so others' follow.
+
+The clsact qdisc is removed with our filters only where we made it and nobody else's filter is in it. That we made it is
+a bit in the device's row, which survives us; where the row is lost, a clsact that held our filter alone counts as ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ebpflb.dataplane.bpf import netlink as nl
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.artifact import Layout
+from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PREFIX, TC_HOOKS
+from ebpflb.dataplane.bpf.device_rows import Row, Rows
+from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
+from ebpflb.model import Problem
+
+log = logging.getLogger(__name__)
+
+_HANDLE = 0xEB
+_GROUPS = (
+    nl.GROUP_LINK,
+    nl.GROUP_TC,
+    nl.GROUP_IPV4_ADDRESS,
+    nl.GROUP_IPV6_ADDRESS,
+    nl.GROUP_IPV4_ROUTE,
+    nl.GROUP_IPV6_ROUTE,
+)
+_LINK_EVENTS = (nl.RTM_NEWLINK, nl.RTM_DELLINK)
+_ADDRESS_EVENTS = (nl.RTM_NEWADDR, nl.RTM_DELADDR)
+_ROUTE_EVENTS = (nl.RTM_NEWROUTE, nl.RTM_DELROUTE)
+_TC_EVENTS = (nl.RTM_NEWQDISC, nl.RTM_DELQDISC, nl.RTM_NEWTFILTER, nl.RTM_DELTFILTER)
+
+
+class Hooked(NamedTuple):
+    """A tc program for one side of clsact: its descriptor, id and name."""
+
+    parent: int
+    program: int
+    id: int
+    name: str
+
+
+class Devices:
+    """The edge devices of the network namespace in which this was made.
+
+    `ingress` and `egress` are descriptors of the tc programs, `map` that of `devices`, `layout` its value's;
+    `patterns` are those of --devices. Wait for `fileno()`, then call `handle()`.
+    """
+
+    def __init__(self, ingress: int, egress: int, map: int, layout: Layout, patterns: tuple[str, ...] = ()) -> None:
+        self._hooked = (
+            Hooked(nl.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
+            Hooked(nl.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
+        )
+        self._rows = Rows(map, layout)
+        self._patterns = patterns
+        self._pod_interface = ""
+        self._events = nl.Netlink(*_GROUPS)
+        self._netlink = nl.Netlink()
+        self._links: dict[int, nl.Link] = {}
+        self._addresses: tuple[nl.InterfaceAddress, ...] = ()
+        self._defaults: dict[int, int] = {}
+        self._attached: dict[int, bool] = {}  # ifindex -> whether we made its clsact
+        self._failures: dict[int, str] = {}
+        self._stale = True
+        self._routes_stale = True
+        self._suspects: set[int] = set()
+
+    def fileno(self) -> int:
+        """Readable when `handle` has something to do."""
+        return self._events.fileno()
+
+    def close(self) -> None:
+        """Close the sockets; filters and rows stay."""
+        self._events.close()
+        self._netlink.close()
+
+    def attached(self) -> tuple[str, ...]:
+        """Names of the devices that run our programs, sorted."""
+        return tuple(sorted(self._links[index].name for index in self._attached if index in self._links))
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Devices that should run our programs and do not, with the reason."""
+        found = [
+            Problem(f"device {self._links[index].name}", f"not attached: {reason}; tried again with the next sync")
+            for index, reason in sorted(self._failures.items())
+            if index in self._links
+        ]
+        found += [
+            Problem(f"device {link.name}", "carries packets without an Ethernet header: Services are not served on it")
+            for link in self._links.values()
+            if is_out_of_reach(link, self._patterns)
+        ]
+        return tuple(found)
+
+    def handle(self) -> bool:
+        """Take in what the kernel says has changed, and act on it; whether there was anything of interest."""
+        try:
+            for type, body in self._events.events():
+                self._notice(type, body)
+        except nl.Overrun:
+            log.warning("the kernel told of more changes of devices than could be read: looking at all of them")
+            self._forget()
+        if not (self._stale or self._suspects):
+            return False
+        self.sync()
+        return True
+
+    def _notice(self, type: int, body: bytes) -> None:
+        if type in _LINK_EVENTS or type in _ADDRESS_EVENTS:
+            self._stale = True
+        elif type in _ROUTE_EVENTS:
+            if nl.is_default_route(body):
+                self._stale = self._routes_stale = True
+        elif type in _TC_EVENTS and nl.index_of(body) in self._attached:
+            self._suspects.add(nl.index_of(body))
+
+    def _forget(self) -> None:
+        self._stale = self._routes_stale = True
+        self._suspects |= set(self._attached)
+
+    def set_pod_interface(self, name: str) -> None:
+        """`Locality.pod_interface`; takes effect at once where it differs from the last."""
+        if name != self._pod_interface:
+            self._pod_interface = name
+            self.sync()
+
+    def audit(self) -> int:
+        """Look at every device and row anew, and repair; how many filters and rows had to be written."""
+        self._forget()
+        self._rows.read()
+        return self.sync()
+
+    def sync(self) -> int:
+        """Attach where it is due, forget what has gone, write the rows that changed; how many filters and rows were
+        written. Raises OSError only if netlink itself fails."""
+        suspects, self._suspects = self._suspects, set()
+        self._stale = False
+        if self._routes_stale:
+            self._routes_stale = False
+            self._defaults = nl.default_devices(self._netlink)
+        before, self._links = self._links, nl.links(self._netlink)
+        self._addresses = nl.addresses(self._netlink)
+        edges = {index for index, link in self._links.items() if is_edge(link, self._patterns)}
+        self._failures = {index: why for index, why in self._failures.items() if index in edges}
+        written = 0
+        for index in [index for index in self._attached if index not in edges]:
+            made = self._attached.pop(index)
+            if index in self._links:  # it has become a bond's slave, or the like
+                written += self._guarded(index, functools.partial(_release, self._netlink, made=made))
+        # Rows go first: a program that finds no row has no address to masquerade with.
+        written += self._write_rows(edges)
+        for index in sorted(edges):
+            renamed = index in before and before[index].name != self._links[index].name
+            if index not in self._attached or index in suspects or index in self._failures or renamed:
+                written += self._guarded(index, self._attach)
+        return written + self._write_rows(edges)
+
+    def _guarded(self, index: int, action: Callable[[int], int]) -> int:
+        """What `action` wrote; its failure is the device's own."""
+        try:
+            written = action(index)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return 0  # it has gone meanwhile; the kernel will say so
+            reason = error.strerror or str(error)
+            if self._failures.get(index) != reason:
+                log.warning("device %s: %s", self._links[index].name, reason)
+            self._failures[index] = reason
+            return 0
+        self._failures.pop(index, None)
+        return written
+
+    def _attach(self, index: int) -> int:
+        """Our filters on both sides, whatever was there; how many were written."""
+        created = nl.add_clsact(self._netlink, index)
+        there = nl.filters(self._netlink, index)
+        if not created and not there and nl.side_qdisc(self._netlink, index) == "ingress":
+            raise OSError(errno.EEXIST, "its ingress qdisc has no egress side; replace that by clsact")
+        made = created or self._attached.get(index, _made_by_us(self._rows.get(index), there))
+        written = sum(self._put(index, hooked, there) for hooked in self._hooked)
+        if index not in self._attached:
+            log.info("attached to device %s", self._links[index].name)
+        self._attached[index] = made
+        return written
+
+    def _put(self, index: int, hooked: Hooked, there: tuple[nl.Filter, ...]) -> int:
+        """One side's filter; whether it had to be written."""
+        side = [each for each in there if each.parent == hooked.parent]
+        mine = [each for each in side if _is_ours(each)]
+        for extra in mine[1:]:
+            nl.remove_filter(self._netlink, index, extra)
+        if mine and mine[0].program == hooked.id:
+            return 0
+        preference, handle = (mine[0].preference, mine[0].handle) if mine else (first_preference(side), _HANDLE)
+        nl.put_filter(
+            self._netlink,
+            index,
+            hooked.parent,
+            preference,
+            handle,
+            hooked.program,
+            hooked.name,
+            replace=bool(mine),
+        )
+        return 1
+
+    def _write_rows(self, edges: set[int]) -> int:
+        """The rows of all edges, where they differ; rows of others go. How many were written."""
+        written = self._rows.keep_only(edges)
+        for index in edges:
+            link = self._links[index]
+            ipv4, ipv6 = masquerade_addresses(link, self._links, self._addresses, self._defaults)
+            flags = DEVICE_POD if is_pod_device(link, self._links, self._pod_interface) else 0
+            row = self._rows.get(index)
+            if self._attached.get(index, row is not None and row.made):
+                flags |= DEVICE_CLSACT
+            try:
+                written += self._rows.put(index, Row(ipv4, ipv6, flags))
+            except OSError as error:
+                self._failures[index] = f"its row cannot be written: {error.strerror}"
+        return written
+
+
+def _is_ours(found: nl.Filter) -> bool:
+    return found.kind == "bpf" and found.name.startswith(PREFIX)
+
+
+def _made_by_us(row: Row | None, there: tuple[nl.Filter, ...]) -> bool:
+    """Whether we made a clsact that is there already: the row tells; without one, it holds ours and nobody else's."""
+    if row is not None:
+        return row.made
+    return bool(there) and all(map(_is_ours, there))
+
+
+def first_preference(side: Iterable[nl.Filter]) -> int:
+    """The lowest preference where our filter can be: a free one, or among bpf filters for all protocols."""
+    taken: dict[int, bool] = {}
+    for each in side:
+        shared = each.kind == "bpf" and each.protocol == nl.ALL_PROTOCOLS and each.handle != _HANDLE
+        taken[each.preference] = taken.get(each.preference, True) and shared
+    preference = 1
+    while not taken.get(preference, True):
+        preference += 1
+    return preference
+
+
+def _release(netlink: nl.Netlink, index: int, made: bool) -> int:
+    """Remove our filters, and the clsact if we made it and it is empty now; how many filters were removed."""
+    there = nl.filters(netlink, index)
+    mine = [each for each in there if _is_ours(each)]
+    for each in mine:
+        nl.remove_filter(netlink, index, each)
+    if made and len(mine) == len(there) and nl.side_qdisc(netlink, index) == "clsact":
+        nl.remove_clsact(netlink, index)
+    return len(mine)
+
+
+def installed(rows: Rows | None = None, *, remove: bool = False) -> tuple[str, ...]:
+    """Everything of ours on the devices of this network namespace, one line each; with `remove` it is gone afterwards.
+
+    `rows`: the `devices` map where it can still be read. Works without a Devices. Raises OSError.
+    """
+    lines = []
+    netlink = nl.Netlink()
+    try:
+        for index, link in sorted(nl.links(netlink).items()):
+            there = nl.filters(netlink, index)
+            mine = [each for each in there if _is_ours(each)]
+            if not mine:
+                continue
+            made = _made_by_us(rows.get(index) if rows else None, there)
+            for each in mine:
+                side = "ingress" if each.parent == nl.INGRESS else "egress"
+                lines.append(f"filter {each.name} on {link.name} {side} pref {each.preference} handle {each.handle:#x}")
+            if made and len(mine) == len(there):
+                lines.append(f"qdisc clsact on {link.name}")
+            if remove:
+                try:
+                    _release(netlink, index, made)
+                except OSError as error:
+                    if error.errno != errno.ENODEV:
+                        raise
+    finally:
+        netlink.close()
+    return tuple(lines)

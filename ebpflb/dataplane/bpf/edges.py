@@ -1,0 +1,89 @@
+"""Which devices are the edges of a node, and what their rows say: pure.
+
+Rules of this file: links and addresses in, decisions out. An edge is a device by which a packet enters or leaves this
+network namespace as an Ethernet frame: hardware, veths, VXLAN, VLANs. Not an edge: loopback; a bridge (its ports are);
+a slave of a bond or team (the master is); devices that lead nowhere (dummy) or where packets pass that a real edge
+sees too (VRF). A device without an Ethernet header cannot be one: the programs read Ethernet frames.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from ebpflb.dataplane.bpf.netlink import (
+    ARPHRD_ETHER,
+    IFA_F_DADFAILED,
+    IFA_F_DEPRECATED,
+    IFA_F_SECONDARY,
+    IFA_F_TENTATIVE,
+    IFF_LOOPBACK,
+    IFF_UP,
+    SCOPE_GLOBAL,
+    InterfaceAddress,
+    Link,
+)
+
+_NOT_EDGES = ("bridge", "dummy", "vrf", "ifb", "nlmon", "vcan", "ovs")
+_MASTERS = ("bond", "team")
+_NOWHERE = bytes(16)
+
+
+def is_edge(link: Link, patterns: tuple[str, ...] = ()) -> bool:
+    """Whether our programs belong on `link`. `patterns` (shell-like, () for all) narrow the node's own devices; veths
+    and bridge ports, by which pods are reached, always belong."""
+    if link.type != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or link.kind in _NOT_EDGES or link.slave_kind in _MASTERS:
+        return False
+    if not patterns or link.kind == "veth" or link.slave_kind == "bridge":
+        return True
+    return any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
+
+
+def is_out_of_reach(link: Link, patterns: tuple[str, ...] = ()) -> bool:
+    """Whether Service traffic by `link` would go unserved: it is up, and has no Ethernet header."""
+    if link.type == ARPHRD_ETHER or link.flags & IFF_LOOPBACK or not link.flags & IFF_UP:
+        return False
+    return not patterns or any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
+
+
+def is_pod_device(link: Link, links: Mapping[int, Link], pod_interface: str) -> bool:
+    """Whether what enters by `link` is a local pod's: `pod_interface` (as in `routes.Locality`) names it or its
+    bridge."""
+    if not pod_interface:
+        return False
+    names = [link.name]
+    if link.slave_kind == "bridge" and link.master in links:
+        names.append(links[link.master].name)
+    if pod_interface.endswith("*"):
+        return any(name.startswith(pod_interface[:-1]) for name in names)
+    return pod_interface in names
+
+
+def masquerade_addresses(
+    link: Link, links: Mapping[int, Link], held: Iterable[InterfaceAddress], defaults: Mapping[int, int]
+) -> tuple[bytes, bytes]:
+    """What masquerade takes on `link`, (IPv4, IPv6), 16 zero bytes for none.
+
+    The device's own first global address; of a bridge port or another slave, its master's; failing that, one of the
+    node's, best of the device of the default route (`defaults`: by version).
+    """
+    own = {link.ifindex, link.master} - {0}
+
+    def rank(address: InterfaceAddress) -> tuple[bool, ...]:
+        device = links.get(address.ifindex)
+        idle = device is None or device.kind == "dummy" or bool(device.flags & IFF_LOOPBACK)
+        poor = bool(address.flags & (IFA_F_DEPRECATED | IFA_F_TENTATIVE | IFA_F_SECONDARY))
+        elsewhere = address.ifindex not in own
+        away = elsewhere and address.ifindex != defaults.get(address.version)
+        return (elsewhere, address.ifindex != link.ifindex, poor, away, idle)
+
+    def best(version: int) -> bytes:
+        usable = [
+            address
+            for address in held
+            if address.version == version and address.scope == SCOPE_GLOBAL and not address.flags & IFA_F_DADFAILED
+        ]
+        # min() keeps the first of equals, and the kernel lists a device's primary address first.
+        return min(usable, key=rank).address if usable else _NOWHERE
+
+    return best(4), best(6)

@@ -1,0 +1,421 @@
+"""Devices in a network namespace of their own: who gets our filters and rows, when, beside whom, and what is left.
+
+Rules of this file: nothing touches the machine's own devices. Waiting is for a condition, with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ebpflb.dataplane.bpf import facts, syscall
+from ebpflb.dataplane.bpf import netlink as nl
+from ebpflb.dataplane.bpf.artifact import Artifact
+from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PROG_TYPE_SCHED_CLS
+from ebpflb.dataplane.bpf.device_rows import Row, Rows
+from ebpflb.dataplane.bpf.devices import Devices, installed
+from ebpflb.routes import packed
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+DEADLINE = 5.0
+NONE = bytes(16)
+_numbers = itertools.count()
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Namespace:
+    """A network namespace; `ip` and `tc` run inside, and `entered` puts this thread there."""
+
+    def __init__(self) -> None:
+        self.name = f"ebpflb-dev-{os.getpid()}-{next(_numbers)}"
+        subprocess.run(["ip", "netns", "add", self.name], check=True)
+
+    def ip(self, command: str) -> str:
+        return self._run("ip", "-n", self.name, *command.split())
+
+    def tc(self, command: str) -> str:
+        return self._run("tc", "-n", self.name, *command.split())
+
+    @staticmethod
+    def _run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    def index(self, device: str) -> int:
+        found: list[dict[str, Any]] = json.loads(self._run("ip", "-j", "-n", self.name, "link", "show", device))
+        return int(found[0]["ifindex"])
+
+    def qdiscs(self) -> str:
+        return "\n".join(sorted(self.tc("qdisc show").splitlines()))
+
+    def filters(self, device: str, side: str) -> str:
+        return self.tc(f"filter show dev {device} {side}")
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        target = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
+        try:
+            assert _libc.setns(target, 0) == 0
+            yield
+        finally:
+            assert _libc.setns(home, 0) == 0
+            os.close(home)
+            os.close(target)
+
+    def remove(self) -> None:
+        subprocess.run(["ip", "netns", "del", self.name], check=True)
+
+
+class Loaded:
+    """The two tc programs over maps of their own."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        sizes = {"slots": 64, "backends": 64, "flows": 1024, "sockets": 64, "fragments": 64}
+        self.artifact = artifact
+        self.maps = {
+            spec.name: syscall.map_create(
+                spec.type,
+                spec.key.size,
+                spec.value.size,
+                sizes.get(spec.name, spec.max_entries),
+                spec.flags,
+                f"test_{spec.name}",
+            )
+            for spec in artifact.maps.values()
+        }
+        self.layout = artifact.maps["devices"].value
+        self.ingress, self.egress = self.load("tc_ingress"), self.load("tc_egress")
+
+    def load(self, name: str) -> int:
+        program = self.artifact.programs[name]
+        return syscall.prog_load(program.type, program.patched(self.maps), program.kernel_name)
+
+    def rows(self) -> Rows:
+        return Rows(self.maps["devices"], self.layout)
+
+    def devices(self, *patterns: str) -> Devices:
+        return Devices(self.ingress, self.egress, self.maps["devices"], self.layout, patterns)
+
+    def close(self) -> None:
+        for fd in (*self.maps.values(), self.ingress, self.egress):
+            os.close(fd)
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    made = Namespace()
+    made.ip("link set lo up")
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+def loaded(artifact: Artifact) -> Iterator[Loaded]:
+    syscall.raise_memlock_limit()
+    made = Loaded(artifact)
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def running(namespace: Namespace, loaded: Loaded, *patterns: str) -> Iterator[Devices]:
+    with namespace.entered():
+        devices = loaded.devices(*patterns)
+    try:
+        devices.sync()
+        yield devices
+    finally:
+        devices.close()
+
+
+def until(devices: Devices, condition: Callable[[], bool], seen: Callable[[], object]) -> None:
+    """Serve the devices' events until the condition holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        left = deadline - time.monotonic()
+        assert left > 0, f"not within {DEADLINE} s; last seen: {seen()}"
+        if select.select([devices], [], [], min(left, 0.5))[0]:
+            devices.handle()
+
+
+def test_edges_are_attached_and_nothing_else(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link add cni0 type bridge")
+    namespace.ip("link add pod1 type veth peer name pod1-in")
+    namespace.ip("link set pod1 master cni0")
+    namespace.ip("link add vx type vxlan id 7 dstport 4789 remote 192.0.2.1 dev eth0")
+    with running(namespace, loaded) as devices:
+        assert devices.attached() == ("eth0", "far", "pod1", "pod1-in", "vx")
+        assert devices.problems() == ()
+        for name in devices.attached():
+            for side, program in (("ingress", "ebpflb_ingress"), ("egress", "ebpflb_egress")):
+                shown = namespace.filters(name, side)
+                assert f"pref 1 bpf chain 0 handle 0xeb {program} direct-action" in shown, shown
+        assert namespace.filters("cni0", "ingress") == ""
+
+
+def test_patterns_narrow_the_nodes_devices_only(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add veth0 type veth peer name veth1")
+    namespace.ip("link add vx5 type vxlan id 5 dstport 4789 remote 192.0.2.1 dev veth0")
+    namespace.ip("link add vx6 type vxlan id 6 dstport 4790 remote 192.0.2.1 dev veth0")
+    with running(namespace, loaded, "vx5", "eth*") as devices:
+        assert devices.attached() == ("veth0", "veth1", "vx5")
+
+
+def test_device_that_appears_later_is_attached_at_once_and_forgotten_when_gone(
+    namespace: Namespace, loaded: Loaded
+) -> None:
+    with running(namespace, loaded) as devices:
+        assert devices.attached() == ()
+        namespace.ip("link add late type veth peer name late-in")
+        until(devices, lambda: devices.attached() == ("late", "late-in"), devices.attached)
+        index = namespace.index("late")
+        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT)
+        namespace.ip("link del late")
+        until(devices, lambda: devices.attached() == (), devices.attached)
+        assert loaded.rows().get(index) is None
+        assert devices.problems() == ()
+
+
+def test_rows_follow_addresses(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link add cni0 type bridge")
+    namespace.ip("link add pod1 type veth peer name pod1-in")
+    namespace.ip("link set pod1 master cni0")
+    for device in ("eth0", "far", "cni0", "pod1"):
+        namespace.ip(f"link set {device} up")
+    namespace.ip("addr add 192.168.0.2/24 dev eth0")
+    namespace.ip("addr add 192.168.0.3/24 dev eth0")
+    namespace.ip("addr add fd00::2/64 dev eth0 nodad")
+    namespace.ip("addr add 10.1.0.1/24 dev cni0")
+    namespace.ip("route add default via 192.168.0.1")
+
+    def row(device: str) -> Row | None:
+        return loaded.rows().get(namespace.index(device))
+
+    with running(namespace, loaded) as devices:
+        assert row("eth0") == Row(packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        # A bridge's port has the bridge's address, and where it has none, one of the node's.
+        assert row("pod1") == Row(packed("10.1.0.1"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("far") == Row(packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        namespace.ip("addr del 192.168.0.2/24 dev eth0")
+        namespace.ip("addr add 192.168.9.9/24 dev eth0")
+        wanted = Row(packed("192.168.9.9"), packed("fd00::2"), DEVICE_CLSACT)
+        until(devices, lambda: row("eth0") == wanted, lambda: row("eth0"))
+
+
+def test_pod_devices_are_marked(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add cni0 type bridge")
+    namespace.ip("link add pod1 type veth peer name pod1-in")
+    namespace.ip("link set pod1 master cni0")
+    namespace.ip("link add veth9 type veth peer name eth0")
+    with running(namespace, loaded) as devices:
+
+        def pods() -> list[str]:
+            rows = loaded.rows()
+            names = ("pod1", "pod1-in", "veth9", "eth0")
+            return [
+                name for name in names if (rows.get(namespace.index(name)) or Row(NONE, NONE, 0)).flags & DEVICE_POD
+            ]
+
+        assert pods() == []
+        devices.set_pod_interface("cni0")
+        assert pods() == ["pod1"]
+        devices.set_pod_interface("veth*")
+        assert pods() == ["veth9"]
+        devices.set_pod_interface("pod1")
+        assert pods() == ["pod1"]
+        devices.set_pod_interface("")
+        assert pods() == []
+
+
+def counting_program(map: int) -> int:
+    """A tc program that counts packets in cell 0 of an array of u64 and lets the next filter decide."""
+    code = (
+        facts.instruction(0x62, 10, offset=-4)  # *(u32 *)(r10 - 4) = 0
+        + facts.instruction(0xBF, 2, 10)  # r2 = r10
+        + facts.instruction(0x07, 2, immediate=-4)  # r2 += -4
+        + facts.instruction(0x18, 1, 1, immediate=map)  # r1 = map
+        + facts.instruction(0)
+        + facts.call(1)  # bpf_map_lookup_elem
+        + facts.instruction(0x15, 0, offset=2)  # if r0 == 0 goto +2
+        + facts.move(1, 1)
+        + facts.instruction(0xDB, 0, 1)  # lock *(u64 *)r0 += r1
+        + facts.move(0, -1)
+        + facts.EXIT
+    )
+    return syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "foreign")
+
+
+def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) -> None:
+    """Somebody counts IPv4 packets at preference 1, which ours cannot share: it stands behind, and both see them."""
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link set eth0 up")
+    namespace.ip("link set far up")
+    index = namespace.index("eth0")
+    cells = syscall.map_create(syscall.MAP_ARRAY, 4, 8, 1)
+    foreign = counting_program(cells)
+    ipv4 = socket.htons(0x0800)
+    with namespace.entered():
+        other = nl.Netlink()
+    try:
+        assert nl.add_clsact(other, index)
+        nl.put_filter(other, index, nl.INGRESS, 1, 1, foreign, "foreign", replace=False, protocol=ipv4)
+        before = (namespace.qdiscs(), namespace.filters("eth0", "ingress"), namespace.filters("eth0", "egress"))
+        with running(namespace, loaded) as devices:
+            side = [each for each in nl.filters(other, index) if each.parent == nl.INGRESS]
+            assert [(each.preference, each.name) for each in side] == [(1, "foreign"), (2, "ebpflb_ingress")]
+            assert devices.audit() == 0
+            # An IPv4 packet that says TCP and ends there: our program counts it as too short.
+            packet = b"\xff" * 12 + b"\x08\x00" + bytes.fromhex("4500001400000000400600000a0000010a000002")
+            with namespace.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+                sender.bind(("far", 0))
+                sender.send(packet)
+            counter = struct.pack("=I", loaded.artifact.counters.index("PACKET_TOO_SHORT"))
+
+            def seen() -> tuple[bool, bool]:
+                ours = syscall.lookup(loaded.maps["counters"], counter, syscall.percpu_size(8))
+                return any(syscall.lookup(cells, bytes(4), 8) or b""), any(ours or b"")
+
+            until(devices, lambda: seen() == (True, True), seen)
+        with namespace.entered():
+            installed(loaded.rows(), remove=True)
+        after = (namespace.qdiscs(), namespace.filters("eth0", "ingress"), namespace.filters("eth0", "egress"))
+        assert after == before
+    finally:
+        other.close()
+        os.close(foreign)
+        os.close(cells)
+
+
+def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, loaded: Loaded) -> None:
+    """Another bpf filter holds preference 1 and ends processing: ours shares the preference and comes first."""
+    namespace.ip("link add eth0 type veth peer name far")
+    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.move(0, 0) + facts.EXIT, "foreign")
+    with namespace.entered():
+        other = nl.Netlink()
+    try:
+        index = namespace.index("eth0")
+        assert nl.add_clsact(other, index)
+        nl.put_filter(other, index, nl.INGRESS, 1, 1, terminal, "foreign", replace=False)
+        with running(namespace, loaded):
+            names = [each.name for each in nl.filters(other, index) if each.parent == nl.INGRESS]
+            assert names == ["ebpflb_ingress", "foreign"]
+        with namespace.entered():
+            installed(loaded.rows(), remove=True)
+        assert [each.name for each in nl.filters(other, index)] == ["foreign"]
+    finally:
+        other.close()
+        os.close(terminal)
+
+
+def test_restart_with_the_same_programs_writes_nothing(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    with running(namespace, loaded):
+        pass
+    with namespace.entered():
+        again = loaded.devices()
+    try:
+        assert again.sync() == 0
+        assert again.attached() == ("eth0", "far")
+    finally:
+        again.close()
+
+
+def test_changed_program_is_replaced_in_place(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    with running(namespace, loaded):
+        pass
+    os.close(loaded.ingress)
+    loaded.ingress = loaded.load("tc_ingress")
+    with namespace.entered():
+        other = nl.Netlink()
+    try:
+        with running(namespace, loaded):
+            found = [each for each in nl.filters(other, namespace.index("eth0")) if each.parent == nl.INGRESS]
+            assert [each.program for each in found] == [syscall.prog_info(loaded.ingress).id]
+            assert [(each.preference, each.handle) for each in found] == [(1, 0xEB)]
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("damage", ["filter del dev eth0 ingress pref 1", "qdisc del dev eth0 clsact"])
+def test_what_somebody_removes_comes_back(namespace: Namespace, loaded: Loaded, damage: str) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    with running(namespace, loaded) as devices:
+        namespace.tc(damage)
+        assert "ebpflb" not in namespace.tc("filter show dev eth0 ingress pref 1")
+
+        def back() -> bool:
+            return "ebpflb_ingress" in namespace.filters("eth0", "ingress")
+
+        until(devices, back, lambda: namespace.filters("eth0", "ingress"))
+
+
+def test_device_with_an_ingress_qdisc_is_a_problem_until_it_goes(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.tc("qdisc add dev eth0 ingress")
+    with running(namespace, loaded) as devices:
+        assert devices.attached() == ("far",)
+        (problem,) = devices.problems()
+        assert problem.subject == "device eth0"
+        assert "ingress qdisc" in problem.reason
+        namespace.tc("qdisc del dev eth0 ingress")
+        devices.sync()
+        assert devices.problems() == ()
+        assert devices.attached() == ("eth0", "far")
+
+
+def test_device_without_ethernet_header_is_named(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("tuntap add tun7 mode tun")
+    namespace.ip("link set tun7 up")
+    with running(namespace, loaded) as devices:
+        assert devices.attached() == ()
+        assert [problem.subject for problem in devices.problems()] == ["device tun7"]
+
+
+@pytest.mark.parametrize("rows_survive", [True, False])
+def test_cleanup_leaves_qdiscs_as_before(namespace: Namespace, loaded: Loaded, rows_survive: bool) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link add used type veth peer name used-in")
+    namespace.tc("qdisc add dev used clsact")
+    namespace.tc("filter add dev used egress pref 9 protocol ip u32 match u32 0 0")
+    before = namespace.qdiscs()
+    with running(namespace, loaded):
+        pass
+    with namespace.entered():
+        rows = loaded.rows() if rows_survive else None
+        promised = installed(rows)
+        assert installed(rows, remove=True) == promised
+        assert "qdisc clsact on eth0" in promised
+        assert "qdisc clsact on used" not in promised
+        assert installed(rows) == ()
+    assert namespace.qdiscs() == before
+
+
+def test_empty_clsact_of_somebody_else_stays(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.tc("qdisc add dev eth0 clsact")
+    before = namespace.qdiscs()
+    with running(namespace, loaded):
+        pass
+    with running(namespace, loaded):  # a restart still knows
+        pass
+    with namespace.entered():
+        installed(loaded.rows(), remove=True)
+    assert namespace.qdiscs() == before
