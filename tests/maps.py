@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 
+from ebpflb.dataplane.bpf.layouts import SIZES, U32
 from ebpflb.dataplane.bpf.maps import Maps
-from ebpflb.dataplane.bpf.tables import SIZES, U32
 
 ARRAYS = ("slots", "backends", "settings")
 TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings")

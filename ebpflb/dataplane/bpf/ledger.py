@@ -19,11 +19,11 @@ from array import array
 from collections.abc import Iterable, Mapping
 
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
+from ebpflb.dataplane.bpf.layouts import ROUTE
 from ebpflb.dataplane.bpf.tables import (
     ABSENT,
     FREE,
     NAME_LIMIT,
-    ROUTE,
     Reading,
     pack_backend,
     pack_backends,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ebpflb.dataplane.bpf import syscall
-from ebpflb.dataplane.bpf.tables import SIZES
+from ebpflb.dataplane.bpf.layouts import SIZES
 
 # A refused row splits its batch; small batches keep the copying of what is left small.
 _BATCH = 4096

@@ -17,13 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from ebpflb.dataplane import Report
+from ebpflb.dataplane.bpf.layouts import BACKEND, SOURCE_KEY, U32
 from ebpflb.dataplane.bpf.ledger import Change, Ledger
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.dataplane.bpf.tables import (
-    BACKEND,
     ONLY,
-    SOURCE_KEY,
-    U32,
     NodeFacts,
     RawTables,
     Reading,
