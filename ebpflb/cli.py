@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebpflb import __version__, cli_options
+from ebpflb.commands import Result
 from ebpflb.errors import EbpflbError, UserError
 
 if TYPE_CHECKING:
-    from ebpflb.commands import Result
     from ebpflb.config import Config
     from ebpflb.output import Format
     from ebpflb.parts import Parts
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None, parts: Parts | None = None) -> 
     """Run one command; returns its exit status. `parts` replaces the real world."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        status = root.main(args=words, prog_name="ebpflb", standalone_mode=False, obj=parts)
+        said = root.main(args=words, prog_name="ebpflb", standalone_mode=False, obj=parts)
+        text, status = (said.text, said.status) if isinstance(said, Result) else ("", said or 0)
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone (`ebpflb dump | head`); Python would complain once more at exit.
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, parts: Parts | None = None) -> 
             "with what --log-level debug shows",
             1,
         )
-    return status if isinstance(status, int) else 0
+    return int(status)
 
 
 def _fail(message: str, status: int) -> int:
@@ -84,11 +86,11 @@ def root() -> None:
 @click.option("--once", is_flag=True, help="One complete sync, then exit; programs and rules stay.")
 @click.option("--cleanup", "clean", is_flag=True, help="kube-proxy's spelling of `ebpflb cleanup`.")
 @click.pass_obj
-def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> int:
+def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> Result:
     """The daemon, in the foreground; logs to stderr.
 
-    Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With --once:
-    0 synced, 1 something was refused.
+    Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With
+    --once: 0 synced, 1 something was refused.
     """
     from ebpflb.commands.cleanup import cleanup
     from ebpflb.commands.daemon import run_daemon
@@ -97,8 +99,8 @@ def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> int:
     world = _parts(parts)
     config = _config(world, typed, need_source=not clean)
     if clean:
-        return _say(cleanup(config, world, dry_run=False, form=Format.TABLE))
-    return _say(run_daemon(config, world, once=once))
+        return cleanup(config, world, dry_run=False, form=Format.TABLE)
+    return run_daemon(config, world, once=once)
 
 
 @root.command()
@@ -107,11 +109,11 @@ def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> int:
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **typed: Any) -> int:
+def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **typed: Any) -> Result:
     """What the kernel holds now, read back; changes nothing.
 
-    WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, raw (every map, every field).
-    Exit status: 0, 4 if nothing is programmed.
+    WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, raw (every map, every
+    field). Exit status: 0, 4 if nothing is programmed.
     """
     from ebpflb.commands.look import WHATS
     from ebpflb.commands.look import dump as act
@@ -119,7 +121,7 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
     if what not in WHATS:
         raise UserError(f"dump {what}: choose one of {', '.join(WHATS)}")
     world = _parts(parts)
-    return _say(act(_config(world, typed), world, what=what, service=_service(service), form=_format(output)))
+    return act(_config(world, typed), world, what=what, service=_service(service), form=_format(output))
 
 
 @root.command()
@@ -127,7 +129,7 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> int:
+def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
     """What a sync would change, as additions, changes and removals; changes nothing.
 
     Exit status: 0 nothing to do, 5 there are changes.
@@ -140,7 +142,7 @@ def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any)
 @cli_options.service
 @cli_options.output
 @click.pass_obj
-def verify(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> int:
+def verify(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
     """The manifests against the kernel: every entry that differs, by name.
 
     Exit status: 0 all agree, 5 drift.
@@ -148,12 +150,12 @@ def verify(parts: Parts | None, /, service: str | None, output: str, **typed: An
     return _compare(parts, "Difference", service, output, typed)
 
 
-def _compare(parts: Parts | None, kind: str, service: str | None, output: str, typed: dict[str, Any]) -> int:
+def _compare(parts: Parts | None, kind: str, service: str | None, output: str, typed: dict[str, Any]) -> Result:
     from ebpflb.commands.look import compare
 
     world = _parts(parts)
     config = _config(world, typed, need_source=True)
-    return _say(compare(config, world, kind=kind, service=_service(service), form=_format(output)))
+    return compare(config, world, kind=kind, service=_service(service), form=_format(output))
 
 
 @root.command()
@@ -163,7 +165,7 @@ def _compare(parts: Parts | None, kind: str, service: str | None, output: str, t
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def trace(parts: Parts | None, /, source: str, target: str, interface: str, output: str, **typed: Any) -> int:
+def trace(parts: Parts | None, /, source: str, target: str, interface: str, output: str, **typed: Any) -> Result:
     """Step by step, what the live tables do with a packet from SRC to DST.
 
     PROTO is TCP (default), UDP or SCTP; an IPv6 destination is written [ADDRESS]:PORT. Exit status: 0 forwarded, 6
@@ -174,14 +176,14 @@ def trace(parts: Parts | None, /, source: str, target: str, interface: str, outp
 
     world = _parts(parts)
     packet = parse_packet(source, target, interface)
-    return _say(act(_config(world, typed), world, packet=packet, form=_format(output)))
+    return act(_config(world, typed), world, packet=packet, form=_format(output))
 
 
 @root.command()
 @cli_options.status
 @cli_options.output
 @click.pass_obj
-def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> int:
+def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> Result:
     """Is it working? Asks the daemon of this network namespace.
 
     Exit status: 0 healthy, 1 not (or no daemon).
@@ -190,14 +192,14 @@ def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> in
 
     if not 0 <= wait < float("inf"):
         raise UserError(f"--wait {wait:g}: give seconds, at least 0")
-    return _say(show_status(_parts(parts), wait=wait, form=_format(output)))
+    return show_status(_parts(parts), wait=wait, form=_format(output))
 
 
 @root.command()
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def check(parts: Parts | None, /, output: str, **typed: Any) -> int:
+def check(parts: Parts | None, /, output: str, **typed: Any) -> Result:
     """What this kernel offers, and which dataplane would carry services here.
 
     Exit status: 0, 3 if none can.
@@ -205,7 +207,7 @@ def check(parts: Parts | None, /, output: str, **typed: Any) -> int:
     from ebpflb.commands.look import check as act
 
     world = _parts(parts)
-    return _say(act(_config(world, typed), world, form=_format(output)))
+    return act(_config(world, typed), world, form=_format(output))
 
 
 @root.command()
@@ -214,14 +216,14 @@ def check(parts: Parts | None, /, output: str, **typed: Any) -> int:
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
-def cleanup(parts: Parts | None, /, dry_run: bool, kube_proxy: bool, output: str, **typed: Any) -> int:
+def cleanup(parts: Parts | None, /, dry_run: bool, kube_proxy: bool, output: str, **typed: Any) -> Result:
     """Removes everything that ebpflb ever installed here, and nothing else."""
     from ebpflb.commands.cleanup import cleanup as act
 
     if kube_proxy:
         raise UserError("--kube-proxy is not in this version yet; run `kube-proxy --cleanup`, or reboot the node")
     world = _parts(parts)
-    return _say(act(_config(world, typed), world, dry_run=dry_run, form=_format(output)))
+    return act(_config(world, typed), world, dry_run=dry_run, form=_format(output))
 
 
 @root.command()
@@ -261,7 +263,7 @@ def _service(text: str | None) -> Any:
     if text is None:
         return None
     namespace, separator, name = text.rpartition("/")
-    if not name or (separator and not namespace) or "/" in namespace:
+    if not name or "/" in namespace or (separator and not namespace):
         raise UserError(f"--service {text}: write NAMESPACE/NAME")
     return ServiceName(namespace or "default", name)
 
@@ -270,9 +272,3 @@ def _format(text: str) -> Format:
     from ebpflb.output import Format
 
     return Format(text)
-
-
-def _say(result: Result) -> int:
-    if result.text:
-        sys.stdout.write(result.text)
-    return result.status

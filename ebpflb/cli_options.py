@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 
-class _Verbosity(click.ParamType):
+class _Verbosity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2 only
     """A number; kube-proxy's `-v=2` arrives with the equals sign."""
 
     name = "integer"

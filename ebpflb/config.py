@@ -172,7 +172,7 @@ def _node_name(given: str | None, hostname: str) -> str:
 def _dataplane(dataplane: str | None, proxy_mode: str | None) -> str:
     if proxy_mode:
         if proxy_mode == "nftables":
-            raise UserError("--proxy-mode nftables: ebpflb has no nftables dataplane; leave the option out, or choose auto")
+            raise UserError("--proxy-mode nftables: ebpflb has no nftables dataplane; leave the option out")
         if proxy_mode not in ("iptables", "ipvs"):
             raise UserError(f"--proxy-mode {proxy_mode} is unknown; use --dataplane auto or --dataplane bpf")
         if dataplane and dataplane != proxy_mode:

@@ -11,7 +11,7 @@ import selectors
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 # Reading goes before working, but an endless talker must not keep the work from being done.
@@ -43,10 +43,8 @@ class Stop:
     def ask(self, *_: object) -> None:
         """End the loop after what it is doing now. Safe in a signal handler."""
         self.asked = True
-        try:
+        with suppress(BlockingIOError):  # it is readable already
             self._writer.send(b"\0")
-        except BlockingIOError:
-            pass  # it is readable already
 
     def close(self) -> None:
         self._reader.close()

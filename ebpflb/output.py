@@ -101,7 +101,7 @@ def _yaml(envelope: object) -> str:
 
     plain = msgspec.to_builtins(envelope)
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return str(yaml.dump(plain, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120))
+    return str(yaml.dump(plain, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 # ---- Tables ----
@@ -143,7 +143,9 @@ def routes_table(rows: Sequence[tuple[Key, Route]], wide: bool) -> str:
             merged.append((frontend, "any", scopes[Scope.INTERNAL]))
         else:
             merged.extend((frontend, scope.name.lower(), scopes[scope]) for scope in sorted(scopes))
-    merged.sort(key=lambda line: (line[2].service, line[2].kind, key_order((line[0], Scope.INTERNAL)), line[1] == "external"))
+    merged.sort(
+        key=lambda line: (line[2].service, line[2].kind, key_order((line[0], Scope.INTERNAL)), line[1] == "external")
+    )
     header = ["SERVICE", "KIND", "FRONTEND", "SCOPE", "VERDICT", "BACKENDS"]
     if wide:
         header[5:5] = ["MASQUERADE", "AFFINITY", "ALGORITHM", "SOURCE-RANGES"]

@@ -25,11 +25,10 @@ class NothingProgrammed(EbpflbError):
 
 
 class Watch(NamedTuple):
-    """A descriptor of a dataplane, and what to call when it is readable; `handle` says whether anything of what the
-    dataplane has installed may have to be looked at again."""
+    """A descriptor of a dataplane, and what to call when it is readable. Should that fail, an audit follows."""
 
     fd: int
-    handle: Callable[[], bool]
+    handle: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ log = logging.getLogger("ebpflb.reconcile")
 class Desired(Protocol):
     """What the sources' events come to: the store and the policy, behind what this file needs of them."""
 
-    def apply(self, event: Event) -> None:
-        """Take one event in."""
+    def apply(self, event: Event) -> bool:
+        """Take one event in; whether it says anything new."""
 
     @property
     def synced(self) -> bool:
@@ -122,10 +122,8 @@ class Reconciler:
     def read(self, source: Source) -> None:
         """Take in all that `source` has to say."""
         try:
-            events = source.read()
-            for event in events:
-                self._desired.apply(event)
-                if self._changed_at is None:
+            for event in source.read():
+                if self._desired.apply(event) and self._changed_at is None:
                     self._changed_at = self._clock()
             self._source_errors.pop(source.name, None)
         except SourceError as error:

@@ -6,6 +6,7 @@ sync writes nothing), so that what is tested on them is true of what they stand 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -14,16 +15,15 @@ from dataclasses import replace
 
 from ebpflb.config import Config
 from ebpflb.dataplane import Dataplane, Report, Requirement
-from ebpflb.errors import ApplyError, EbpflbError, UserError
+from ebpflb.errors import UserError
 from ebpflb.model import Problem, Protocol, ServiceName
-from ebpflb.parts import Parts, Watch
+from ebpflb.parts import Parts
 from ebpflb.reconcile import Desired
 from ebpflb.routes import (
     Backend,
     Frontend,
     Key,
     Kind,
-    Locality,
     Route,
     RouteTable,
     Scope,
@@ -151,11 +151,12 @@ class FakeSource:
         self.raises: Exception | None = None
         self.closed = False
         self._events: list[Event] = []
-        self._reader, self._writer = socket.socketpair()
+        self._ends: tuple[socket.socket, socket.socket] | None = None
 
     def say(self, *events: Event) -> None:
         self._events += events
-        self._writer.send(b"\0")
+        if self._ends:
+            self._ends[1].send(b"\0")
 
     def change(self) -> None:
         """Some change; what is wanted then is up to the FakeDesired."""
@@ -165,14 +166,17 @@ class FakeSource:
         self.say(Synced(self.name))
 
     def fileno(self) -> int:
-        return self._reader.fileno()
+        if self._ends is None:
+            self._ends = socket.socketpair()
+            self._ends[0].setblocking(False)
+            if self._events:
+                self._ends[1].send(b"\0")
+        return self._ends[0].fileno()
 
     def read(self) -> Iterable[Event]:
-        self._reader.setblocking(False)
-        try:
-            self._reader.recv(4096)
-        except BlockingIOError:
-            pass
+        if self._ends:
+            with contextlib.suppress(BlockingIOError):
+                self._ends[0].recv(4096)
         if self.raises:
             error, self.raises = self.raises, None
             raise error
@@ -184,8 +188,9 @@ class FakeSource:
 
     def close(self) -> None:
         self.closed = True
-        self._reader.close()
-        self._writer.close()
+        for end in self._ends or ():
+            end.close()
+        self._ends = None
 
 
 class FakeDesired:
@@ -194,6 +199,7 @@ class FakeDesired:
     def __init__(self, want: RouteTable | None = None, sources: Sequence[str] = ("manifests",)) -> None:
         self.want = want or RouteTable()
         self.events: list[Event] = []
+        self.news = True
         self.raises: Exception | None = None
         self._missing = set(sources)
 
@@ -201,10 +207,11 @@ class FakeDesired:
     def synced(self) -> bool:
         return not self._missing
 
-    def apply(self, event: Event) -> None:
+    def apply(self, event: Event) -> bool:
         self.events.append(event)
         if isinstance(event, Synced):
             self._missing.discard(event.source)
+        return self.news
 
     def routes(self) -> RouteTable:
         if self.raises:
@@ -274,12 +281,8 @@ class World:
         return replace(self.parts, **parts)  # type: ignore[arg-type]
 
 
-def keeps_protocols(dataplane: FakeDataplane, source: FakeSource, desired: FakeDesired) -> tuple[Dataplane, Source, Desired]:
-    """mypy's proof that the fakes have the shape of what they stand for."""
+def as_protocols(
+    dataplane: FakeDataplane, source: FakeSource, desired: FakeDesired
+) -> tuple[Dataplane, Source, Desired]:
+    """For the type checker: the fakes have the shape of what they stand for."""
     return dataplane, source, desired
-
-
-__all__ = [
-    "ApplyError", "Backend", "EbpflbError", "FakeClock", "FakeDataplane", "FakeDesired", "FakeSelector", "FakeSource",
-    "Locality", "Watch", "World", "both", "routes", "row",
-]  # fmt: skip

@@ -146,9 +146,7 @@ class _Attend:
 
     def _handle(self, watch: Watch) -> None:
         try:
-            again = watch.handle()
+            watch.handle()
         except (EbpflbError, OSError) as error:
-            log.warning("%s: device event: %s", self._dataplane.name, error)
-            again = True
-        if again:
+            log.warning("%s: a change of devices: %s", self._dataplane.name, error)
             self._reconciler.check_now()

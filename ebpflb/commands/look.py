@@ -159,13 +159,13 @@ def _changes_text(
     if locality is not None:
         found = locality.locality
         cells = [("node addresses", ",".join(found.node_addresses)), ("pod CIDRs", ",".join(found.pod_cidrs))]
-        text += "change what tells local clients:\n" + table(("WHAT", "WANTED"), [*cells, ("pod interface", found.pod_interface)])
+        cells.append(("pod interface", found.pod_interface))
+        text += "change what tells local clients:\n" + table(("WHAT", "WANTED"), cells)
     return text.rstrip("\n") + "\n"
 
 
 def check(config: Config, parts: Parts, *, form: Format) -> Result:
-    """What this node offers, and who would carry services."""
-    require_privilege(parts)
+    """What this node offers, and who would carry services. Needs no privilege: the lack of it is an answer."""
     ladder = parts.dataplanes(config)
     items: list[Item] = [
         {

@@ -16,10 +16,11 @@ from ebpflb.commands import OK, REFUSED, Result
 from ebpflb.control import ask
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, UserError
+from ebpflb.model import Address, Protocol, ServiceName
 from ebpflb.output import Format, document, table
 from ebpflb.parts import Parts
 from ebpflb.reconcile import Overview
-from ebpflb.routes import RouteTable
+from ebpflb.routes import RouteTable, ServicePortName
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -79,8 +80,8 @@ def count(routes: RouteTable | None) -> Counts:
     """How much there is. A backend counts once per Service port, in however many routes it stands."""
     if routes is None:
         return Counts()
-    services = set()
-    backends = set()
+    services: set[ServiceName] = set()
+    backends: set[tuple[ServicePortName, Protocol, Address, int]] = set()
     seen: set[int] = set()
     for (frontend, _scope), route in routes.items():
         services.add(route.service.service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
 
 
-def config(need_source: bool = False, hostname: str = "node-1", **options: object) -> Config:
-    return configure(Options(**options), hostname=hostname, need_source=need_source)  # type: ignore[arg-type]
+def config(need_source: bool = False, hostname: str = "node-1", **options: Any) -> Config:
+    return configure(Options(**options), hostname=hostname, need_source=need_source)
 
 
-def refusal(need_source: bool = False, hostname: str = "node-1", **options: object) -> str:
+def refusal(need_source: bool = False, hostname: str = "node-1", **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         config(need_source, hostname, **options)
     text = str(caught.value)
@@ -77,7 +78,7 @@ def test_an_empty_node_name_is_refused() -> None:
     assert "--node-name" in refusal(node_name="  ")
 
 
-NOT_YET = {
+NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
     "config": ({"config": "kube-proxy.yaml"}, "--config"),
     "kubeconfig": ({"kubeconfig": "/root/.kube/config"}, "--kubeconfig"),
     "apiserver": ({"apiserver": ("https://10.0.0.1",)}, "--apiserver"),
@@ -113,7 +114,7 @@ def test_what_a_later_version_brings_is_refused_by_name(case: str) -> None:
         {"healthz_bind_address": "0.0.0.0:10256", "metrics_bind_address": "127.0.0.1:10249"},
     ],
 )
-def test_neutral_values_are_accepted(options: dict[str, object]) -> None:
+def test_neutral_values_are_accepted(options: dict[str, Any]) -> None:
     config(**options)
 
 
@@ -125,7 +126,7 @@ def test_nftables_is_refused_clearly() -> None:
     "options",
     [{"dataplane": "xdp"}, {"proxy_mode": "userspace"}, {"xdp": "fast"}, {"log_format": "xml"}, {"log_level": "loud"}],
 )
-def test_unknown_words_are_answered_with_the_known_ones(options: dict[str, object]) -> None:
+def test_unknown_words_are_answered_with_the_known_ones(options: dict[str, Any]) -> None:
     text = refusal(**options)
     assert str(next(iter(options.values()))) in text
     assert "choose" in text or "use" in text
@@ -177,7 +178,7 @@ def test_primary_is_a_word_of_its_own() -> None:
         ("NodeCIDR", {}),
     ],
 )
-def test_detect_local_modes_need_their_companions(mode: str, companion: dict[str, object]) -> None:
+def test_detect_local_modes_need_their_companions(mode: str, companion: dict[str, Any]) -> None:
     assert config(detect_local_mode=mode, **companion).warnings == ()
     if companion:
         (warning,) = config(detect_local_mode=mode).warnings
@@ -207,15 +208,20 @@ def test_devices_are_names_or_patterns() -> None:
         ({"log_level": "warning"}, LogLevel.WARNING),
     ],
 )
-def test_log_levels(options: dict[str, object], level: LogLevel) -> None:
+def test_log_levels(options: dict[str, Any], level: LogLevel) -> None:
     assert config(**options).log_level is level
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"audit_period": 0.5}, {"audit_period": float("nan")}, {"min_sync_period": -1.0}, {"min_sync_period": float("inf")}],
+    [
+        {"audit_period": 0.5},
+        {"audit_period": float("nan")},
+        {"min_sync_period": -1.0},
+        {"min_sync_period": float("inf")},
+    ],
 )
-def test_periods_are_sane(options: dict[str, object]) -> None:
+def test_periods_are_sane(options: dict[str, Any]) -> None:
     assert "give seconds" in refusal(**options)
 
 

@@ -29,7 +29,13 @@ WEB = ServicePortName("default", "web", "")
 
 
 def entry(
-    service: ServicePortName, address: str, port: int, protocol: Protocol, scope: Scope, *backends: Backend, **more: object
+    service: ServicePortName,
+    address: str,
+    port: int,
+    protocol: Protocol,
+    scope: Scope,
+    *backends: Backend,
+    **more: object,
 ) -> tuple[Key, Route]:
     verdict = Verdict.FORWARD if backends else Verdict.REJECT
     fields: dict[str, object] = {"kind": Kind.CLUSTER_IP, "verdict": verdict, "backends": backends, **more}
@@ -144,8 +150,9 @@ def test_wide_has_everything() -> None:
         kind=Kind.LOAD_BALANCER, masquerade=Masquerade.ALWAYS, affinity_seconds=60, source_ranges=("10.0.0.0/8",),
     )  # fmt: skip
     text = routes_table([row], wide=True)
-    for part in ("MASQUERADE", "ALWAYS", "60s", "random", "10.0.0.0/8", "10.0.0.4:8080 x4", "10.0.0.5:8080 (draining) x5"):
+    for part in ("MASQUERADE", "ALWAYS", "60s", "random", "10.0.0.0/8"):
         assert part in text
+    assert "10.0.0.4:8080 x4,10.0.0.5:8080 (draining) x5" in text
     assert "more" not in text
 
 

@@ -103,6 +103,17 @@ def test_a_source_without_objects_still_leads_to_a_sync(bench: Bench) -> None:
     assert bench.dataplane.times("sync") == [0.0]
 
 
+def test_events_that_say_nothing_new_cost_no_sync(bench: Bench) -> None:
+    ready(bench)
+
+    def repeat() -> None:
+        bench.desired.news = False
+        bench.source.change()
+
+    bench.run((1.0, repeat), until=2.0)
+    assert bench.dataplane.times("sync") == [0.0]
+
+
 def test_a_change_after_a_quiet_time_is_synced_at_once(bench: Bench) -> None:
     ready(bench)
     bench.run((3.0, bench.source.change), until=4.0)

@@ -1,0 +1,206 @@
+"""A place where a daemon can run beside everything else on this machine: a network namespace with one device, a cgroup,
+a pin directory, a directory of manifests; and a shell in it.
+
+Rules of this file: names carry the pid, everything is removed at the end whatever happened in between, and every wait
+is for a condition with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from tests.conftest import CHECKOUT, cgroup2
+
+T = TypeVar("T")
+
+BPFFS = Path("/sys/fs/bpf")
+DEADLINE = 60.0
+_numbers = itertools.count()
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def items(self) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = json.loads(self.out)["items"]
+        return found
+
+    @property
+    def one_line(self) -> str:
+        """The error of a command that failed as one should."""
+        assert self.status != 0 and self.out == "", self
+        (line,) = self.err.splitlines()
+        return line
+
+
+def until(what: str, probe: Callable[[], T], seconds: float = DEADLINE) -> T:
+    """The first true answer of `probe`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := probe()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}; last seen: {answer!r}"
+        time.sleep(0.01)
+    return answer
+
+
+class Daemon:
+    """`ebpflb run` in a Place."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def end(self, signal: int) -> int:
+        """Send a signal, and give the exit status."""
+        self.process.send_signal(signal)
+        return self.process.wait(DEADLINE)
+
+
+class Place:
+    """See the top of this file. `options` are those that every `ebpflb` here needs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"ebpflb-cli-{os.getpid()}-{next(_numbers)}"
+        self.directory = directory
+        self.manifests = directory / "manifests"
+        self.bpffs = BPFFS / self.name
+        hierarchy = cgroup2()
+        assert hierarchy is not None
+        self.cgroup = hierarchy / self.name
+        self.environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        self._daemons: list[Daemon] = []
+
+    def make(self) -> None:
+        self.manifests.mkdir()
+        if not os.path.ismount(BPFFS):
+            _command("mount", "-t", "bpf", "bpf", str(BPFFS))
+        self.cgroup.mkdir()
+        _command("ip", "netns", "add", self.name)
+        self.ip("link", "set", "lo", "up")
+        self.ip("link", "add", "eth0", "type", "veth", "peer", "name", "peer0")
+        self.ip("address", "add", "192.168.0.2/24", "dev", "eth0")
+        self.ip("link", "set", "eth0", "up")
+        self.ip("link", "set", "peer0", "up")
+
+    def remove(self) -> None:
+        """Also what a failed test left; a place that was cleaned up has none of it."""
+        for daemon in self._daemons:
+            if daemon.process.poll() is None:
+                daemon.process.kill()
+                daemon.process.wait()
+        self.ebpflb("cleanup")
+        with contextlib.suppress(FileNotFoundError):
+            self.bpffs.rmdir()
+        subprocess.run(["ip", "netns", "delete", self.name], check=False)
+        with contextlib.suppress(FileNotFoundError):
+            self.cgroup.rmdir()
+
+    # ---- Commands ----
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("--bpffs", str(self.bpffs), "--cgroup", str(self.cgroup))
+
+    @property
+    def run_options(self) -> tuple[str, ...]:
+        return (*self.options, "--manifests", str(self.manifests), "--node-name", "node-1")
+
+    def inside(self, *words: str) -> list[str]:
+        """The command that runs `words` in the namespace; unlike `ip netns exec` it keeps the mounts."""
+        return ["nsenter", f"--net=/run/netns/{self.name}", "--", *words]
+
+    def ip(self, *words: str) -> str:
+        return _command(*self.inside("ip", *words))
+
+    def ebpflb(self, command: str, *words: str, before: Sequence[str] = ()) -> Said:
+        """Run one command to its end. `before` stands in front of it, such as setpriv."""
+        own = {"status": ("--bpffs", str(self.bpffs)), "run": self.run_options, "plan": self.run_options}
+        own["verify"] = self.run_options
+        argv = [*before, sys.executable, "-m", "ebpflb", command, *own.get(command, self.options), *words]
+        done = subprocess.run(
+            self.inside(*argv), capture_output=True, text=True, env=self.environment, timeout=DEADLINE, check=False
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *words: str, wait: bool = True) -> Daemon:
+        """Start the daemon; with `wait`, return when its first complete sync is in the kernel."""
+        path = self.directory / f"daemon-{len(self._daemons)}.log"
+        argv = self.inside(sys.executable, "-m", "ebpflb", "run", *self.run_options, *words)
+        with path.open("w") as log:
+            # nsenter replaces itself by the daemon, so that the pid is the daemon's.
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env=self.environment, text=True)
+        daemon = Daemon(process, path)
+        self._daemons.append(daemon)
+        if wait:
+            said = self.ebpflb("status", "--wait", str(DEADLINE - 10))
+            assert said.status == 0, (said, daemon.log)
+        return daemon
+
+    # ---- Manifests ----
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a manifest as kubectl and editors do: whole, by a rename."""
+        path = self.manifests / f".{name}.new"
+        path.write_text(text)
+        path.rename(self.manifests / name)
+
+    # ---- The kernel ----
+
+    def traces(self) -> set[str]:
+        """Everything that a daemon could have left here, one line each."""
+        found = {f"pin {path}" for path in self.bpffs.rglob("*")} | ({f"pin {self.bpffs}"} & _existing(self.bpffs))
+        for device in ("lo", "eth0", "peer0"):
+            for side in ("ingress", "egress"):
+                shown = _command(*self.inside("tc", "filter", "show", "dev", device, side))
+                found |= {f"filter {device} {side} {line}" for line in shown.splitlines()}
+        found |= {f"qdisc {line}" for line in _command(*self.inside("tc", "qdisc", "show")).splitlines()}
+        found |= {f"link {link['ifname']}" for link in json.loads(self.ip("-json", "link"))}
+        found |= {f"address {line}" for line in self.ip("-oneline", "address").splitlines()}
+        found |= {f"route {line}" for line in self.ip("route", "show", "table", "all").splitlines()}
+        found |= {f"rule {line}" for line in self.ip("rule").splitlines()}
+        found |= {f"cgroup {line}" for line in _command("bpftool", "cgroup", "show", str(self.cgroup)).splitlines()}
+        found |= {f"sysctl {line}" for line in _command(*self.inside("sysctl", "-a", "-r", r"^net\.")).splitlines()}
+        return found
+
+
+def objects() -> set[str]:
+    """The BPF programs, maps and links of this machine that bear our name."""
+    found = set()
+    for kind in ("prog", "map", "link"):
+        for each in json.loads(_command("bpftool", "-j", kind, "list") or "[]"):
+            if str(each.get("name", "")).startswith("ebpflb"):
+                found.add(f"{kind} {each['id']} {each['name']}")
+    return found
+
+
+def _existing(path: Path) -> set[str]:
+    return {f"pin {path}"} if path.exists() else set()
+
+
+def _command(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+@contextlib.contextmanager
+def place_in(directory: Path) -> Iterator[Place]:
+    made = Place(directory)
+    try:
+        made.make()
+        yield made
+    finally:
+        made.remove()

@@ -1,0 +1,518 @@
+"""The commands as they are typed, on parts in memory: what is printed where, and the exit statuses.
+
+Rules of this file: everything goes through `main`, as a shell would; nothing looks inside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from ebpflb.cli import main
+from ebpflb.control import listen
+from ebpflb.dataplane import Requirement
+from ebpflb.errors import ApplyError, Unsupported
+from ebpflb.model import Problem, ProxyOptions
+from ebpflb.parts import Parts
+from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
+from tests.fakes import World, both, routes, row
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def items(self) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = json.loads(self.out)["items"]
+        return found
+
+
+Shell = Callable[..., Said]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands set up the package's logger; the next test finds it as it was."""
+    logger = logging.getLogger("ebpflb")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    """`shell(parts, "dump", "-o", "json")`."""
+
+    def run(parts: Parts | World, *words: str) -> Said:
+        capsys.readouterr()
+        status = main(words, parts.parts if isinstance(parts, World) else parts)
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def world() -> World:
+    return World(want=routes(*both()))
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> str:
+    return str(tmp_path)
+
+
+def refused(said: Said, status: int) -> str:
+    """The one line on stderr of a command that failed with `status`."""
+    assert said.status == status, said
+    (line,) = said.err.splitlines()
+    assert line.startswith("ebpflb: ")
+    assert said.out == ""
+    return line
+
+
+# ---- run ----
+
+
+def test_run_once_syncs_and_leaves_everything_in_place(shell: Shell, world: World, manifests: str) -> None:
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert said.status == 0
+    assert said.out == ""
+    assert "2 rows written" in said.err
+    assert world.dataplane.held == world.desired.want
+    assert "cleanup" not in world.dataplane.calls
+    assert world.source.closed
+
+
+def test_run_once_says_when_something_was_refused(shell: Shell, world: World, manifests: str) -> None:
+    world.dataplane.fail_next = 1
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert said.status == 1
+    assert "frontends: no room (ENOSPC)" in said.err
+
+
+def test_run_without_a_source_says_which_option_to_give(shell: Shell, world: World) -> None:
+    assert "--manifests DIR" in refused(shell(world, "run"), 2)
+
+
+def test_run_needs_root(shell: Shell, world: World, manifests: str) -> None:
+    parts = world.but(privileged=lambda: False)
+    assert "sudo" in refused(shell(parts, "run", "--manifests", manifests), 2)
+    assert world.dataplane.calls == []
+
+
+def test_run_where_nothing_can_carry_services(shell: Shell, world: World, manifests: str) -> None:
+    world.dataplane.raises["check"] = Unsupported("no python3-bpfcc: apt-get install python3-bpfcc")
+    line = shell(world, "run", "--manifests", manifests)
+    assert line.status == 3
+    assert "apt-get install python3-bpfcc" in line.err
+    assert world.dataplane.held is None
+
+
+def test_a_second_daemon_is_refused_before_it_touches_anything(shell: Shell, world: World, manifests: str) -> None:
+    with listen(world.parts.socket_name):
+        said = shell(world, "run", "--manifests", manifests)
+    assert "another ebpflb daemon runs in this network namespace" in refused(said, 2)
+    assert world.dataplane.calls == []
+
+
+def test_run_warns_of_a_detector_without_its_value(shell: Shell, world: World, manifests: str) -> None:
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert "WARNING detect-local mode ClusterCIDR needs --cluster-cidr" in said.err
+
+
+def test_run_logs_json_lines_when_asked(shell: Shell, world: World, manifests: str) -> None:
+    said = shell(world, "run", "--once", "--manifests", manifests, "--log-format", "json")
+    lines = [json.loads(line) for line in said.err.splitlines()]
+    (sync,) = [line for line in lines if line.get("event") == "sync"]
+    assert sync["written"] == 2 and sync["failed"] == 0 and sync["level"] == "info"
+
+
+def test_run_ends_well_on_sigterm(shell: Shell, world: World, manifests: str) -> None:
+    class Terminated(type(world.dataplane)):  # type: ignore[misc]
+        def sync(self, routes: RouteTable) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().sync(routes)
+
+    world.dataplane = Terminated()
+    said = shell(world, "run", "--manifests", manifests)
+    assert said.status == 0
+    assert "the kernel keeps serving" in said.err
+    assert world.dataplane.held == world.desired.want
+
+
+def test_options_reach_the_config(shell: Shell, world: World, manifests: str) -> None:
+    shell(
+        world, "run", "--once", "--manifests", manifests, "--hostname-override", "N1", "--masquerade-all",
+        "--cluster-cidr", "10.0.0.0/8,fd00::/8", "--nodeport-addresses", "primary", "--no-iptables-localhost-nodeports",
+        "--bpffs", "/sys/fs/bpf/x", "--dataplane", "bpf", "-v=2", "--xdp", "off", "--devices", "eth*",
+    )  # fmt: skip
+    (config,) = world.configs
+    assert config.node_name == "n1"
+    assert config.bpffs == "/sys/fs/bpf/x"
+    assert config.devices == ("eth*",)
+    assert config.proxy == ProxyOptions(
+        masquerade_all=True,
+        cluster_cidrs=("10.0.0.0/8", "fd00::/8"),
+        nodeport_primary=True,
+        localhost_nodeports=False,
+    )
+
+
+def test_run_cleanup_is_cleanup(shell: Shell, world: World) -> None:
+    world.dataplane.held = RouteTable()
+    said = shell(world, "run", "--cleanup")
+    assert said.status == 0
+    assert world.dataplane.held is None
+
+
+# ---- dump ----
+
+
+def test_dump_shows_what_the_kernel_holds(shell: Shell) -> None:
+    said = shell(World(held=routes(*both())), "dump")
+    assert said.status == 0
+    assert said.out.splitlines() == [
+        "SERVICE     KIND       FRONTEND            SCOPE  VERDICT  BACKENDS",
+        "ns/web:p80  ClusterIP  172.30.0.41:80/TCP  any    FORWARD  10.180.0.1:8080",
+    ]
+
+
+def test_dump_changes_nothing(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    shell(world, "dump")
+    assert set(world.dataplane.calls) <= {"state"}
+
+
+def test_dump_json_and_yaml_agree(shell: Shell) -> None:
+    world = World(held=routes(*both(), *both("fd00::1", backends=())))
+    as_json, as_yaml = shell(world, "dump", "-o", "json"), shell(world, "dump", "routes", "-o", "yaml")
+    assert len(as_json.items) == 4
+    assert yaml.safe_load(as_yaml.out) == json.loads(as_json.out)
+
+
+def test_dump_of_nothing(shell: Shell, world: World) -> None:
+    assert "nothing is programmed here" in refused(shell(world, "dump"), 4)
+
+
+def test_dump_needs_root(shell: Shell, world: World) -> None:
+    assert "sudo" in refused(shell(world.but(privileged=lambda: False), "dump"), 2)
+
+
+@pytest.mark.parametrize(
+    ("service", "number"), [("ns/web", 2), ("ns/other", 0), ("web", 0)], ids=["own", "absent", "default namespace"]
+)
+def test_dump_of_one_service(shell: Shell, service: str, number: int) -> None:
+    said = shell(World(held=routes(*both())), "dump", "-o", "json", "--service", service)
+    assert len(said.items) == number
+
+
+@pytest.mark.parametrize("text", ["a/b/c", "/web", "ns/", ""])
+def test_a_service_has_a_namespace_and_a_name(shell: Shell, text: str) -> None:
+    assert "NAMESPACE/NAME" in refused(shell(World(held=routes()), "dump", "--service", text), 2)
+
+
+def test_dump_of_other_tables(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.dataplane.rows["backends"] = [
+        {"id": 1, "service": {"namespace": "ns", "name": "web", "port": "p80"}, "address": "10.180.0.1"},
+        {"id": 2, "service": {"namespace": "ns", "name": "other", "port": ""}, "address": "10.180.0.2"},
+    ]
+    assert shell(world, "dump", "backends").out == (
+        "ID  SERVICE     ADDRESS\n1   ns/web:p80  10.180.0.1\n2   ns/other    10.180.0.2\n"
+    )
+    narrowed = shell(world, "dump", "backends", "-o", "json", "--service", "ns/other")
+    assert [item["id"] for item in narrowed.items] == [2]
+    assert json.loads(narrowed.out)["kind"] == "Backend"
+
+
+def test_dump_of_a_table_that_the_dataplane_lacks(shell: Shell) -> None:
+    assert "no such table" in refused(shell(World(held=routes()), "dump", "maglev"), 2)
+
+
+def test_dump_of_a_word_that_is_none(shell: Shell) -> None:
+    assert "routes, services, backends" in refused(shell(World(held=routes()), "dump", "rooutes"), 2)
+
+
+# ---- plan, verify ----
+
+
+@pytest.mark.parametrize("command", ["plan", "verify"])
+def test_nothing_to_do(shell: Shell, manifests: str, command: str) -> None:
+    world = World(want=routes(*both()), held=routes(*both()))
+    said = shell(world, command, "--manifests", manifests)
+    assert said.status == 0
+    assert "nothing to do" in said.out
+    assert shell(world, command, "--manifests", manifests).status == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "verify"])
+def test_additions_changes_and_removals(shell: Shell, manifests: str, command: str) -> None:
+    want = routes(*both(), *both("172.30.0.42", name="new"))
+    world = World(want, held=routes(*both(backends=()), *both("172.30.0.43", name="old")))
+    said = shell(world, command, "--manifests", manifests, "-o", "json")
+    assert said.status == 5
+    assert [(item["change"], item["service"]["name"]) for item in said.items] == [  # type: ignore[index]
+        ("change", "web"), ("change", "web"), ("add", "new"), ("add", "new"), ("remove", "old"), ("remove", "old"),
+    ]  # fmt: skip
+    first = said.items[0]
+    assert first["wanted"]["verdict"] == "FORWARD" and first["held"]["verdict"] == "REJECT"  # type: ignore[index]
+
+
+def test_a_plan_for_people(shell: Shell, manifests: str) -> None:
+    world = World(routes(*both()), held=routes(*both("172.30.0.43", name="old")))
+    said = shell(world, "plan", "--manifests", manifests)
+    assert said.status == 5
+    assert [line.split()[0] for line in said.out.splitlines() if line] == [
+        "add", "SERVICE", "ns/web:p80", "remove", "SERVICE", "ns/old:p80",
+    ]  # fmt: skip
+
+
+def test_a_plan_changes_nothing(shell: Shell, world: World, manifests: str) -> None:
+    assert shell(world, "plan", "--manifests", manifests).status == 5
+    assert world.dataplane.held is None
+    assert set(world.dataplane.calls) <= {"state"}
+
+
+def test_what_tells_local_clients_is_planned_too(shell: Shell, manifests: str) -> None:
+    want = routes(*both(), locality=Locality(pod_cidrs=("10.180.0.0/16",)))
+    said = shell(World(want, held=routes(*both())), "plan", "--manifests", manifests)
+    assert said.status == 5
+    assert "10.180.0.0/16" in said.out
+
+
+def test_a_plan_of_one_service(shell: Shell, manifests: str) -> None:
+    world = World(routes(*both(), *both("172.30.0.42", name="other")), held=routes(*both()))
+    assert shell(world, "plan", "--manifests", manifests, "--service", "ns/web").status == 0
+    assert shell(world, "plan", "--manifests", manifests, "--service", "ns/other").status == 5
+
+
+def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
+    assert "--manifests DIR" in refused(shell(world, "plan"), 2)
+
+
+# ---- trace ----
+
+TRACED = routes(
+    *both(backends=("10.180.0.1", "10.180.1.1"), masquerade=Masquerade.NOT_POD),
+    *both("172.30.0.42", name="empty", backends=()),
+    *both("fd00::41", backends=("fd00:10::1",)),
+    row("192.168.0.2", 30080, Scope.INTERNAL),
+    ((row("192.168.0.2", 30080)[0][0], Scope.EXTERNAL), row(backends=())[1]),
+    locality=Locality(node_addresses=("192.168.0.2",), pod_cidrs=("10.180.0.0/24",)),
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "parts"),
+    [
+        (("10.180.0.9", "172.30.0.41:80"), 0, ("scope INTERNAL", "10.180.0.1:8080, which sees 10.180.0.9")),
+        (("192.168.0.2", "172.30.0.41:80/tcp"), 0, ("10.180.1.1:8080, which sees this node",)),
+        (("10.180.0.9", "172.30.0.42:80"), 6, ("REJECT",)),
+        (("10.180.0.9", "172.30.0.41:81"), 7, ("NOT A SERVICE",)),
+        (("10.180.0.9", "172.30.0.41:80/UDP"), 7, ("NOT A SERVICE",)),
+        (("fd00::9", "[fd00::41]:80"), 0, ("[fd00:10::1]:8080",)),
+        (("FD00:0::9", "[fd00:0:0::41]:80"), 0, ("[fd00:10::1]:8080",)),
+        (("203.0.113.5", "192.168.0.2:30080"), 6, ("scope EXTERNAL",)),
+    ],
+)
+def test_trace(shell: Shell, words: tuple[str, str], status: int, parts: tuple[str, ...]) -> None:
+    said = shell(World(held=TRACED), "trace", *words)
+    assert said.status == status
+    for part in parts:
+        assert part in said.out
+
+
+def test_trace_by_interface(shell: Shell) -> None:
+    world = World(held=routes(*TRACED.ordered(), locality=Locality(pod_interface="veth*")))
+    assert "scope INTERNAL" in shell(world, "trace", "10.9.9.9", "172.30.0.41:80", "--interface", "veth12").out
+    assert "scope EXTERNAL" in shell(world, "trace", "10.9.9.9", "172.30.0.41:80", "--interface", "eth0").out
+
+
+def test_trace_in_json(shell: Shell) -> None:
+    (item,) = shell(World(held=TRACED), "trace", "192.168.0.2", "172.30.0.41:80", "-o", "json").items
+    assert item["verdict"] == "FORWARD"
+    assert item["service"] == {"namespace": "ns", "name": "web", "port": "p80"}
+    assert [each["source"] for each in item["candidates"]] == ["node", "node"]  # type: ignore[attr-defined]
+    assert len(item["steps"]) >= 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nobody", "172.30.0.41:80"),
+        ("10.0.0.1", "172.30.0.41"),
+        ("10.0.0.1", "172.30.0.41:0"),
+        ("10.0.0.1", "172.30.0.41:65536"),
+        ("10.0.0.1", "172.30.0.41:http"),
+        ("10.0.0.1", "172.30.0.41:80/ICMP"),
+        ("10.0.0.1", "[fd00::41]:80"),
+        ("fd00::1", "fd00::41:80"),
+        ("10.0.0.1", "web:80"),
+    ],
+)
+def test_a_packet_that_makes_no_sense(shell: Shell, words: tuple[str, str]) -> None:
+    refused(shell(World(held=TRACED), "trace", *words), 2)
+
+
+def test_trace_of_nothing(shell: Shell, world: World) -> None:
+    refused(shell(world, "trace", "10.0.0.1", "172.30.0.41:80"), 4)
+
+
+# ---- check ----
+
+
+def test_check_says_who_would_carry_services(shell: Shell, world: World) -> None:
+    said = shell(world, "check")
+    assert said.status == 0
+    assert "bpf would carry services here" in said.out
+    assert "kernel 6.1" in said.out
+
+
+def test_check_says_what_is_missing_and_what_to_do(shell: Shell, world: World) -> None:
+    world.dataplane.lacks = (Requirement("bcc", False, "not installed", "apt-get install python3-bpfcc"),)
+    world.dataplane.raises["check"] = Unsupported("no bcc")
+    said = shell(world, "check")
+    assert said.status == 3
+    assert "MISSING" in said.out and "apt-get install python3-bpfcc" in said.out
+    assert "nothing here can carry services: bpf: no bcc" in said.out
+
+
+def test_check_in_json(shell: Shell, world: World) -> None:
+    (item,) = shell(world, "check", "-o", "json").items
+    assert item["requirement"] == "bpf(2)" and item["found"] is True
+
+
+# ---- cleanup ----
+
+
+def test_cleanup_removes_everything(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    said = shell(world, "cleanup")
+    assert said.status == 0
+    assert world.dataplane.held is None
+    assert said.out == "removed map frontends\nremoved program connect4\n"
+    assert shell(world, "cleanup").out == "nothing was installed\n"
+
+
+def test_cleanup_dry_run_only_says(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    said = shell(world, "cleanup", "--dry-run")
+    assert said.out == "would remove map frontends\nwould remove program connect4\n"
+    assert world.dataplane.held is not None
+
+
+def test_cleanup_is_refused_while_a_daemon_would_undo_it(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    with listen(world.parts.socket_name):
+        assert "stop it first" in refused(shell(world, "cleanup"), 2)
+    assert world.dataplane.held is not None
+
+
+def test_cleanup_of_kube_proxy_comes_later(shell: Shell, world: World) -> None:
+    assert "--kube-proxy" in refused(shell(world, "cleanup", "--kube-proxy"), 2)
+
+
+# ---- status ----
+
+
+def test_status_without_a_daemon(shell: Shell, world: World) -> None:
+    assert "start it with `ebpflb run`" in refused(shell(world, "status"), 1)
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fly",),
+        ("dump", "--fast"),
+        ("trace", "10.0.0.1"),
+        ("dump", "-o", "xml"),
+        ("run", "-v", "much"),
+        ("dump", "a", "b"),
+    ],
+)
+def test_usage_errors_are_one_line_that_names_the_help(shell: Shell, world: World, words: tuple[str, ...]) -> None:
+    assert "--help" in refused(shell(world, *words), 2)
+
+
+def test_an_unexpected_error_is_one_line(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.dataplane.raises["state"] = KeyError("oops")
+    assert "unexpected KeyError" in refused(shell(world, "dump"), 1)
+
+
+def test_its_traceback_is_in_the_debug_log(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.dataplane.raises["state"] = KeyError("oops")
+    assert "Traceback" in shell(world, "dump", "--log-level", "debug").err
+
+
+def test_an_error_of_the_kernel_is_one_line(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.dataplane.raises["cleanup"] = ApplyError("links", "", 1, "links: operation not permitted;\n try as root")
+    assert refused(shell(world, "cleanup"), 1) == "ebpflb: links: operation not permitted; try as root"
+
+
+def test_no_words_at_all_are_help(shell: Shell, world: World) -> None:
+    said = shell(world)
+    assert said.status == 0
+    assert [line for line in said.out.splitlines() if line.startswith("  run")]
+
+
+@pytest.mark.parametrize("command", ["run", "dump", "plan", "verify", "trace", "check", "status", "cleanup", "demo"])
+def test_each_command_has_help(shell: Shell, world: World, command: str) -> None:
+    said = shell(world, command, "--help")
+    assert said.status == 0
+    assert f"Usage: ebpflb {command}" in said.out
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from ebpflb.cli import main; main(['--help']); "
+        "print(sorted({'yaml', 'bcc', 'pyroute2', 'immutables', 'ebpflb.policy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """`ebpflb dump | head -1`."""
+    code = (
+        "import sys; from ebpflb.cli import main; from tests.fakes import World, both, routes; "
+        "held = routes(*(row for number in range(1, 3000) for row in both(port=number))); "
+        "sys.exit(main(['dump', '-o', 'json'], World(held=held).parts))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_problems_are_told_while_the_rest_is_served(shell: Shell, world: World, manifests: str) -> None:
+    world.source.wrong = (Problem("web.yaml document 2", "kind Servise is unknown"),)
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert said.status == 0
+    assert "manifests: web.yaml document 2: kind Servise is unknown" in said.err
+
+
+def test_the_words_of_the_vocabulary() -> None:
+    """What the tests above rely on."""
+    assert row()[1].kind is Kind.CLUSTER_IP
+    assert row(backends=())[1].verdict is Verdict.REJECT
