@@ -1,0 +1,352 @@
+"""The cluster in a box: three nodes with pods, an outside client, echo servers everywhere, and Services to ask.
+
+    node1 (zone a)  a1 a2 and sa         node2 (zone a)  b1 b2 and sb        node3 (zone b)  c1 and sc
+
+Pods whose names begin with s are sandboxed: their sockets pass no socket program, so that their packets are translated
+on the way; so are those of `outside`. Every place serves on TARGET and OTHER, over TCP and UDP.
+
+Rules of this file: whatever changes Services waits until every node's kernel holds exactly what the policy makes of the
+manifests; so nothing here or in a test sleeps, and an expectation holds at once or is wrong. Addresses follow
+tests/world.py; the network brings 172.30.0.0/16, 192.168.99.0/24 and 1.2.3.0/24 to node1, 5.6.7.0/24 to node2 and
+9.10.11.0/24 to node3, as routes to load balancers would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+from ebpflb.decide import Decision, Packet, decide
+from ebpflb.demo.cluster import Cluster, Node, Place
+from ebpflb.demo.manifests import Manifest
+from ebpflb.demo.network import Cni, Join
+from ebpflb.model import Protocol
+from ebpflb.routes import RouteTable
+from tests.box.clients import Clients, Target
+from tests.box.expect import Expectation
+from tests.box.kernel import Kernel
+from tests.box.objects import Member, Port, endpoint_slice, service
+from tests.box.servers import Servers
+from tests.box.sockets import Sockets
+from tests.world import v6
+
+TARGET = 8080
+OTHER = 8081
+SLO = 5.0  # seconds from a changed manifest to the kernels of all nodes; far more than it takes
+
+PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb"), "node3": ("c1", "sc")}
+NODES = ("node1:a", "node2:a", "node3:b")
+PROTOCOLS = ("TCP", "UDP")
+# Prefixes of virtual addresses, and the node that the network brings them to.
+CLUSTER_IPS, EXTERNAL_IPS = "172.30.0", "192.168.99"
+LOAD_BALANCER_IPS = {"node1": "1.2.3", "node2": "5.6.7", "node3": "9.10.11"}
+NODE_PORTS = 30_000
+
+WEB = (Port(80, "TCP", "http", target=TARGET), Port(80, "UDP", "http-udp", target=TARGET))
+
+
+def in_family(address: str, family: str) -> str:
+    """An address of the convention, in `ipv4` or `ipv6`."""
+    return v6(address) if family == "ipv6" else address
+
+
+class ServiceInBox:
+    """One Service with its endpoints, dual-stack. Each change is in force on all nodes when it returns."""
+
+    def __init__(
+        self, box: Box, number: int, name: str, ports: Sequence[Port], backends: Iterable[str | Member],
+        kinds: frozenset[str], spec: dict[str, object],
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.number = number
+        self.ports = tuple(ports)
+        self.kinds = kinds
+        self.spec = spec
+        self.backends = tuple(backends)
+        self.headless_slices: tuple[Manifest, ...] = ()
+        self._box = box
+
+    # ---- Where it is ----
+
+    def cluster_ip(self, family: str, port: int | None = None) -> Target:
+        """Its ClusterIP at its first port, or at `port`."""
+        return Target(in_family(f"{CLUSTER_IPS}.{self.number}", family), port or self.ports[0].port)
+
+    def external_ip(self, family: str) -> Target:
+        """Its external IP, which the network brings to node1."""
+        return Target(in_family(f"{EXTERNAL_IPS}.{self.number}", family), self.ports[0].port)
+
+    def load_balancer(self, family: str, node: str = "node1") -> Target:
+        """Its load balancer address that the network brings to `node`."""
+        return Target(in_family(f"{LOAD_BALANCER_IPS[node]}.{self.number}", family), self.ports[0].port)
+
+    def node_port(self, node: str, family: str, index: int = 0) -> Target:
+        """A node's address, at the node port of its first port, or of that with this index."""
+        return Target(self._box.address(node, family), self.node_port_number(index))
+
+    def node_port_number(self, index: int = 0) -> int:
+        """The node port of the port with this index; ports of one number and several protocols share theirs."""
+        first = next(i for i, port in enumerate(self.ports) if port.port == self.ports[index].port)
+        return NODE_PORTS + self.number * 8 + first
+
+    # ---- What it is ----
+
+    def endpoints(self, *backends: str | Member) -> None:
+        """Its endpoints are now these: names of places, or members of a slice."""
+        self.backends = backends
+        self.apply()
+
+    def change(self, kinds: Iterable[str] | None = None, ports: Sequence[Port] | None = None, **spec: object) -> None:
+        """Change its kinds, ports or fields of its spec; None removes a field."""
+        self.kinds = self.kinds if kinds is None else frozenset(kinds)
+        self.ports = self.ports if ports is None else tuple(ports)
+        self.spec = {key: value for key, value in {**self.spec, **spec}.items() if value is not None}
+        self.apply()
+
+    def apply(self) -> None:
+        """Write it and its endpoints, and wait until all nodes are so."""
+        self.write()
+        self._box.settle()
+
+    def delete(self) -> None:
+        """Remove it and its endpoints, and wait until all nodes are so."""
+        self._box.cluster.manifests.remove(self.name)
+        self._box.settle()
+
+    def write(self) -> None:
+        """Write it without waiting."""
+        self._box.cluster.manifests.write(self.name, self.manifest(), *self.slices())
+
+    def manifest(self) -> Manifest:
+        """The Service."""
+        spec: dict[str, object] = {"type": "ClusterIP", **self.spec}
+        ports = self.ports
+        if self.kinds & {"NodePort", "LoadBalancer"}:
+            spec["type"] = "LoadBalancer" if "LoadBalancer" in self.kinds else "NodePort"
+            ports = tuple(
+                Port(port.port, port.protocol, port.name, self.node_port_number(index), port.target)
+                for index, port in enumerate(self.ports)
+            )
+        if "ExternalIP" in self.kinds:
+            spec["externalIPs"] = [self.external_ip(family).address for family in ("ipv4", "ipv6")]
+        if "ExternalName" in self.kinds:
+            return service(self.name, (), (), {"type": "ExternalName", "externalName": "example.com"})
+        addresses = [self.cluster_ip(family).address for family in ("ipv4", "ipv6")]
+        found = service(self.name, ports, addresses, spec)
+        if "LoadBalancer" in self.kinds:
+            ingress = [
+                {"ip": self.load_balancer(family, node).address}
+                for node in LOAD_BALANCER_IPS
+                for family in ("ipv4", "ipv6")
+            ]
+            found["status"] = {"loadBalancer": {"ingress": ingress}}
+        return found
+
+    def slices(self) -> tuple[Manifest, ...]:
+        """Its EndpointSlices, one for each family."""
+        if self.headless_slices:
+            return self.headless_slices
+        members = [self.member(backend) for backend in self.backends]
+        return tuple(
+            endpoint_slice(self.name, self.ports, found)
+            for version in (4, 6)
+            if (found := [each[version == 6] for each in members])
+        )
+
+    def member(self, backend: str | Member) -> tuple[Member, Member]:
+        """A backend in both families."""
+        if isinstance(backend, str):
+            backend = ready(backend)
+        place = self._box.place(backend.address)
+        node = self._box.node_of(backend.address)
+        found = [
+            Member(address, node, backend.ready, backend.serving, backend.terminating, backend.zones)
+            for address in place.addresses
+        ]
+        return found[0], found[1]
+
+
+def ready(place: str, *, zones: tuple[str, ...] = ()) -> Member:
+    """An endpoint that serves; the box turns the place's name into its addresses."""
+    return Member(place, zones=zones)
+
+
+def unready(place: str) -> Member:
+    """An endpoint whose probe fails."""
+    return Member(place, ready=False)
+
+
+def leaving(place: str) -> Member:
+    """An endpoint that terminates and still serves."""
+    return Member(place, ready=False, serving=True, terminating=True)
+
+
+def dying(place: str) -> Member:
+    """An endpoint that terminates and serves no more."""
+    return Member(place, ready=False, serving=False, terminating=True)
+
+
+class Box:
+    """See the top of this file."""
+
+    def __init__(
+        self, cni: Cni = Cni.ROUTED, join: Join = Join.ROUTES, nodes: Sequence[str] = NODES,
+        options: Sequence[str] = (), hairpin: bool = False,
+    ) -> None:  # fmt: skip
+        self.cluster = Cluster(nodes, cni=cni, join=join, options=options, hairpin=hairpin)
+        self.services: dict[str, ServiceInBox] = {}
+        self.expectations: list[Expectation] = []
+        self._stack = ExitStack()
+        self._numbers = 0
+
+    def __enter__(self) -> Box:
+        with ExitStack() as stack:
+            stack.enter_context(self.cluster)
+            self.sockets = stack.enter_context(Sockets(self.cluster))
+            self.servers = stack.enter_context(Servers(self.sockets))
+            self.clients = Clients(self.sockets)
+            self.kernel = stack.enter_context(Kernel(self.cluster))
+            for node in self.cluster.nodes:
+                for name in PODS[node]:
+                    self.cluster.add_pod(node, name, sandboxed=name.startswith("s"))
+            for name in (*self.cluster.nodes, *self.cluster.pods, "outside"):
+                for port in (TARGET, OTHER):
+                    self.servers.serve(self.place(name), port)
+            self._route()
+            self.cluster.start_daemons()
+            self.settle()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _route(self) -> None:
+        prefixes = [("node1", f"{CLUSTER_IPS}.0/24"), ("node1", f"{EXTERNAL_IPS}.0/24")]
+        prefixes += [(node, f"{prefix}.0/24") for node, prefix in LOAD_BALANCER_IPS.items()]
+        for node, cidr in prefixes:
+            if node in self.cluster.nodes:
+                self.cluster.route(node, cidr, v6(cidr.removesuffix("/24")) + "/64")
+
+    # ---- Where things are ----
+
+    def place(self, name: str) -> Place:
+        """A node, a pod or the outside client."""
+        if name == "outside":
+            return self.cluster.outside
+        return self.cluster.nodes.get(name) or self.cluster.pods[name]
+
+    def address(self, name: str, family: str) -> str:
+        """A place's address."""
+        return self.place(name).addresses[family == "ipv6"]
+
+    def addresses_of(self, name: str) -> frozenset[str]:
+        """Every address that a place has, in both families; of a node those of its bridge and overlay too."""
+        place = self.place(name)
+        return self.kernel.addresses(name) if isinstance(place, Node) else frozenset(place.addresses)
+
+    def node_of(self, name: str) -> str:
+        """The node that a place is on."""
+        return name if name in self.cluster.nodes else self.cluster.pods[name].node.name
+
+    def control(self, client: str, family: int) -> tuple[str, Target]:
+        """A server that a client reaches without any Service."""
+        server = "node2" if client != "node2" else "node1"
+        return server, Target(self.address(server, f"ipv{family}"), OTHER)
+
+    def direct(self, name: str, family: str) -> Target:
+        """A place's own server, by no Service."""
+        return Target(self.address(name, family), OTHER)
+
+    def drops(self, node: str) -> int:
+        """How much a node has dropped so far by a verdict, at a socket or as a packet."""
+        counters = self.kernel.counters(node)
+        return counters["socket_dropped"] + counters["packet_dropped"]
+
+    # ---- Services ----
+
+    def service(
+        self, *backends: str | Member, ports: Sequence[Port] = WEB, kinds: Iterable[str] = (), name: str = "",
+        **spec: object,
+    ) -> ServiceInBox:  # fmt: skip
+        """A Service that is in force on all nodes. `kinds` of NodePort, LoadBalancer, ExternalIP, ExternalName; a
+        ClusterIP it always has. `spec` has further fields by their Kubernetes names."""
+        found = self.prepare(*backends, ports=ports, kinds=kinds, name=name, **spec)
+        found.apply()
+        return found
+
+    def prepare(
+        self, *backends: str | Member, ports: Sequence[Port] = WEB, kinds: Iterable[str] = (), name: str = "",
+        **spec: object,
+    ) -> ServiceInBox:  # fmt: skip
+        """As `service`, but written nowhere yet."""
+        self._numbers = self._numbers % 250 + 1
+        name = name or f"svc{self._numbers}"
+        found = ServiceInBox(self, self._numbers, name, ports, backends, frozenset(kinds), dict(spec))
+        self.services[name] = found
+        return found
+
+    def settle(self, nodes: Iterable[str] | None = None) -> None:
+        """Wait until these nodes' kernels (None: all) hold exactly what policy makes of the manifests."""
+        deadline = time.monotonic() + SLO
+        for node in self.cluster.nodes if nodes is None else nodes:
+            wanted = self.kernel.wanted(node)
+            while (held := self.kernel.held(node)) != wanted:
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{node} does not hold what it should:\n{_difference(wanted, held)}")
+                time.sleep(0.002)
+
+    @contextmanager
+    def tidy(self) -> Iterator[None]:
+        """What the block adds is removed after it; expectations that it did not check are an error."""
+        try:
+            yield
+            unchecked, self.expectations = self.expectations, []
+            assert not unchecked, "expectations were not checked: box.check() is missing"
+        finally:
+            self.expectations.clear()
+            for name in self.services:
+                self.cluster.manifests.remove(name)
+            self.services.clear()
+            self.settle(node for node in self.cluster.nodes if self.daemon_runs(node))
+
+    def daemon_runs(self, node: str) -> bool:
+        """Whether a node's daemon is there."""
+        daemon = self.cluster.nodes[node].daemon
+        return daemon is not None and daemon.running
+
+    # ---- Expectations ----
+
+    def expect(self, client: str, to: Target) -> Expectation:
+        """See expect.py; nothing is tried before `check`."""
+        self.expectations.append(Expectation(self, client, to, PROTOCOLS))
+        return self.expectations[-1]
+
+    def check(self) -> None:
+        """Try all that is expected so far."""
+        expectations, self.expectations = self.expectations, []
+        assert expectations, "nothing is expected"
+        lines = [line for expectation in expectations for line in expectation.run()]
+        wrong = [line for line in lines if line.startswith("WRONG")]
+        if wrong:
+            raise AssertionError("\n".join(lines))
+
+    def decision(self, node: str, client: str, to: Target, protocol: str = "TCP") -> Decision:
+        """What the reference says that `node` does with this client's packet."""
+        source = self.place(client).addresses[":" in to.address]
+        packet = Packet(source, to.address, to.port, Protocol[protocol])
+        return decide(self.kernel.wanted(node), packet)
+
+
+def _difference(wanted: RouteTable, held: RouteTable) -> str:
+    lines = []
+    for key in sorted({*wanted, *held}, key=str):
+        if wanted.get(key) != held.get(key):
+            lines += [f"{key[0]} {key[1].name}", f"  wanted {wanted.get(key)}", f"  held   {held.get(key)}"]
+    if wanted.locality != held.locality:
+        lines += [f"  wanted {wanted.locality}", f"  held   {held.locality}"]
+    return "\n".join(lines)

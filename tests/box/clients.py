@@ -1,0 +1,158 @@
+"""Clients: one question from somewhere to somewhere, and what came of it.
+
+Rules of this file: every question ends within its patience; whatever the kernel says becomes a value, so that a test
+compares values and prints them when they differ.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import TracebackType
+from typing import NamedTuple
+
+from ebpflb.demo.cluster import Place
+from tests.box.sockets import Sockets, family_of
+
+PATIENCE = 3.0
+
+
+class Target(NamedTuple):
+    """Where a question goes."""
+
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Answer(NamedTuple):
+    """A server's name, whom it saw asking, at which address of its own, and what else it said."""
+
+    server: str
+    source: str
+    port: int
+    own: str
+    body: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.server} (saw {self.source})"
+
+
+class Nothing(NamedTuple):
+    """No answer, and how that showed: `refused`, `silence`, `reset`, or the kernel's word for it."""
+
+    how: str
+
+    def __str__(self) -> str:
+        return self.how
+
+
+def about(line: bytes, body: bytes = b"") -> Answer:
+    """What a server's line says."""
+    server, source, port, own = line.decode().split()
+    return Answer(server, source, int(port), own, body)
+
+
+class Conversation:
+    """A socket that has a peer: a TCP connection, or UDP with one partner. Errors are OSErrors."""
+
+    def __init__(self, made: socket.socket, to: Target, patience: float = PATIENCE) -> None:
+        self.socket = made
+        made.settimeout(patience)
+        self._buffer = b""
+        self._stream = made.type == socket.SOCK_STREAM
+        try:
+            made.connect(to)
+        except BaseException:
+            made.close()
+            raise
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def ask(self, body: bytes = b"who?") -> Answer:
+        """One question and its answer."""
+        if not self._stream:
+            self.socket.send(body)
+            line, _, rest = self.socket.recv(65_535).partition(b"\n")
+            return about(line, rest)
+        self.socket.sendall(body + b"\n")
+        return about(self._line(), self._line()[:-1])
+
+    def send(self, body: bytes) -> tuple[Answer, str]:
+        """Send these bytes; returns the server's line, and the SHA-256 of what it received."""
+        self.socket.sendall(f"take {len(body)}\n".encode() + body)
+        return about(self._line()), self._line().decode().strip()
+
+    def fetch(self, size: int) -> bytes:
+        """That many bytes of `pattern`."""
+        self.socket.sendall(f"give {size}\n".encode())
+        self._line()
+        found = bytearray(self._buffer)
+        self._buffer = b""
+        while len(found) < size:
+            piece = self.socket.recv(1 << 18)
+            if not piece:
+                raise ConnectionResetError("closed in the middle")
+            found += piece
+        return bytes(found)
+
+    def _line(self) -> bytes:
+        while b"\n" not in self._buffer:
+            piece = self.socket.recv(65_536)
+            if not piece:
+                raise ConnectionResetError("closed before its answer")
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line + b"\n"
+
+
+class Clients:
+    """Asks from any place."""
+
+    def __init__(self, sockets: Sockets) -> None:
+        self.sockets = sockets
+
+    def converse(
+        self, place: Place, to: Target, protocol: str, *, port: int = 0, patience: float = PATIENCE
+    ) -> Conversation:
+        """A conversation from `place`, from its own port `port` if that is not 0. Raises OSError."""
+        made = self.sockets.make(place, family_of(to.address), protocol)
+        if port:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(("", port))
+        return Conversation(made, to, patience)
+
+    def ask(
+        self, place: Place, to: Target, protocol: str, *, port: int = 0, patience: float = PATIENCE,
+        body: bytes = b"who?",
+    ) -> Answer | Nothing:  # fmt: skip
+        """One question by a socket of its own; whatever comes of it."""
+        began = time.monotonic()
+        try:
+            with self.converse(place, to, protocol, port=port, patience=patience) as conversation:
+                return conversation.ask(body)
+        except OSError as error:
+            return outcome(error, time.monotonic() - began, patience)
+
+
+def outcome(error: OSError, seconds: float, patience: float) -> Nothing:
+    """What an error says. A refusal counts only if it comes at once: a client that hears it late has been kept
+    waiting."""
+    if isinstance(error, ConnectionRefusedError):
+        return Nothing("refused" if seconds < patience / 3 else f"refused after {seconds:.1f} s")
+    if isinstance(error, TimeoutError):  # also ETIMEDOUT, which the socket path gives at once
+        return Nothing("silence")
+    if isinstance(error, ConnectionResetError):
+        return Nothing("reset")
+    return Nothing(f"{type(error).__name__}: {error}")

@@ -1,0 +1,158 @@
+"""What should come of asking somewhere from somewhere, written so that a test reads like the situation it is about.
+
+    box.expect("a1", to=web.cluster_ip(family)).reaches("b1", "c1").sees_source("a1")
+    box.expect("outside", to=web.node_port("node3", family)).dropped(at="node3")
+    box.check()
+
+Rules of this file: `check` tries everything and prints the whole matrix, with what is WRONG marked. Each expectation
+is tried over every protocol of the box. "Reaches" means all of these and nobody else, by enough tries (20 for each
+backend: one of them is missed by chance less than once in 10^8). "Dropped" needs three proofs: silence, the drop
+counter of the node, and a control connection of the same client that worked meanwhile.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ebpflb.demo.cluster import Place
+from tests.box.clients import Answer, Clients, Nothing, Target
+
+TRIES = 20
+SILENCE = 0.4  # seconds; an answer takes less than one thousandth of that
+
+
+class Want(enum.Enum):
+    ANSWER = "reaches"
+    REFUSED = "refused"
+    DROPPED = "dropped"
+    UNANSWERED = "unanswered"
+
+
+class World(Protocol):
+    """What an expectation needs to know of the cluster."""
+
+    clients: Clients
+
+    def place(self, name: str) -> Place:
+        """By its name."""
+
+    def addresses_of(self, name: str) -> frozenset[str]:
+        """Every address that a place has."""
+
+    def drops(self, node: str) -> int:
+        """How much a node has dropped so far by a verdict."""
+
+    def control(self, client: str, family: int) -> tuple[str, Target]:
+        """A server that this client reaches without any Service, and where."""
+
+
+class Expectation:
+    """One client, one target, and what should come of it; see the top of this file."""
+
+    def __init__(self, world: World, client: str, to: Target, protocols: Sequence[str]) -> None:
+        self._world = world
+        self._client = client
+        self._to = to
+        self._protocols = protocols
+        self._want: Want | None = None
+        self._servers: tuple[str, ...] = ()
+        self._source = ""
+        self._node = ""
+
+    def reaches(self, *servers: str) -> Expectation:
+        """All of these servers answer in turn, and no other."""
+        self._want, self._servers = Want.ANSWER, servers
+        return self
+
+    def sees_source(self, place: str) -> Expectation:
+        """The servers see an address of this place as the client's."""
+        self._source = place
+        return self
+
+    def refused(self) -> Expectation:
+        """At once: ECONNREFUSED, by whatever way it came."""
+        self._want = Want.REFUSED
+        return self
+
+    def dropped(self, at: str) -> Expectation:
+        """No answer at all, by the verdict of this node."""
+        self._want, self._node = Want.DROPPED, at
+        return self
+
+    def unanswered(self) -> Expectation:
+        """Nobody answers, for whatever reason: nothing serves there any more."""
+        self._want = Want.UNANSWERED
+        return self
+
+    def tcp_only(self) -> Expectation:
+        """Leave the other protocols out."""
+        self._protocols = ("TCP",)
+        return self
+
+    def udp_only(self) -> Expectation:
+        """Leave the other protocols out."""
+        self._protocols = ("UDP",)
+        return self
+
+    def run(self) -> list[str]:
+        """Try it; one line for each protocol, those that are not as they should be begin with WRONG."""
+        attempts: dict[Want, Callable[[str], tuple[bool, str]]] = {
+            Want.ANSWER: self._answered,
+            Want.REFUSED: self._refused,
+            Want.DROPPED: self._dropped,
+            Want.UNANSWERED: self._unanswered,
+        }
+        if self._want is None:
+            raise ValueError(f"nothing is expected of {self._client} -> {self._to}")
+        lines = []
+        for protocol in self._protocols:
+            right, seen = attempts[self._want](protocol)
+            wanted = f"{self._want.value} {', '.join(self._servers)}".strip()
+            if self._source:
+                wanted += f" as {self._source}"
+            lines.append(
+                f"{'right' if right else 'WRONG'}  {self._client} -> {self._to}/{protocol}  {wanted}; got {seen}"
+            )
+        return lines
+
+    def _answered(self, protocol: str) -> tuple[bool, str]:
+        place = self._world.place(self._client)
+        seen: Counter[str] = Counter()
+        right = True
+        sources = self._world.addresses_of(self._source) if self._source else None
+        for _ in range(TRIES * len(self._servers)):
+            got = self._world.clients.ask(place, self._to, protocol)
+            seen[str(got)] += 1
+            if isinstance(got, Nothing) or (sources is not None and got.source not in sources):
+                right = False
+            if isinstance(got, Nothing) and seen[str(got)] == 3:
+                break  # it will not get better, and each may cost its whole patience
+        names = {words.split()[0] for words in seen}
+        return right and names == set(self._servers), _listed(seen)
+
+    def _refused(self, protocol: str) -> tuple[bool, str]:
+        place = self._world.place(self._client)
+        seen = Counter(str(self._world.clients.ask(place, self._to, protocol)) for _ in range(3))
+        return set(seen) == {"refused"}, _listed(seen)
+
+    def _unanswered(self, protocol: str) -> tuple[bool, str]:
+        got = self._world.clients.ask(self._world.place(self._client), self._to, protocol, patience=SILENCE)
+        return isinstance(got, Nothing), str(got)
+
+    def _dropped(self, protocol: str) -> tuple[bool, str]:
+        place = self._world.place(self._client)
+        before = self._world.drops(self._node)
+        got = self._world.clients.ask(place, self._to, protocol, patience=SILENCE)
+        counted = self._world.drops(self._node) - before
+        server, control = self._world.control(self._client, 6 if ":" in self._to.address else 4)
+        meanwhile = self._world.clients.ask(place, control, protocol)
+        alive = isinstance(meanwhile, Answer) and meanwhile.server == server
+        words = f"{got}, {counted} counted at {self._node}, control connection: {meanwhile}"
+        return got == Nothing("silence") and counted > 0 and alive, words
+
+
+def _listed(seen: Counter[str]) -> str:
+    return ", ".join(f"{count} x {words}" for words, count in sorted(seen.items()))

@@ -1,0 +1,60 @@
+"""Devices that appear and vanish while the daemon runs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.box.box import TARGET, Box
+from tests.box.clients import Answer
+
+pytestmark = pytest.mark.box
+
+SOON = 1.0  # seconds; attaching takes a few milliseconds
+
+
+def test_a_pod_that_is_created_later_is_served_at_once(box: Box, family: str) -> None:
+    web = box.service("b1")
+    pod = box.cluster.add_pod("node1", "late", sandboxed=True)
+    try:
+        deadline = time.monotonic() + SOON
+        got = box.clients.ask(pod, web.cluster_ip(family), "UDP", patience=0.1)
+        while not isinstance(got, Answer) and time.monotonic() < deadline:
+            got = box.clients.ask(pod, web.cluster_ip(family), "UDP", patience=0.1)
+        assert isinstance(got, Answer), got
+        box.expect("late", to=web.cluster_ip(family)).reaches("b1").sees_source("late")
+        box.check()
+    finally:
+        box.cluster.remove_pod("late")
+
+
+def test_a_pod_that_is_created_later_serves(box: Box, family: str, pod: str) -> None:
+    late = box.cluster.add_pod("node3", "late", sandboxed=True)
+    try:
+        box.servers.serve(late, TARGET)
+        web = box.service("late", kinds=["NodePort"])
+        box.expect(pod, to=web.cluster_ip(family)).reaches("late").sees_source(pod)
+        box.expect("outside", to=web.node_port("node3", family)).reaches("late").sees_source("node3")
+        box.check()
+    finally:
+        box.servers.stop("late", TARGET)
+        box.cluster.remove_pod("late")
+
+
+def test_pods_that_come_and_go_leave_nothing_on_the_node(box: Box) -> None:
+    def inventory() -> set[str]:
+        return set(box.kernel.inventory("node1"))
+
+    before = inventory()
+    for _ in range(10):
+        box.cluster.add_pod("node1", "brief", sandboxed=True)
+        deadline = time.monotonic() + SOON
+        while inventory() == before:
+            assert time.monotonic() < deadline, "nothing was attached to the new pod's device"
+            time.sleep(0.005)
+        box.cluster.remove_pod("brief")
+        deadline = time.monotonic() + SOON
+        while (left := inventory()) != before:
+            assert time.monotonic() < deadline, left - before
+            time.sleep(0.005)

@@ -1,0 +1,60 @@
+"""The essence of all in the topologies that the other tests leave out."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.box.box import Box
+from tests.box.servers import pattern
+
+pytestmark = pytest.mark.box
+
+
+def test_cluster_ips(rest: Box, family: str, pod: str) -> None:
+    web = rest.service("a2", "b1", "sb", "node2")
+    rest.expect(pod, to=web.cluster_ip(family)).reaches("a2", "b1", "sb", "node2")
+    rest.expect("node1", to=web.cluster_ip(family)).reaches("a2", "b1", "sb", "node2").sees_source("node1")
+    rest.expect("outside", to=web.cluster_ip(family)).reaches("a2", "b1", "sb", "node2").sees_source("node1")
+    rest.check()
+    web.endpoints("a2", "b1")
+    rest.expect(pod, to=web.cluster_ip(family)).reaches("a2", "b1").sees_source(pod)
+    rest.check()
+
+
+def test_hairpin(rest: Box, family: str, pod: str) -> None:
+    web = rest.service(pod)
+    rest.expect(pod, to=web.cluster_ip(family)).reaches(pod).sees_source(pod if pod == "a1" else "node1")
+    rest.check()
+
+
+def test_node_ports(rest: Box, family: str) -> None:
+    web = rest.service("a1", "b1", kinds=["NodePort"])
+    for node in ("node1", "node2", "node3"):
+        rest.expect("outside", to=web.node_port(node, family)).reaches("a1", "b1").sees_source(node)
+    rest.check()
+
+
+def test_external_traffic_policy_local(rest: Box, family: str, pod: str) -> None:
+    web = rest.service("b1", kinds=["LoadBalancer"], externalTrafficPolicy="Local")
+    rest.expect("outside", to=web.load_balancer(family, "node2")).reaches("b1").sees_source("outside")
+    rest.expect("outside", to=web.load_balancer(family, "node1")).dropped(at="node1")
+    rest.expect(pod, to=web.load_balancer(family, "node1")).reaches("b1").sees_source(pod)
+    rest.check()
+
+
+def test_no_endpoints(rest: Box, family: str, pod: str) -> None:
+    web = rest.service(kinds=["NodePort"])
+    for client in (pod, "outside"):
+        rest.expect(client, to=web.cluster_ip(family)).refused()
+    rest.expect("outside", to=web.node_port("node1", family)).refused()
+    rest.check()
+
+
+@pytest.mark.parametrize("server", ["a2", "b1"])
+def test_large_datagrams_and_streams(rest: Box, family: str, pod: str, server: str) -> None:
+    web = rest.service(server, kinds=["NodePort"])
+    for client, to in ((pod, web.cluster_ip(family)), ("outside", web.node_port("node1", family))):
+        with rest.clients.converse(rest.place(client), to, "UDP") as datagrams:
+            assert datagrams.ask(bytes(8000)).body == bytes(8000)
+        with rest.clients.converse(rest.place(client), to, "TCP", patience=10) as stream:
+            assert stream.fetch(1 << 20) == pattern(1 << 20)
