@@ -151,9 +151,7 @@ def raise_memlock_limit() -> None:
 # ---- maps
 
 
-def map_create(
-    type: int, key_size: int, value_size: int, max_entries: int, flags: int = 0, name: str = ""
-) -> int:
+def map_create(type: int, key_size: int, value_size: int, max_entries: int, flags: int = 0, name: str = "") -> int:
     """A new map; `name` is cut to 15 characters."""
     attributes = _attributes(
         "IIIIIII16s", type, key_size, value_size, max_entries, flags, 0, 0, name.encode()[: _NAME - 1]
