@@ -1,0 +1,188 @@
+"""How the rows of `bpf/maps.h` are laid out, as far as Python packs and unpacks them.
+
+Rules of this file: pure. `bpf/maps.h` defines the rows; REQUIRED repeats the names and sizes that are needed, and
+`check_layouts` refuses what the compiler laid out in any other way, before a row is written.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from ebpflb.errors import Unsupported
+
+LAYOUT = 1
+"""The version of `bpf/maps.h` that this file speaks."""
+
+REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
+    "frontend_key": (("address", 16), ("port", 2), ("protocol", 1), ("pad", 1)),
+    "frontend": (("scope", 64),),
+    "route": (
+        ("verdict", 1),
+        ("masquerade", 1),
+        ("algorithm", 1),
+        ("forwarding", 1),
+        ("service", 4),
+        ("slots", 4),
+        ("count", 4),
+        ("draining", 4),
+        ("affinity", 4),
+        ("ranges", 4),
+        ("kind", 1),
+        ("pad", 3),
+    ),
+    "backend": (("address", 16), ("port", 2), ("weight", 2), ("state", 1), ("pad", 3), ("service", 4)),
+    "name": (("namespace", 64), ("name", 64), ("port", 64)),
+    "source_key": (("prefix", 4), ("address", 16)),
+    "source": (("flags", 4),),
+    "range_key": (("prefix", 4), ("ranges", 4), ("address", 16)),
+    "device": (("ipv4", 16), ("ipv6", 16), ("flags", 4), ("pad", 4)),
+    "settings": (
+        ("netns", 8),
+        ("flow_idle", 8),
+        ("refresh", 8),
+        ("layout", 4),
+        ("pod_sockets", 4),
+        ("snat_low", 2),
+        ("snat_high", 2),
+        ("nat_pad", 4),
+        ("pod_interface", 16),
+        ("pod_interface_is_prefix", 1),
+        ("pad", 7),
+    ),
+    "flow_key": (
+        ("source", 16),
+        ("destination", 16),
+        ("source_port", 2),
+        ("destination_port", 2),
+        ("protocol", 1),
+        ("hook", 1),
+        ("pad", 2),
+    ),
+    "flow": (
+        ("address", 16),
+        ("port", 2),
+        ("other_port", 2),
+        ("action", 1),
+        ("flags", 1),
+        ("pad", 2),
+        ("service", 4),
+        ("backend", 4),
+        ("seen", 8),
+        ("created", 8),
+    ),
+    "fragment_key": (("source", 16), ("destination", 16), ("id", 4), ("protocol", 1), ("hook", 1), ("pad", 2)),
+    "fragment": (("source_port", 2), ("destination_port", 2)),
+    "socket_key": (("cookie", 8), ("address", 16), ("port", 2), ("protocol", 1), ("direction", 1), ("pad", 4)),
+    "socket_value": (
+        ("address", 16),
+        ("port", 2),
+        ("pad", 2),
+        ("service", 4),
+        ("backend", 4),
+        ("pad2", 4),
+        ("seen", 8),
+    ),
+}
+"""The members of each row in order, with their sizes in bytes; no gaps."""
+
+KEY_VALUE: dict[str, tuple[str, str]] = {
+    "frontends": ("frontend_key", "frontend"),
+    "slots": ("u32", "u32"),
+    "backends": ("u32", "backend"),
+    "names": ("u32", "name"),
+    "sources": ("source_key", "source"),
+    "ranges": ("range_key", "u32"),
+    "devices": ("u32", "device"),
+    "settings": ("u32", "settings"),
+    "flows": ("flow_key", "flow"),
+    "fragments": ("fragment_key", "fragment"),
+    "sockets": ("socket_key", "socket_value"),
+    "counters": ("u32", "u64"),
+}
+"""The maps that this dataplane's control plane reads or writes, with the types of their rows."""
+
+FRONTEND_KEY = struct.Struct("=16sHBx")
+ROUTE = struct.Struct("=BBBBIIIIIIB3x")
+BACKEND = struct.Struct("=16sHHB3xI")
+NAME = struct.Struct("=64s64s64s")
+SOURCE_KEY = struct.Struct("=I16s")
+RANGE_KEY = struct.Struct("=II16s")
+SETTINGS = struct.Struct("=QQQIIHH4x16sB7x")
+FLOW_KEY = struct.Struct("=16s16sHHBBH")
+FLOW = struct.Struct("=16sHHBBHIIQQ")
+U32 = struct.Struct("=I")
+
+_PLAIN = {"u32": 4, "u64": 8}
+
+
+def size_of(name: str) -> int:
+    """Bytes of a row's type."""
+    return _PLAIN[name] if name in _PLAIN else sum(width for _, width in REQUIRED[name])
+
+
+SIZES: dict[str, tuple[int, int]] = {table: (size_of(key), size_of(value)) for table, (key, value) in KEY_VALUE.items()}
+"""Bytes of each map's key and value."""
+
+
+class FieldShape(Protocol):
+    """A member, as `artifact.Field` describes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def fields(self) -> Sequence[FieldShape]: ...
+
+
+class LayoutShape(Protocol):
+    """A row, as `artifact.Layout` describes it."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def fields(self) -> Sequence[FieldShape]: ...
+
+
+class MapShape(Protocol):
+    """A map, as `artifact.MapSpec` describes it."""
+
+    @property
+    def max_entries(self) -> int: ...
+    @property
+    def key(self) -> LayoutShape: ...
+    @property
+    def value(self) -> LayoutShape: ...
+
+
+def check_layouts(maps: Mapping[str, MapShape]) -> None:
+    """Raise Unsupported, in words, unless the compiler laid out every row as REQUIRED says."""
+    for table, types in KEY_VALUE.items():
+        if table not in maps:
+            raise Unsupported(f"the compiled programs have no map {table}: reinstall ebpflb, its parts do not fit")
+        for name, layout in zip(types, (maps[table].key, maps[table].value), strict=True):
+            _check(table, name, layout.size, layout.fields)
+
+
+def _check(table: str, name: str, size: int, fields: Sequence[FieldShape]) -> None:
+    required = REQUIRED.get(name)
+    expected: list[tuple[str, int, int]] = []
+    found: list[tuple[str, int, int]] = []
+    total = size_of(name)
+    if required is not None:
+        at = 0
+        for member, width in required:
+            expected.append((member, at, width))
+            at += width
+        found = [(field.name, field.offset, field.bytes) for field in fields]
+    if found != expected or size != total:
+        wrong = next((have for have in found if have not in expected), None) or f"{size} bytes"
+        raise Unsupported(
+            f"map {table}: struct {name} is laid out as {wrong}, not as this version writes it: reinstall ebpflb"
+        )
+    if name == "frontend":
+        _check(table, "route", ROUTE.size, fields[0].fields)
