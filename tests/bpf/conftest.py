@@ -13,13 +13,14 @@ import pytest
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
+from ebpflb.dataplane.bpf.facts import has_set_retval
 from tests.bpf.loaded import TEST_CHECKSUM_COMPLETE, Loaded
 
 
 @pytest.fixture(scope="session")
 def artifact() -> Artifact:
     """Our programs, compiled (from the cache if nothing has changed)."""
-    return load_artifact()
+    return load_artifact(set_retval=has_set_retval())
 
 
 @pytest.fixture(scope="session")
