@@ -1,0 +1,306 @@
+"""The BPF dataplane: programs, maps and devices behind the one interface that all dataplanes have.
+
+Rules of this file: it puts the parts together, in the order that keeps traffic going, and decides nothing about rows
+(`ledger`), writes (`writer`), programs (`programs`) or devices (`devices`). What was attached before stays in force
+until its successor has the same rows: fresh maps under attached programs are filled first and attached to last. All
+that reads only (`state`, `tables`, `inventory`) works on the pins alone, with no compiler and no other process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ebpflb.dataplane import Report, Requirement
+from ebpflb.dataplane.bpf import devices, facts, pins, syscall
+from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, load_artifact, read_sources, source_directory
+from ebpflb.dataplane.bpf.constants import PROG_TYPE_SCHED_CLS, Sizes
+from ebpflb.dataplane.bpf.device_rows import Rows
+from ebpflb.dataplane.bpf.devices import Devices
+from ebpflb.dataplane.bpf.flatten import enumerators
+from ebpflb.dataplane.bpf.inspect import Inspector
+from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, REQUIRED, SIZES, check_layouts, size_of
+from ebpflb.dataplane.bpf.maps import KernelMaps
+from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
+from ebpflb.dataplane.bpf.tables import NodeFacts, Reading
+from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
+from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
+from ebpflb.model import Problem
+from ebpflb.routes import RouteTable
+
+log = logging.getLogger(__name__)
+
+FLOW_IDLE_SECONDS = 120
+"""How long a UDP flow keeps its backend without a packet: Linux' nf_conntrack_udp_timeout_stream."""
+
+REFRESH_SECONDS = 1
+"""How exactly a flow's last use is known."""
+
+_HELPER_JIFFIES = 118
+
+
+class BpfDataplane:
+    """See `ebpflb.dataplane.Dataplane`.
+
+    `bpffs`: the pin directory. `cgroup`: whose processes' sockets are served; None for the mounted root. `patterns`:
+    those of --devices, () for all. `cache`: where compiled programs are kept; None for the usual place.
+    """
+
+    name = "bpf"
+
+    def __init__(
+        self,
+        bpffs: Path,
+        cgroup: Path | None = None,
+        patterns: tuple[str, ...] = (),
+        *,
+        sizes: Sizes | None = None,
+        cache: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bpffs = bpffs
+        self._cgroup = cgroup
+        self._patterns = patterns
+        self._sizes = sizes
+        self._cache = cache
+        self._clock = clock
+        self._artifact: Artifact | None = None
+        self._programs: Programs | None = None
+        self._devices: Devices | None = None
+        self._writer: Writer | None = None
+        self._attached = False
+
+    # ---- Before anything is touched
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """What this dataplane needs of the node."""
+        return facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None)
+
+    def check(self) -> None:
+        """Raises Unsupported with all that is missing, and UserError for a cgroup that is none."""
+        if self._cgroup is not None:
+            cgroup_directory(self._cgroup)
+        missing = [
+            requirement for requirement in self.requirements() if requirement.essential and not requirement.found
+        ]
+        if missing and {requirement.name for requirement in missing} <= {"compiler", "headers"}:
+            # What was compiled before needs no compiler now.
+            try:
+                self._load_artifact()
+                return
+            except Unsupported:
+                pass
+        if missing:
+            raise Unsupported("; ".join(f"{each.name} is missing ({each.detail}): {each.remedy}" for each in missing))
+
+    def _load_artifact(self) -> Artifact:
+        if self._artifact is None:
+            artifact = load_artifact(self._sizes, self._cache, set_retval=facts.has_set_retval())
+            check_layouts(artifact.maps)
+            if artifact.numbers.get("LAYOUT") != LAYOUT:
+                raise Unsupported(
+                    f"the BPF sources have layout {artifact.numbers.get('LAYOUT')}, not {LAYOUT}: reinstall"
+                )
+            self._artifact = artifact
+        return self._artifact
+
+    # ---- Work
+
+    def start(self) -> None:
+        """Load, attach. Programs that run already over other maps are replaced by the first sync."""
+        if self._writer is not None:
+            self._attach()
+            return
+        artifact = self._load_artifact()
+        cookie = facts.netns_cookie()
+        if cookie is None:
+            raise Unsupported(f"kernel {facts.kernel_release()} does not tell a network namespace's cookie: 5.14 does")
+        programs = Programs(artifact, self._bpffs, self._cgroup, cookie)
+        with ExitStack() as stack:
+            stack.callback(programs.close)
+            fresh = programs.open()
+            edges = Devices(
+                programs.programs["tc_ingress"],
+                programs.programs["tc_egress"],
+                programs.maps["devices"],
+                artifact.maps["devices"].value,
+                self._patterns,
+            )
+            stack.callback(edges.close)
+            hertz = facts.jiffies_per_second()
+            low, high = facts.snat_ports()
+            known = NodeFacts(cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high)
+            self._programs, self._devices = programs, edges
+            self._writer = Writer(KernelMaps(programs.maps), known, self._clock)
+            try:
+                # New maps are empty. Where older programs are attached, these serve until the rows are in.
+                if not (fresh and self._was_attached()):
+                    self._attach()
+            except BaseException:
+                self._programs = self._devices = self._writer = None
+                raise
+            stack.pop_all()
+
+    def _was_attached(self) -> bool:
+        return any(pin.kind == pins.LINKS for pin in pins.ours(self._bpffs))
+
+    def _attach(self) -> int:
+        """Every hook has our programs; how many had to be changed. Raises ApplyError or UserError."""
+        assert self._programs is not None and self._devices is not None
+        changed = self._programs.attach()
+        try:
+            changed += self._devices.sync()
+        except OSError as error:
+            raise ApplyError("devices", "", error.errno or 0, f"devices cannot be read: {error.strerror}") from error
+        self._attached = True
+        return changed
+
+    def sync(self, routes: RouteTable) -> Report:
+        """Make the kernel hold `routes`."""
+        return self._with_hooks(self._started().sync(routes), routes)
+
+    def audit(self) -> Report:
+        """Read back rows, links, filters and devices, and repair what differs."""
+        report = self._started().audit()
+        assert self._programs is not None and self._devices is not None
+        try:
+            changed = self._programs.attach() + self._devices.audit()
+        except (EbpflbError, OSError) as error:
+            return _with_problem(report, str(error))
+        if changed:
+            log.warning("programs had been detached or devices changed: %d repaired", changed)
+        return Report(report.written + changed, report.removed, report.failed, report.seconds, report.problems)
+
+    def _started(self) -> Writer:
+        if self._writer is None:
+            raise UserError("the bpf dataplane has not been started")
+        return self._writer
+
+    def _with_hooks(self, report: Report, routes: RouteTable) -> Report:
+        """What a sync does beside rows: attach what waited for them, and tell pods' devices from others."""
+        assert self._devices is not None
+        try:
+            if not self._attached:
+                self._attach()
+            self._devices.set_pod_interface(routes.locality.pod_interface)
+        except (EbpflbError, OSError) as error:
+            return _with_problem(report, str(error))
+        return report
+
+    # ---- What else the daemon listens to
+
+    @property
+    def devices(self) -> Devices | None:
+        """The devices to watch (`fileno`, `handle`) and their problems; None before `start`."""
+        return self._devices
+
+    # ---- Looking
+
+    def state(self) -> RouteTable:
+        """What the kernel holds. Empty if nothing is programmed."""
+        with self._maps() as maps:
+            if maps is None:
+                return RouteTable()
+            with collector_paused():
+                return Reading(read_tables(maps)).routes()
+
+    def tables(self, what: str) -> list[dict[str, object]]:
+        """Rows of `dump what`; none if nothing is programmed."""
+        with self._maps() as maps:
+            if maps is None:
+                return []
+            return Inspector(maps, _counter_names(), _jiffies).tables(what)
+
+    @contextmanager
+    def _maps(self) -> Iterator[KernelMaps | None]:
+        """The maps, ours or as they are pinned; None if none are. Raises UserError or ApplyError."""
+        if self._programs is not None:
+            yield KernelMaps(self._programs.maps)
+            return
+        with ExitStack() as stack:
+            descriptors: dict[str, int] = {}
+            for table in KEY_VALUE:
+                fd = pins.opened(self._bpffs / pins.MAPS / table)
+                if fd is not None:
+                    stack.callback(os.close, fd)
+                    descriptors[table] = fd
+            if not descriptors:
+                yield None
+                return
+            self._refuse_other_version(descriptors)
+            yield KernelMaps(descriptors)
+
+    def _refuse_other_version(self, descriptors: Mapping[str, int]) -> None:
+        for table in KEY_VALUE:
+            info = syscall.map_info(descriptors[table]) if table in descriptors else None
+            if info is None or (info.key_size, info.value_size) != SIZES[table]:
+                what = "missing" if info is None else "of another version"
+                raise UserError(
+                    f"{self._bpffs}: the map {table} is {what}; `ebpflb run` replaces it, cleanup removes it"
+                )
+
+    def inventory(self) -> tuple[str, ...]:
+        """Everything of ours that is installed here."""
+        return (*pins.inventory(self._bpffs), *self._on_devices(remove=False))
+
+    def cleanup(self) -> None:
+        """Detach and remove all of it."""
+        self.close()
+        self._on_devices(remove=True)
+        pins.remove_all(self._bpffs)
+
+    def _on_devices(self, *, remove: bool) -> tuple[str, ...]:
+        fd = pins.opened(self._bpffs / pins.MAPS / "devices")
+        try:
+            rows = None
+            if fd is not None and syscall.map_info(fd).value_size == SIZES["devices"][1]:
+                rows = Rows(fd, _device_layout())
+            return devices.installed(rows, remove=remove)
+        except OSError as error:
+            raise ApplyError("devices", "", error.errno or 0, f"devices cannot be read: {error.strerror}") from error
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Let go of all descriptors; what is installed stays and serves."""
+        if self._devices is not None:
+            self._devices.close()
+        if self._programs is not None:
+            self._programs.close()
+        self._programs = self._devices = self._writer = None
+        self._attached = False
+
+
+def _with_problem(report: Report, reason: str) -> Report:
+    problems = (*report.problems, Problem(NODE, reason))
+    return Report(report.written, report.removed, report.failed + 1, report.seconds, problems)
+
+
+def _device_layout() -> Layout:
+    """The layout of a `devices` row, which the pins are read by where nothing has been compiled."""
+    members = []
+    at = 0
+    for name, width in REQUIRED["device"]:
+        members.append(Field(name, at, width, 0, ""))
+        at += width
+    return Layout("device", size_of("device"), tuple(members))
+
+
+def _counter_names() -> tuple[str, ...]:
+    """As `bpf/maps.h` has them."""
+    return enumerators(read_sources(source_directory())["maps.h"], "counter")[:-1]
+
+
+def _jiffies() -> int:
+    """The lower 32 bits of the kernel's jiffies: nothing but a program can ask for them."""
+    code = facts.assemble(facts.call(_HELPER_JIFFIES), facts.EXIT)
+    fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "ebpflb_jiffies")
+    try:
+        return syscall.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
+    finally:
+        os.close(fd)

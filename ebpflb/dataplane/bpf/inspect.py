@@ -1,0 +1,275 @@
+"""The kernel's tables in plain values, for `dump`.
+
+Rules of this file: it reads and never writes. Every field comes from a row that has just been read; what names another
+row that is not there is shown as null or by its number. Items are sorted, so that two dumps can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from socket import ntohs
+from typing import TypeAlias
+
+from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_NODE, SOURCE_POD
+from ebpflb.dataplane.bpf.layouts import (
+    BACKEND,
+    FLOW,
+    FLOW_KEY,
+    KEY_VALUE,
+    NAME,
+    REQUIRED,
+    ROUTE,
+    SETTINGS,
+    SIZES,
+    SOURCE_KEY,
+    U32,
+    size_of,
+)
+from ebpflb.dataplane.bpf.maps import Maps
+from ebpflb.dataplane.bpf.tables import Reading, unpack_address, unpack_frontend, unpack_name, unpack_network
+from ebpflb.dataplane.bpf.writer import read_tables
+from ebpflb.errors import UserError
+from ebpflb.model import Protocol
+from ebpflb.routes import Backend, BackendState, ServicePortName, address_order, cidr_order
+
+Item: TypeAlias = dict[str, object]
+
+# The values of bpf/maps.h.
+HOOK_INGRESS, HOOK_EGRESS = 0, 1
+FLOW_DNAT, FLOW_SNAT = 0, 1
+FLOW_CLOSING, FLOW_UNALLOCATED = 1, 2
+
+_ARRAYS = ("slots", "backends")
+_PROTOCOLS = {int(protocol): protocol.name for protocol in Protocol}
+_STATES = {**{int(state): state.name.lower() for state in BackendState}, BACKEND_FREE: "free"}
+
+
+class Inspector:
+    """`counters`: names of the counters, by index. `jiffies` is asked for the kernel's count of now, of which the lower
+    32 bits are enough."""
+
+    def __init__(self, maps: Maps, counters: tuple[str, ...], jiffies: Callable[[], int]) -> None:
+        self._maps = maps
+        self._counters = counters
+        self._jiffies = jiffies
+
+    def tables(self, what: str) -> list[Item]:
+        """The items of `dump what`. Raises UserError for a WHAT that there is not, OSError if a map cannot be read."""
+        known = {
+            "services": self._services,
+            "backends": self._backends,
+            "flows": self._flows,
+            "sources": self._sources,
+            "counters": self._counter_cells,
+            "raw": self._raw,
+        }
+        if what not in known:
+            raise UserError(f"dump {what}: the bpf dataplane has none; choose routes, {', '.join(known)}")
+        return known[what]()
+
+    def _names(self) -> dict[int, ServicePortName]:
+        keys, values = self._maps.read("names")
+        return {
+            id: unpack_name(row) for (id,), row in zip(U32.iter_unpack(keys), _rows(values, NAME.size), strict=True)
+        }
+
+    def _services(self) -> list[Item]:
+        """One item per Service port and protocol: its frontends, and how many backends have new and old flows."""
+        reading = Reading(read_tables(self._maps))
+        found: dict[int, Item] = {}
+        counts: dict[int, tuple[set[Backend], set[Backend]]] = {}
+        for key, value in reading.frontends():
+            frontend = unpack_frontend(key)
+            for *_, service, start, count, draining, _, _, _ in ROUTE.iter_unpack(value):
+                if not service or frontend is None:
+                    continue
+                item = found.setdefault(
+                    service,
+                    {
+                        "service": _service(reading.names.get(service)),
+                        "protocol": frontend.protocol.name,
+                        "frontends": [],
+                        "id": service,
+                    },
+                )
+                text = str(frontend)
+                listed = item["frontends"]
+                assert isinstance(listed, list)
+                if text not in listed:
+                    listed.append(text)
+                active, left = counts.setdefault(service, (set(), set()))
+                slots = reading.backend_set(service, start, count, draining) if count + draining else None
+                for backend in slots.backends if slots else ():
+                    (left if backend.state else active).add(backend)
+        for service, item in found.items():
+            active, left = counts[service]
+            listed = item["frontends"]
+            assert isinstance(listed, list)
+            listed.sort()
+            item["activeBackends"], item["drainingBackends"] = len(active), len(left)
+        return sorted(found.values(), key=_by_service)
+
+    def _backends(self) -> list[Item]:
+        names = self._names()
+        _, values = self._read("backends")
+        items: list[Item] = []
+        for number, (address, port, weight, state, service) in enumerate(BACKEND.iter_unpack(values)):
+            if service and state != BACKEND_FREE:
+                items.append(
+                    {
+                        "service": _service(names.get(service)),
+                        "address": unpack_address(address),
+                        "port": ntohs(port),
+                        "weight": weight,
+                        "state": _STATES.get(state, str(state)),
+                        "id": number,
+                    }
+                )
+        return sorted(items, key=_by_service)
+
+    def _flows(self) -> list[Item]:
+        """One item per flow of the packet path, made of its up to four rows. `source` is the masquerade, null if there
+        is none."""
+        names = self._names()
+        keys, values = self._maps.read("flows")
+        rows = dict(zip(_rows(keys, FLOW_KEY.size), _rows(values, FLOW.size), strict=True))
+        now, hertz = self._jiffies(), self._hertz()
+        items: list[Item] = []
+        for key, value in rows.items():
+            client, frontend, client_port, port, protocol, hook, _ = FLOW_KEY.unpack(key)
+            address, backend_port, other_port, action, flags, _, service, backend, seen, created = FLOW.unpack(value)
+            if hook != HOOK_INGRESS or action != FLOW_DNAT:
+                continue
+            leaving = FLOW_KEY.pack(client, address, other_port, backend_port, protocol, HOOK_EGRESS, 0)
+            reply = FLOW_KEY.pack(address, client, backend_port, other_port, protocol, HOOK_EGRESS, 0)
+            source = None
+            last = seen
+            for other in (leaving, reply):
+                if other not in rows:
+                    continue
+                to, to_port, _, kind, state, _, _, _, other_seen, _ = FLOW.unpack(rows[other])
+                last = max(last, other_seen)
+                if kind == FLOW_SNAT and not state & FLOW_UNALLOCATED:
+                    source = _endpoint(to, to_port)
+            items.append(
+                {
+                    "protocol": _PROTOCOLS.get(protocol, str(protocol)),
+                    "client": _endpoint(client, client_port),
+                    "frontend": _endpoint(frontend, port),
+                    "backend": _endpoint(address, backend_port),
+                    "source": source,
+                    "service": _service(names.get(service)),
+                    "state": "closing" if flags & FLOW_CLOSING else "open",
+                    "idleSeconds": _seconds(now, last, hertz),
+                    "ageSeconds": _seconds(now, created, hertz),
+                }
+            )
+        return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"]), str(item["protocol"])))
+
+    def _hertz(self) -> int:
+        """Jiffies in a second, which is what the settings have as `refresh`."""
+        row = self._maps.read_array("settings", 0, 1)
+        return int(SETTINGS.unpack(row)[2]) or 1
+
+    def _sources(self) -> list[Item]:
+        keys, values = self._maps.read("sources")
+        found = []
+        for (bits, address), (flags,) in zip(SOURCE_KEY.iter_unpack(keys), U32.iter_unpack(values), strict=True):
+            found.append((unpack_network(bits, address), flags))
+        return [
+            {"cidr": cidr, "node": bool(flags & SOURCE_NODE), "pod": bool(flags & SOURCE_POD)}
+            for cidr, flags in sorted(found, key=lambda row: cidr_order(row[0]))
+        ]
+
+    def _counter_cells(self) -> list[Item]:
+        """Each counter, summed over the CPUs, in the order of bpf/maps.h."""
+        _, values = self._maps.read("counters")
+        count = self._maps.capacity["counters"]
+        width = len(values) // count
+        return [
+            {
+                "counter": self._counters[at].lower() if at < len(self._counters) else str(at),
+                "value": sum(
+                    int.from_bytes(cell, "little") for cell in _rows(values[at * width : (at + 1) * width], 8)
+                ),
+            }
+            for at in range(count)
+        ]
+
+    def _raw(self) -> list[Item]:
+        """Every row of every map, field by field; of the arrays, the rows that were ever used."""
+        items: list[Item] = []
+        for table, (key_type, value_type) in sorted(KEY_VALUE.items()):
+            if table == "counters":
+                items += [
+                    {"map": table, "key": item["counter"], "value": item["value"]} for item in self._counter_cells()
+                ]
+                continue
+            keys, values = self._read(table)
+            width, size = SIZES[table]
+            for key, value in sorted(zip(_rows(keys, width), _rows(values, size), strict=True)):
+                if table in _ARRAYS and not value.strip(b"\0"):
+                    continue
+                items.append({"map": table, "key": fields(key_type, key), "value": fields(value_type, value)})
+        return items
+
+    def _read(self, table: str) -> tuple[bytes, bytes]:
+        """As `Maps.read`; an array only as far as it is used."""
+        if table not in _ARRAYS:
+            return self._maps.read(table)
+        raw = read_tables(self._maps)
+        values = raw.slots if table == "slots" else raw.backends
+        return b"".join(map(U32.pack, range(len(values) // SIZES[table][1]))), values
+
+
+def fields(type: str, row: bytes) -> object:
+    """A key or value as {field: value}, or as a number where it is one. Addresses and names become text, ports host
+    order; padding is left out."""
+    if type not in REQUIRED:
+        return int.from_bytes(row, "little")
+    found: Item = {}
+    at = 0
+    for name, width in REQUIRED[type]:
+        part = row[at : at + width]
+        at += width
+        if name.startswith("pad") or name == "nat_pad":
+            continue
+        found[name] = _field(type, name, part)
+    return found
+
+
+def _field(type: str, name: str, part: bytes) -> object:
+    if type == "frontend":
+        return [fields("route", half) for half in _rows(part, size_of("route"))]
+    if type == "name" or name == "pod_interface":
+        return part.partition(b"\0")[0].decode(errors="replace")
+    if len(part) == 16:
+        return unpack_address(part)
+    if len(part) == 2 and name.endswith("port"):
+        return int.from_bytes(part, "big")
+    return int.from_bytes(part, "little")
+
+
+def _rows(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
+def _endpoint(address: bytes, port: int) -> str:
+    text = unpack_address(address)
+    return f"[{text}]:{ntohs(port)}" if ":" in text else f"{text}:{ntohs(port)}"
+
+
+def _seconds(now: int, then: int, hertz: int) -> float:
+    return round(((now - then) & 0xFFFFFFFF) / hertz, 1)
+
+
+def _service(name: ServicePortName | None) -> Item | None:
+    return None if name is None else {"namespace": name.namespace, "name": name.name, "port": name.port}
+
+
+def _by_service(item: Mapping[str, object]) -> tuple[object, ...]:
+    service = item["service"]
+    owner = tuple(service.values()) if isinstance(service, dict) else ()
+    address = item.get("address")
+    place = (*address_order(address), item["port"]) if isinstance(address, str) else (str(item.get("protocol")),)
+    return (owner, *place, item["id"])
