@@ -1,8 +1,8 @@
 """Real sockets under the socket programs, attached to a cgroup that holds nothing but them.
 
 Rules of this file: two network namespaces of our own, the node's and a pod's, with every address on loopback, so that
-no packet leaves either. A socket belongs for good to the cgroup and namespace it was made in: `tests/box/giver.py` makes
-them inside, and the test uses them as its own. Rows are written by hand.
+no packet leaves either. A socket belongs for good to the cgroup and namespace it was made in: `tests/box/giver.py`
+makes them inside, and the test uses them as its own. Rows are written by hand.
 """
 
 from __future__ import annotations
