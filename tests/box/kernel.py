@@ -68,7 +68,7 @@ class Kernel:
 
     def counters(self, node: str) -> dict[str, int]:
         """The counters of the node's programs, by their names."""
-        return {str(row["name"]).lower(): int(str(row["value"])) for row in self.table(node, "counters")}
+        return {str(row["counter"]): int(str(row["value"])) for row in self.table(node, "counters")}
 
     def addresses(self, node: str) -> frozenset[str]:
         """All addresses that the node's kernel calls its own."""

@@ -52,9 +52,7 @@ def _service_port(port: Port) -> Manifest:
     return found
 
 
-def endpoint_slice(
-    service: str, ports: Iterable[Port], members: Iterable[Member], *, suffix: str = "0"
-) -> Manifest:
+def endpoint_slice(service: str, ports: Iterable[Port], members: Iterable[Member], *, suffix: str = "0") -> Manifest:
     """An EndpointSlice of a Service. Its family is that of its first member, IPv4 if it has none."""
     found = list(members)
     version = ipaddress.ip_address(found[0].address).version if found else 4

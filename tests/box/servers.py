@@ -84,9 +84,7 @@ class Servers:
             if listener.type == socket.SOCK_STREAM:
                 stops.append(_Streams(name, listener))
             else:
-                transport, _ = await self._loop.create_datagram_endpoint(
-                    lambda: _Datagrams(name), sock=listener
-                )
+                transport, _ = await self._loop.create_datagram_endpoint(lambda: _Datagrams(name), sock=listener)
                 stops.append(transport)
         return stops
 

@@ -1,0 +1,115 @@
+"""Others attached at the same hooks: both work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.demo.cluster import Node
+from tests.box.box import SLO, Box
+from tests.box.clients import Answer, Target
+
+pytestmark = pytest.mark.box
+
+FORBIDDEN = 4711
+PROG_TYPE_CGROUP_SOCK_ADDR = 18
+CGROUP_INET4_CONNECT = 10
+
+
+def forbid_a_port() -> bytes:
+    """r0 = ctx->user_port != FORBIDDEN: a program of somebody else that refuses one port and lets all else be."""
+    port = socket.htons(FORBIDDEN)
+    instructions = (
+        (0x61, 0x12, 24, 0),  # r2 = *(u32 *)(r1 + 24): user_port
+        (0xB7, 0x00, 0, 1),  # r0 = 1
+        (0x55, 0x02, 1, port),  # if r2 != port, leave it so
+        (0xB7, 0x00, 0, 0),  # r0 = 0
+        (0x95, 0x00, 0, 0),
+    )
+    return b"".join(struct.pack("<BBhi", *each) for each in instructions)
+
+
+@contextmanager
+def somebody_elses_program(node: Node) -> Iterator[None]:
+    program = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, forbid_a_port(), "somebody", CGROUP_INET4_CONNECT)
+    cgroup = os.open(node.node_cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    link = syscall.link_create(program, cgroup, CGROUP_INET4_CONNECT)
+    try:
+        yield
+    finally:
+        for descriptor in (link, cgroup, program):
+            os.close(descriptor)
+
+
+def test_another_cgroup_program(box: Box) -> None:
+    web = box.service("b1")
+    node = box.cluster.nodes["node1"]
+    with somebody_elses_program(node):
+        before = box.kernel.counters("node1")["socket_forwarded"]
+        box.expect("a1", to=web.cluster_ip("ipv4")).reaches("b1")
+        box.check()
+        assert box.kernel.counters("node1")["socket_forwarded"] > before
+        got = box.clients.ask(box.place("a1"), Target(box.address("b1", "ipv4"), FORBIDDEN), "TCP")
+        assert str(got).startswith("PermissionError"), got
+    got = box.clients.ask(box.place("a1"), Target(box.address("b1", "ipv4"), FORBIDDEN), "TCP")
+    assert str(got) == "refused"
+
+
+@contextmanager
+def held_back(box: Box, node: str) -> Iterator[None]:
+    """The daemon stands still within the block, and hears of everything after it."""
+    daemon = box.cluster.nodes[node].daemon
+    assert daemon is not None
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("first", "preference"), [("theirs_first", 1), ("ours_first", 50_000)])
+def test_another_clsact_filter(box: Box, family: str, first: str, preference: int) -> None:
+    """Theirs drops one port on its way in; ours serves the rest, whoever came first."""
+    web = box.service("b1")
+    node = box.cluster.nodes["node1"]
+    device = "veth-shared"
+    tc = ["tc", "filter", "add", "dev", device, "ingress", "pref", str(preference)]
+    rule = ["protocol", {"ipv4": "ip", "ipv6": "ipv6"}[family], "flower", "ip_proto", "udp", "dst_port", str(FORBIDDEN)]
+
+    def attach_theirs() -> None:
+        done = box.cluster.run(node, [*tc, *rule, "action", "drop"])
+        assert done.returncode == 0, done.stderr
+
+    try:
+        if first == "theirs_first":
+            with held_back(box, "node1"):
+                pod = box.cluster.add_pod("node1", "shared", sandboxed=True)
+                assert box.cluster.run(node, ["tc", "qdisc", "add", "dev", device, "clsact"]).returncode == 0
+                attach_theirs()
+        else:
+            pod = box.cluster.add_pod("node1", "shared", sandboxed=True)
+        served_soon(box, "shared", web.cluster_ip(family))
+        if first == "ours_first":
+            attach_theirs()
+        box.expect("shared", to=web.cluster_ip(family)).reaches("b1").sees_source("shared")
+        box.check()
+        forbidden = box.direct("b1", family)._replace(port=FORBIDDEN)
+        assert str(box.clients.ask(pod, forbidden, "UDP", patience=0.3)) == "silence"
+        assert str(box.clients.ask(pod, forbidden._replace(port=FORBIDDEN + 1), "UDP")) == "refused"
+    finally:
+        box.cluster.remove_pod("shared")
+
+
+def served_soon(box: Box, client: str, to: Target) -> None:
+    """Wait until a new device's packets are translated."""
+    deadline = time.monotonic() + SLO
+    while not isinstance(got := box.clients.ask(box.place(client), to, "UDP", patience=0.1), Answer):
+        assert time.monotonic() < deadline, got

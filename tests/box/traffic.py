@@ -1,0 +1,60 @@
+"""Clients that never stop asking, while a test does something else.
+
+Rules of this file: every answer is kept with its time, so that a test says afterwards what it tolerates.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+
+from tests.box.box import Box
+from tests.box.clients import Answer, Nothing, Target
+
+PAUSE = 0.002  # seconds between two questions: many, but not all that this machine can do
+
+
+class Traffic:
+    """New connections from one place to one target, one after the other, until the block ends."""
+
+    def __init__(self, box: Box, client: str, to: Target, protocol: str) -> None:
+        self.what = f"{client} -> {to}/{protocol}"
+        self.got: list[tuple[float, Answer | Nothing]] = []
+        self._ask: Callable[[], Answer | Nothing] = lambda: box.clients.ask(box.place(client), to, protocol)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=self.what, daemon=True)
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def wait_for(self, more: int, seconds: float = 10) -> None:
+        """Until that many more questions have been answered or have failed."""
+        enough = len(self.got) + more
+        deadline = time.monotonic() + seconds
+        while len(self.got) < enough:
+            assert time.monotonic() < deadline, f"{self.what}: {len(self.got)} questions, waited for {enough}"
+            time.sleep(0.001)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """What came instead of answers, and how often."""
+        return Counter(str(got) for _, got in self.got if isinstance(got, Nothing))
+
+    @property
+    def success(self) -> float:
+        """The part of all questions that was answered."""
+        return 1 - sum(self.failures.values()) / len(self.got)
+
+    def _run(self) -> None:
+        while not self._over.wait(PAUSE):
+            self.got.append((time.monotonic(), self._ask()))
