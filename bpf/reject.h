@@ -82,7 +82,7 @@ static inline int turn_addresses_round(struct __sk_buff *skb, const struct packe
 	} else {
 		u8 hops = ANSWER_TTL;
 
-		if (bpf_skb_store_bytes(skb, packet->l3 + 7, &hops, 1, 0))
+		if (bpf_skb_store_bytes(skb, packet->l3 + 7, &hops, 1, BPF_F_RECOMPUTE_CSUM))
 			return -1;
 	}
 	return write_addresses(skb, packet->l3, packet->version, checksum, 0, &packet->key.destination,
@@ -201,7 +201,7 @@ static inline int reject_ipv4(struct __sk_buff *skb, const struct packet *packet
 	answer.icmp.type = ICMP_UNREACHABLE;
 	answer.icmp.code = ICMP_CODE_PORT;
 	answer.icmp.checksum = (u16)~fold16((u64)sum + ICMP_UNREACHABLE + (ICMP_CODE_PORT << 8));
-	if (bpf_skb_store_bytes(skb, packet->l3, &answer, sizeof(answer), 0))
+	if (bpf_skb_store_bytes(skb, packet->l3, &answer, sizeof(answer), BPF_F_RECOMPUTE_CSUM))
 		return no_answer();
 	return GO_ON;
 }
@@ -228,7 +228,7 @@ static inline int reject_ipv6(struct __sk_buff *skb, const struct packet *packet
 	total += (u64)bpf_csum_diff(0, 0, (u32 *)&answer.ip.saddr, 32, 0);
 	total += answer.ip.payload_len + swap16(IPPROTO_ICMPV6);
 	answer.icmp.checksum = (u16)~fold16(total);
-	if (bpf_skb_store_bytes(skb, packet->l3, &answer, sizeof(answer), 0))
+	if (bpf_skb_store_bytes(skb, packet->l3, &answer, sizeof(answer), BPF_F_RECOMPUTE_CSUM))
 		return no_answer();
 	return GO_ON;
 }
