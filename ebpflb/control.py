@@ -22,6 +22,8 @@ NAME = "ebpflb"
 _MOST_CLIENTS = 64
 _MOST_REQUEST = 4096
 _REQUEST_SECONDS = 5.0
+# A daemon that is compiling its programs answers late; a stopped one never does.
+_PATIENCE_SECONDS = 10.0
 _MOST_WAIT = 24 * 3600.0
 _RETRY_SECONDS = 0.05
 
@@ -163,14 +165,18 @@ class Control:
         client.socket.close()
 
 
-def ask(wait: float = 0.0, name: str = NAME) -> bytes:
+def ask(wait: float = 0.0, name: str = NAME, patience: float = _PATIENCE_SECONDS) -> bytes:
     """The status document of the daemon in this network namespace; with `wait`, as soon as its first complete sync is
-    in, or after that many seconds. Raises NotRunning if there is no daemon (within that time)."""
+    in, or after that many seconds. `patience` is how much longer a busy daemon may take. Raises NotRunning."""
     deadline = time.monotonic() + wait
     while True:
         remaining = max(0.0, deadline - time.monotonic())
         try:
-            return _ask_once(remaining, name)
+            return _ask_once(remaining + patience, remaining, name)
+        except TimeoutError:
+            raise NotRunning(
+                "the ebpflb daemon of this network namespace does not answer; see its log, or try `status --wait 60`"
+            ) from None
         except OSError:
             # Not there yet, or on its way out: with `wait`, one may be starting.
             if time.monotonic() >= deadline:
@@ -180,11 +186,10 @@ def ask(wait: float = 0.0, name: str = NAME) -> bytes:
         time.sleep(min(_RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _ask_once(wait: float, name: str) -> bytes:
+def _ask_once(timeout: float, wait: float, name: str) -> bytes:
     """One connection. Raises OSError if nobody listens or answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
-        # A daemon that is compiling its programs answers late; a stopped one never does.
-        client.settimeout(wait + 2 * _REQUEST_SECONDS)
+        client.settimeout(timeout)
         client.connect(f"\0{name}")
         client.sendall(msgspec.json.encode(Request(wait)) + b"\n")
         answer = b""

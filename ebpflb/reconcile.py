@@ -25,6 +25,9 @@ from ebpflb.source import Event, Source
 
 log = logging.getLogger("ebpflb.reconcile")
 
+# An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
+_AUDIT_SHARE = 100
+
 
 class Desired(Protocol):
     """What the sources' events come to: the store and the policy, behind what this file needs of them."""
@@ -42,12 +45,22 @@ class Desired(Protocol):
 
 class Timing(msgspec.Struct, frozen=True):
     """All in seconds. A failed attempt is repeated after `retry_first`, then twice as long each time up to
-    `retry_most`; each wait is shortened at random by up to half, so that nodes do not retry in step."""
+    `retry_most`; each wait is shortened at random by up to half, so that nodes do not retry in step.
+    A source that could not be read is tried again after `read_again`."""
 
     min_interval: float = 0.01
     audit_period: float = 30.0
     retry_first: float = 0.1
     retry_most: float = 30.0
+    read_again: float = 1.0
+
+
+class _Unread(msgspec.Struct, frozen=True):
+    """A source that could not be read, and when it is tried again."""
+
+    source: Source
+    problem: Problem
+    again: float
 
 
 class _Retry(msgspec.Struct, frozen=True):
@@ -109,11 +122,13 @@ class Reconciler:
         self._retry: _Retry | None = None
         self._failures = 0
         self._audit_at: float | None = None
+        self._audit_took = 0.0
         self._failing: set[str] = set()
         self._first_sync = False
         self._last_sync: float | None = None
         self._last_audit: float | None = None
-        self._source_errors: dict[str, Problem] = {}
+        self._unread: dict[str, _Unread] = {}
+        self._wrong: dict[str, tuple[Problem, ...]] = {}
         self._refused: dict[str, tuple[Problem, ...]] = {}
         self._known: frozenset[Found] = frozenset()
 
@@ -125,13 +140,22 @@ class Reconciler:
             for event in source.read():
                 if self._desired.apply(event) and self._changed_at is None:
                     self._changed_at = self._clock()
-            self._source_errors.pop(source.name, None)
+            news = self._unread.pop(source.name, None) is not None
         except SourceError as error:
-            self._source_errors[source.name] = Problem(source.name, str(error))
+            news = self._read_again(source, str(error))
         except Exception as error:
             log.debug("reading %s failed", source.name, exc_info=True)
-            self._source_errors[source.name] = Problem(source.name, _unexpected(error))
-        self._log_problems()
+            news = self._read_again(source, _unexpected(error))
+        wrong = source.problems()
+        if news or wrong != self._wrong.get(source.name):
+            self._wrong[source.name] = wrong
+            self._log_problems()
+
+    def _read_again(self, source: Source, reason: str) -> bool:
+        # Its descriptor may have been drained by the attempt: nothing else would wake us.
+        again = self._clock() + self._timing.read_again
+        self._unread[source.name] = _Unread(source, Problem(source.name, reason), again)
+        return True
 
     def read_all(self) -> None:
         """Read every source once: the first lists."""
@@ -155,9 +179,9 @@ class Reconciler:
 
     def due(self) -> float | None:
         """The clock's time at which `work` next has something to do; None if it only waits for events."""
+        times = [unread.again for unread in self._unread.values()]
         if not self._desired.synced:
-            return None
-        times = []
+            return min(times, default=None)
         if self._changed_at is not None:
             times.append(self._not_before)
         if self._retry is not None:
@@ -168,9 +192,12 @@ class Reconciler:
 
     def work(self) -> None:
         """Do what is due, if anything is. Raises Unsupported or UserError where this node can never work."""
+        now = self._clock()
+        for unread in list(self._unread.values()):
+            if now >= unread.again:
+                self.read(unread.source)
         if not self._desired.synced:
             return
-        now = self._clock()
         if self._changed_at is not None and now >= self._not_before:
             self._attempt("sync")
         elif self._retry is not None:
@@ -233,7 +260,9 @@ class Reconciler:
             if not self._failing:
                 self._retry = None
                 self._failures = 0
-            self._audit_at = self._audit_at if what == "sync" and self._audit_at else now + self._timing.audit_period
+            if what == "audit" or self._audit_at is None:
+                period = max(self._timing.audit_period, _AUDIT_SHARE * self._audit_took)
+                self._audit_at = now + period
         else:
             self._failing.add(what)
             if self._retry is None:  # a change in between brings no new wait, or a storm would make it endless
@@ -268,6 +297,7 @@ class Reconciler:
         began = self._clock()
         report = self._dataplane.audit()
         ended = self._clock()
+        self._audit_took = ended - began
         if report.complete:
             self._last_audit = ended
         level = logging.WARNING if report.written or report.removed else logging.DEBUG
@@ -290,7 +320,7 @@ class Reconciler:
         found: set[Found] = set()
         for source in self._sources:
             found.update(Found(source.name, *problem) for problem in source.problems())
-        found.update(Found(name, *problem) for name, problem in self._source_errors.items())
+        found.update(Found(name, *unread.problem) for name, unread in self._unread.items())
         if self._routes is not None:
             for remarks in self._routes.problems.values():
                 found.update(Found("policy", *problem) for problem in remarks)

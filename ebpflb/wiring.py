@@ -7,7 +7,6 @@ imported when they are needed, because a command that only reads should not pay 
 from __future__ import annotations
 
 import datetime
-import os
 import random
 import socket
 import time
@@ -24,10 +23,6 @@ from ebpflb.reconcile import Desired
 from ebpflb.routes import RouteTable
 from ebpflb.source import Event, Source
 from ebpflb.source.store import Store
-
-_CAP_NET_ADMIN = 12
-_CAP_SYS_ADMIN = 21
-_CAP_BPF = 39
 
 
 class Intent:
@@ -90,13 +85,9 @@ def _desired(config: Config, sources: Sequence[Source]) -> Desired:
 
 
 def _privileged() -> bool:
-    """Whether this process has the capabilities; being root alone is not it in a container."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            held = int(line.split()[1], 16)
-            bpf = held & (1 << _CAP_BPF | 1 << _CAP_SYS_ADMIN)
-            return bool(bpf and held & 1 << _CAP_NET_ADMIN)
-    return os.geteuid() == 0
+    from ebpflb.dataplane.bpf.facts import may_administrate
+
+    return may_administrate()
 
 
 def _now() -> str:
@@ -114,3 +105,19 @@ def _dataplanes(config: Config) -> Sequence[Dataplane]:
     from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 
     return (BpfDataplane(Path(config.bpffs), Path(config.cgroup) if config.cgroup else None, config.devices),)
+
+
+def _watches(dataplane: Dataplane) -> Sequence[Watch]:
+    from ebpflb.dataplane.bpf.dataplane import BpfDataplane
+
+    if not isinstance(dataplane, BpfDataplane) or dataplane.devices is None:
+        return ()
+    return (Watch(dataplane.devices.fileno(), dataplane.devices.handle),)
+
+
+def _device_problems(dataplane: Dataplane) -> Iterable[Problem]:
+    from ebpflb.dataplane.bpf.dataplane import BpfDataplane
+
+    if not isinstance(dataplane, BpfDataplane) or dataplane.devices is None:
+        return ()
+    return dataplane.devices.problems()

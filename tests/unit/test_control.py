@@ -100,6 +100,11 @@ def test_asking_where_there_is_none(name: str) -> None:
         ask(0, name)
 
 
+def test_asking_a_daemon_that_hangs(name: str) -> None:
+    with listen(name), pytest.raises(NotRunning, match="does not answer"):
+        ask(0, name, patience=0.01)
+
+
 def test_waiting_for_a_daemon_that_is_not_there_yet(name: str) -> None:
     answers: list[bytes] = []
     client = threading.Thread(target=lambda: answers.append(ask(20, name)))

@@ -219,6 +219,16 @@ def test_the_kernel_is_compared_with_the_table_every_period(bench: Bench) -> Non
     assert bench.dataplane.times("audit") == [30.0, 60.0, 90.0]
 
 
+def test_a_long_audit_comes_seldom(bench: Bench) -> None:
+    """At most a hundredth of the time goes to audits."""
+    ready(bench)
+    bench.dataplane.takes = 0.5
+    bench.run(until=200.0)
+    first, *later = bench.dataplane.times("audit")
+    assert first == pytest.approx(31.0)
+    assert later == pytest.approx([31.0 + 0.5 + 50, 31.0 + 2 * 50.5, 31.0 + 3 * 50.5])
+
+
 def test_changes_do_not_put_off_the_audit(bench: Bench) -> None:
     ready(bench)
     bench.run(*[(float(second), bench.source.change) for second in range(1, 60)], until=61.0)
@@ -317,13 +327,23 @@ def test_a_source_that_cannot_be_read_is_a_problem_until_it_can(bench: Bench, er
         bench.source.raises = error
         bench.source.change()
 
-    bench.run((1.0, break_it), until=2.0)
+    bench.run((1.0, break_it), until=1.5)
     (problem,) = bench.reconciler.overview().problems
     assert problem.part == "manifests" and str(error) in problem.reason
     assert bench.reconciler.overview().healthy, "the last good content is served"
-    bench.source.change()
-    bench.run(until=1.0)
-    assert bench.reconciler.overview().problems == ()
+    bench.run(until=1.1)
+    assert bench.reconciler.overview().problems == (), "it was read again without having asked for it"
+
+
+def test_a_source_that_fails_at_first_is_read_again_before_anything_else() -> None:
+    bench = Bench(sources=("manifests", "addresses"))
+    manifests, addresses = bench.sources
+    manifests.synced()
+    addresses.synced()
+    addresses.raises = SourceError("netlink: no buffer")
+    bench.run(until=3.0)
+    assert bench.dataplane.times("sync") == [1.0]
+    bench.close()
 
 
 def test_problems_of_all_parts_are_told(bench: Bench) -> None:
