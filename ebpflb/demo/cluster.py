@@ -273,15 +273,19 @@ class Cluster:
         """Run an `ebpflb` command on a node."""
         return self.run(self.nodes[node], [sys.executable, "-m", "ebpflb", *words], timeout)
 
+    def daemon_options(self, node: str) -> tuple[str, ...]:
+        """The options by which a node's daemon runs; `plan` and `verify` take the same."""
+        return (
+            *("--manifests", str(self.manifests.directory), "--node-name", node, *self.target(node)),
+            *("--cluster-cidr", ",".join(network.POD_CIDRS), *self.options),
+        )
+
     def start_daemon(self, node: str, *options: str) -> Daemon:
         """Start a node's daemon; does not wait for it."""
         home = self.nodes[node]
         if home.daemon is not None:
             home.daemon.kill()
-        argv = (
-            *("--manifests", str(self.manifests.directory), "--node-name", node, *self.target(node)),
-            *("--cluster-cidr", ",".join(network.POD_CIDRS), *self.options, *options),
-        )
+        argv = (*self.daemon_options(node), *options)
         home.daemon = Daemon(home.namespace, home.node_cgroup, argv, self.log(node))
         return home.daemon
 

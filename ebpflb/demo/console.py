@@ -50,7 +50,7 @@ class Console:
         step = Step(len(self._steps) + 1, title)
         self._steps.append(step)
         self._line("")
-        self._line(self._paint("1", f"── {step.number}. {title} " + "─" * max(0, WIDTH - 7 - len(title))))
+        self._heading(f"{step.number}. {title}")
         if why:
             self.say(why)
         began = time.monotonic()
@@ -64,6 +64,10 @@ class Console:
     def say(self, text: str) -> None:
         """A sentence or two, wrapped."""
         self._line(textwrap.fill(" ".join(text.split()), WIDTH))
+
+    def detail(self, line: str) -> None:
+        """A line as it is, indented."""
+        self._line(f"    {line}")
 
     def command(self, where: str, argv: Sequence[str], output: str, least: str = "") -> None:
         """A command as a person would type it, and what came back; `least` replaces the command's words."""
@@ -88,7 +92,7 @@ class Console:
     def summary(self, seconds: float) -> None:
         """The closing table."""
         self._line("")
-        self._line(self._paint("1", "── Summary " + "─" * (WIDTH - 11)))
+        self._heading("Summary")
         for step in self._steps:
             good = step.kept and not step.broken
             mark = self._paint("32", "ok    ") if good else self._paint("31", "FAILED")
@@ -100,6 +104,9 @@ class Console:
         broken = sum(len(step.broken) for step in self._steps)
         kept = sum(len(step.kept) for step in self._steps)
         self._line(f"  {kept} promises kept, {broken} broken, in {seconds:.1f} s")
+
+    def _heading(self, text: str) -> None:
+        self._line(self._paint("1", f"── {text} ".ljust(WIDTH, "─")))
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colours else text

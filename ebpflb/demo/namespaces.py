@@ -111,9 +111,7 @@ def cgroup_root() -> Path:
     raise Unsupported("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 
 
-def spawn(
-    namespace: str, cgroup: Path | None, argv: Sequence[str], **options: object
-) -> subprocess.Popen[bytes]:
+def spawn(namespace: str, cgroup: Path | None, argv: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
     """Start a program in a network namespace and a cgroup; `options` are Popen's."""
     prefix = ["sh", "-c", _ENTER, "enter", str(cgroup or ""), str(path_of(namespace))]
     options.setdefault("stdin", subprocess.DEVNULL)

@@ -141,15 +141,16 @@ class Stage:
 
     def change_endpoints(self, file: str, change: Callable[[dict[str, Any]], None]) -> float:
         """Let `change` edit every EndpointSlice of a manifest file, and put the file in place by one rename; returns
-        the monotonic time of that."""
+        the monotonic time just before."""
         path = self.cluster.manifests.directory / file
         documents = list(yaml.safe_load_all(path.read_text()))
         for document in documents:
             if document["kind"] == "EndpointSlice":
                 change(document)
         text = yaml.safe_dump_all(documents, sort_keys=False)
+        before = time.monotonic()
         self.cluster.manifests.write_text(file, text)
-        return time.monotonic()
+        return before
 
     # ---- Clients ----
 
