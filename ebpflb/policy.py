@@ -55,7 +55,7 @@ class Router:
                 name for name, held in self._claims.items() if facts.concern(held.service, held.slices, before)
             }
         self.recomputed = 0
-        affected: set[Frontend] = set()
+        affected: list[Frontend] = []
         remarked: set[ServiceName] = set()
         for name in names | concerned:
             self._reconsider(name, snapshot, facts, name in concerned, affected, remarked)
@@ -67,7 +67,7 @@ class Router:
         snapshot: Snapshot,
         facts: Facts,
         concerned: bool,
-        affected: set[Frontend],
+        affected: list[Frontend],
         remarked: set[ServiceName],
     ) -> None:
         """Bring one Service's claims up to date. Adds the frontends whose rows, and the Services whose problems, may
@@ -97,7 +97,7 @@ class Router:
             else:
                 remarked.update(held)
                 claimants[frontend] = tuple(other for other in held if other != name)
-        affected.update(gone)
+        affected += gone
         if new:
             alone = (name,)
             for frontend in new.frontends:
@@ -105,9 +105,9 @@ class Router:
                     both = {*claimants[frontend], name}
                     remarked |= both
                     claimants[frontend] = tuple(sorted(both, key=lambda each: self._claims[each].rank))
-            affected.update(new.frontends)
+            affected += new.frontends
 
-    def _evolve(self, facts: Facts, affected: set[Frontend], remarked: set[ServiceName]) -> RouteTable:
+    def _evolve(self, facts: Facts, affected: list[Frontend], remarked: set[ServiceName]) -> RouteTable:
         """The next table: the affected frontends as their first claimants want them."""
         table = self._table
         put: dict[Key, Route] = {}
@@ -117,13 +117,11 @@ class Router:
             if claimants is None:
                 drop += ((frontend, _INTERNAL), (frontend, _EXTERNAL))
                 continue
-            for key, route in zip(
-                ((frontend, _INTERNAL), (frontend, _EXTERNAL)),
-                self._claims[claimants[0]].frontends[frontend],
-                strict=True,
-            ):
-                if table.get(key) != route:
-                    put[key] = route
+            internal, external = self._claims[claimants[0]].frontends[frontend]
+            if table.get(key := (frontend, _INTERNAL)) != internal:
+                put[key] = internal
+            if table.get(key := (frontend, _EXTERNAL)) != external:
+                put[key] = external
         problems = {name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())}
         if put or drop or problems or facts.locality != table.locality:
             self._table = table.evolve(put, drop, locality=facts.locality, problems=problems)

@@ -11,7 +11,7 @@ import enum
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar, overload
 
 import immutables
 import msgspec
@@ -160,6 +160,8 @@ class Locality(msgspec.Struct, frozen=True, gc=False):
 
 Key: TypeAlias = tuple[Frontend, Scope]
 
+_T = TypeVar("_T")
+
 
 @lru_cache(maxsize=1 << 18)
 def packed(address: Address) -> bytes:
@@ -251,6 +253,14 @@ class RouteTable(Mapping[Key, Route]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
+
+    @overload
+    def get(self, key: Key, /) -> Route | None: ...
+    @overload
+    def get(self, key: Key, /, default: Route | _T) -> Route | _T: ...
+    def get(self, key: Key, /, default: object = None) -> object:
+        """As Mapping.get, without the price of an exception for each miss."""
+        return self._rows.get(key, default)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RouteTable):
