@@ -1,0 +1,173 @@
+"""bpf(2): what goes in comes out, one by one and in batches, for every map type; refusals name what they refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ebpflb.dataplane.bpf import facts, syscall
+from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+Make = Callable[..., int]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """`make(type, key size, value size, entries, flags)`: a map for this test."""
+    syscall.raise_memlock_limit()
+    fds: list[int] = []
+
+    def create(type: int, key: int, value: int, entries: int, flags: int = 0) -> int:
+        fds.append(syscall.map_create(type, key, value, entries, flags, "test_syscall"))
+        return fds[-1]
+
+    yield create
+    for fd in fds:
+        os.close(fd)
+
+
+def lpm_key(number: int) -> bytes:
+    return struct.pack("=I", 32) + struct.pack(">I", number)
+
+
+def number_key(number: int) -> bytes:
+    return struct.pack("=I", number)
+
+
+KINDS = [
+    pytest.param(syscall.MAP_HASH, 4, 0, number_key, id="hash"),
+    pytest.param(syscall.MAP_HASH, 4, syscall.F_NO_PREALLOC, number_key, id="hash without preallocation"),
+    pytest.param(syscall.MAP_LRU_HASH, 4, 0, number_key, id="lru hash"),
+    pytest.param(syscall.MAP_LPM_TRIE, 8, syscall.F_NO_PREALLOC, lpm_key, id="lpm trie"),
+]
+
+
+@pytest.mark.parametrize(("type", "size", "flags", "key"), KINDS)
+@pytest.mark.parametrize("count", [0, 1, 1000, 40000])
+def test_batches(make: Make, type: int, size: int, flags: int, key: Callable[[int], bytes], count: int) -> None:
+    fd = make(type, size, 12, 131072, flags)
+    wanted = {key(number): struct.pack("=III", number, 7, number + 1) for number in range(count)}
+    syscall.update_batch(fd, b"".join(wanted), b"".join(wanted.values()), count)
+    keys, values, found = syscall.lookup_all(fd)
+    assert found == count
+    assert rows(keys, values, size, 12) == wanted
+    # Every second one goes, and some that never were.
+    gone = [key(number) for number in range(0, count, 2)] + [key(number) for number in range(100000, 100005)]
+    syscall.delete_batch(fd, b"".join(gone), len(gone))
+    keys, values, found = syscall.lookup_all(fd)
+    for each in gone:
+        wanted.pop(each, None)
+    assert rows(keys, values, size, 12) == wanted
+
+
+def rows(keys: bytes, values: bytes, key: int, value: int) -> dict[bytes, bytes]:
+    return {keys[at * key : (at + 1) * key]: values[at * value : (at + 1) * value] for at in range(len(keys) // key)}
+
+
+@pytest.mark.parametrize(("type", "size", "flags", "key"), KINDS)
+def test_one_by_one(make: Make, type: int, size: int, flags: int, key: Callable[[int], bytes]) -> None:
+    fd = make(type, size, 8, 64, flags)
+    one, other = key(1), key(2)
+    assert syscall.lookup(fd, one, 8) is None
+    assert syscall.next_key(fd, None, size) is None
+    syscall.update(fd, one, b"12345678")
+    assert syscall.lookup(fd, one, 8) == b"12345678"
+    assert syscall.next_key(fd, None, size) == one
+    assert syscall.next_key(fd, one, size) is None
+    syscall.update(fd, one, b"87654321", syscall.EXIST)
+    with pytest.raises(OSError) as refused:
+        syscall.update(fd, other, bytes(8), syscall.EXIST)
+    assert refused.value.errno == errno.ENOENT
+    with pytest.raises(FileExistsError):
+        syscall.update(fd, one, bytes(8), syscall.NOEXIST)
+    assert syscall.delete(fd, one)
+    assert not syscall.delete(fd, one)
+
+
+def test_batch_that_overflows_says_how_far_it_came(make: Make) -> None:
+    fd = make(syscall.MAP_HASH, 4, 8, 10)
+    keys = struct.pack("=12I", *range(12))
+    with pytest.raises(syscall.BatchError) as refused:
+        syscall.update_batch(fd, keys, bytes(96), 12)
+    assert (refused.value.errno, refused.value.done) == (errno.E2BIG, 10)
+    assert syscall.lookup_all(fd)[2] == 10
+
+
+def test_array(make: Make) -> None:
+    fd = make(syscall.MAP_ARRAY, 4, 8, 10)
+    syscall.update_batch(fd, struct.pack("=10I", *range(10)), struct.pack("=10Q", *range(10)), 10)
+    for start, count, expected in (
+        (0, 10, range(10)),
+        (3, 4, range(3, 7)),
+        (8, 5, range(8, 10)),
+        (10, 1, ()),
+        (0, 0, ()),
+    ):
+        keys, values, found = syscall.lookup_range(fd, start, count)
+        numbers = list(expected)
+        assert found == len(numbers)
+        assert keys == struct.pack(f"={found}I", *numbers)
+        assert values == struct.pack(f"={found}Q", *numbers)
+    with pytest.raises(syscall.BatchError) as refused:
+        syscall.delete_batch(fd, bytes(4), 1)
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_percpu_values_have_a_cell_for_each_cpu(make: Make) -> None:
+    fd = make(syscall.MAP_PERCPU_ARRAY, 4, 8, 3)
+    size = syscall.percpu_size(8)
+    assert size == 8 * syscall.possible_cpus()
+    cells = struct.pack(f"={syscall.possible_cpus()}Q", *range(1, syscall.possible_cpus() + 1))
+    syscall.update(fd, number_key(1), cells)
+    assert syscall.lookup(fd, number_key(1), size) == cells
+    keys, values, count = syscall.lookup_all(fd)
+    assert (keys, values, count) == (struct.pack("=III", 0, 1, 2), bytes(size) + cells + bytes(size), 3)
+
+
+@pytest.mark.parametrize("type", [PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP])
+def test_program_runs_on_a_packet(type: int) -> None:
+    fd = syscall.prog_load(type, facts.move(0, 2) + facts.EXIT, "test_run")
+    try:
+        packet = bytes(range(64))
+        ran = syscall.prog_test_run(fd, packet, repeat=3)
+        assert (ran.verdict, ran.data) == (2, packet)
+        info = syscall.prog_info(fd)
+        assert (info.type, info.name, info.map_ids) == (type, "test_run", ())
+        assert info.id in set(syscall.program_ids())
+    finally:
+        os.close(fd)
+
+
+def test_refused_program_says_why() -> None:
+    with pytest.raises(syscall.VerifierError) as refused:
+        syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.EXIT, "no_result")
+    assert refused.value.errno == errno.EACCES
+    assert "R0 !read_ok" in str(refused.value)
+    assert "R0 !read_ok" in refused.value.log
+
+
+def test_objects_are_found_by_id(make: Make) -> None:
+    fd = make(syscall.MAP_HASH, 4, 8, 10)
+    number = syscall.map_info(fd).id
+    assert number in set(syscall.map_ids())
+    again = syscall.map_by_id(number)
+    assert syscall.map_info(again) == syscall.map_info(fd)
+    os.close(again)
+    with pytest.raises(FileNotFoundError):
+        syscall.map_by_id((1 << 31) - 1)
+
+
+def test_facts_of_this_kernel() -> None:
+    assert facts.netns_cookie() not in (None, 0)
+    assert facts._measured_hz() == facts.jiffies_per_second()
+    low, high = facts.snat_ports()
+    assert 1024 <= low < high <= 65535
+    assert facts.has_bpf() and facts.has_socket_programs() and facts.has_tc_programs()
+    assert facts.may_administrate()
+    assert not facts.loads(PROG_TYPE_CGROUP_SOCK_ADDR, facts.EXIT, 10)
