@@ -91,6 +91,8 @@ class Place:
             _command("mount", "-t", "bpf", "bpf", str(BPFFS))
         self.cgroup.mkdir()
         _command("ip", "netns", "add", self.name)
+        # A link-local address is tentative for a second or two, which would be a difference of its own.
+        _command(*self.inside("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0"))
         self.ip("link", "set", "lo", "up")
         self.ip("link", "add", "eth0", "type", "veth", "peer", "name", "peer0")
         self.ip("address", "add", "192.168.0.2/24", "dev", "eth0")
@@ -161,6 +163,15 @@ class Place:
 
     # ---- The kernel ----
 
+    def objects(self) -> set[tuple[str, int]]:
+        """The BPF maps, programs and links that are pinned here, by kind and id."""
+        kinds = {"maps": "map", "programs": "prog", "links": "link"}
+        found = set()
+        for path in sorted(self.bpffs.glob("*/*")):
+            kind = kinds[path.parent.name]
+            found.add((kind, int(json.loads(_command("bpftool", "-j", kind, "show", "pinned", str(path)))["id"])))
+        return found
+
     def traces(self) -> set[str]:
         """Everything that a daemon could have left here, one line each."""
         found = {f"pin {path}" for path in self.bpffs.rglob("*")} | ({f"pin {self.bpffs}"} & _existing(self.bpffs))
@@ -178,14 +189,13 @@ class Place:
         return found
 
 
-def objects() -> set[str]:
-    """The BPF programs, maps and links of this machine that bear our name."""
-    found = set()
-    for kind in ("prog", "map", "link"):
-        for each in json.loads(_command("bpftool", "-j", kind, "list") or "[]"):
-            if str(each.get("name", "")).startswith("ebpflb"):
-                found.add(f"{kind} {each['id']} {each['name']}")
-    return found
+def alive() -> set[tuple[str, int]]:
+    """Every BPF object of this machine."""
+    return {
+        (kind, int(each["id"]))
+        for kind in ("map", "prog", "link")
+        for each in json.loads(_command("bpftool", "-j", kind, "list") or "[]")
+    }
 
 
 def _existing(path: Path) -> set[str]:
