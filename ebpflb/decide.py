@@ -102,10 +102,10 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
             return Decision(Outcome.DROP, scope, route, (), tuple(reasons))
         reasons.append(f"{packet.source} is in the source ranges {listed}")
     if route.verdict is Verdict.REJECT:
-        reasons.append("no endpoint can serve, on any node: the connection is refused at once")
+        reasons.append("no endpoint of the Service can serve, on any node: refused at once")
         return Decision(Outcome.REJECT, scope, route, (), tuple(reasons))
     if route.verdict is Verdict.DROP:
-        reasons.append("the traffic policy is Local and no endpoint is on this node: dropped without an answer")
+        reasons.append("endpoints can serve on other nodes, but none here, and the traffic policy is Local: dropped without an answer")
         return Decision(Outcome.DROP, scope, route, (), tuple(reasons))
     masked = route.masquerade is Masquerade.ALWAYS or (route.masquerade is Masquerade.NOT_POD and not client.is_pod)
     active = [backend for backend in route.backends if backend.state is BackendState.ACTIVE]

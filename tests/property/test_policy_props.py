@@ -48,7 +48,7 @@ NAMES = [ServiceName("ns1", name) for name in ("a", "b", "c")]
 PROTOCOLS = (TCP, UDP, SCTP)
 PORT_NAMES = ("", "p")
 
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=40, deadline=None)
 
 
 # ---- Random clusters ----

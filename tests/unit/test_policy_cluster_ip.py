@@ -451,7 +451,22 @@ DUAL_STACK = (
     ),
 )
 
-ROWS: tuple[Situation, ...] = WHO + WHAT + NOBODY + TERMINATING + INTERNAL_LOCAL + DUAL_STACK
+GRANULAR = tuple(
+    situation(
+        f"granular-checks-services-should-function-for-{kind}-{label}",
+        service("ns1/svc1", "172.30.0.41", port(80, "", protocol)),
+        endpoint_slice("10.0.1.1", "10.0.2.1", ports=[slice_port(8080, "", protocol)]),
+        wanted={f"{client} 172.30.0.41:80/{protocol.name}": then},
+    )
+    for label, protocol in (("http", TCP), ("udp", UDP), ("sctp", SCTP))
+    for kind, client, then in (
+        ("pod-service", "pod", "10.0.1.1:8080 10.0.2.1:8080"),
+        ("node-service", "node", "masq 10.0.1.1:8080 10.0.2.1:8080"),
+        ("endpoint-service", "10.0.1.1", "10.0.1.1:8080* 10.0.2.1:8080"),
+    )
+)
+
+ROWS: tuple[Situation, ...] = WHO + WHAT + NOBODY + TERMINATING + INTERNAL_LOCAL + DUAL_STACK + GRANULAR
 
 
 @every(ROWS)

@@ -145,6 +145,16 @@ POLICY_CLUSTER = (
         wanted={"pod 1.2.3.4:80": "masq 10.0.1.1:80", "pod 1.2.3.4:80/UDP": "masq 10.0.1.1:8053"},
     ),
     situation(
+        "should-support-basic-nodeport-udp-functionality",
+        service("ns1/svc1", "172.30.0.41", port(80, "", UDP, 30080)),
+        endpoint_slice("10.0.1.1", "10.0.2.1", ports=[slice_port(8080, "", UDP)]),
+        wanted={
+            "outside 192.168.0.2:30080/UDP": "masq 10.0.1.1:8080 10.0.2.1:8080",
+            "pod 192.168.0.2:30080/UDP": "masq 10.0.1.1:8080 10.0.2.1:8080",
+            "node 192.168.0.2:30080/UDP": "masq 10.0.1.1:8080 10.0.2.1:8080",
+        },
+    ),
+    situation(
         "node-port-sctp",
         service("ns1/svc1", "172.30.0.41", port(80, "", SCTP, 30080)),
         endpoint_slice("10.0.1.1", ports=[slice_port(80, "", SCTP)]),
@@ -195,13 +205,13 @@ POLICY_LOCAL = (
         wanted={"outside 192.168.0.2:30080": "10.0.1.1:80", "other-node 192.168.0.2:30080": "10.0.1.1:80"},
     ),
     situation(
-        "external-local-keeps-the-source-of-outside-clients",
+        "esipp-should-work-for-type-loadbalancer",
         everything(external_policy=LOCAL),
         TWO,
         wanted=each("10.0.1.1:80", ("outside",)),
     ),
     situation(
-        "external-local-none-local-drops-outside-clients",
+        "esipp-should-only-target-nodes-with-endpoints",
         everything(external_policy=LOCAL),
         FAR,
         wanted=each("DROP", ("outside", "other-node")),
@@ -324,7 +334,7 @@ POLICY_LOCAL = (
         wanted={"outside 192.168.0.2:30080": "192.168.0.2:80"},
     ),
     situation(
-        "esipp-external-cluster-of-the-same-service",
+        "esipp-should-handle-updates-to-externaltrafficpolicy-field-cluster",
         everything(external_policy=CLUSTER),
         FAR,
         wanted={"outside 1.2.3.4:80": "masq 10.0.2.1:80"},

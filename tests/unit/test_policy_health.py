@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from ebpflb.decide import decide
 from ebpflb.model import Endpoint, EndpointSlice, Family, Service
-from ebpflb.policy import health_counts
+from ebpflb.policy import health_counts, routes
+from tests.flows import expected, outcome, packet
 from tests.world import (
+    CLUSTER,
     LOCAL,
     UDP,
     dying,
     endpoint_slice,
     leaving,
+    node,
+    options,
     port,
     service,
     slice_port,
+    snapshot,
     unready,
 )
 
@@ -70,3 +76,35 @@ def test_each_family_has_its_own_count() -> None:
 )
 def test_no_health_check(what: Service) -> None:
     assert health_counts(what, (endpoint_slice("10.0.1.1"),), "node1") == {}
+
+
+def test_should_implement_nodeport_and_healthchecknodeport_correctly_when_externaltrafficpolicy_changes() -> None:
+    """Three nodes; the only endpoint is on node2. Local, then Cluster, then Local again."""
+    slices = (endpoint_slice("10.0.2.1"),)
+    for policy, here, elsewhere in (
+        (LOCAL, ("10.0.2.1:80", {Family.IPV4: 1}), ("DROP", {Family.IPV4: 0})),
+        (CLUSTER, ("masq 10.0.2.1:80", {}), ("masq 10.0.2.1:80", {})),
+        (LOCAL, ("10.0.2.1:80", {Family.IPV4: 1}), ("DROP", {Family.IPV4: 0})),
+    ):
+        both = service(
+            "ns1/svc1",
+            "172.30.0.41",
+            port(80, node_port=30080),
+            lb=["1.2.3.4"],
+            external_policy=policy,
+            health_port=32000,
+        )
+        for number in (1, 2, 3):
+            address = f"192.168.0.{number + 1}"
+            this = node(f"node{number}", ["127.0.0.1", address], [address])
+            table = routes(snapshot(both, *slices, node=this), options())
+            then, count = here if number == 2 else elsewhere
+            assert outcome(decide(table, packet(f"outside {address}:30080"))) == expected(then), (policy, number)
+            assert health_counts(both, slices, this.name) == count, (policy, number)
+
+
+def test_should_fail_health_check_node_port_while_terminating_endpoints_still_serve() -> None:
+    slices = (endpoint_slice(leaving("10.0.1.1")),)
+    table = routes(snapshot(LB, *slices), options())
+    assert outcome(decide(table, packet("outside 1.2.3.4:80"))) == expected("10.0.1.1:80")
+    assert health_counts(LB, slices, "node1") == {Family.IPV4: 0}

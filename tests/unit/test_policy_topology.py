@@ -20,6 +20,16 @@ ROWS: tuple[Situation, ...] = (
         wanted={TARGET: NEAR, "outside 172.30.0.41:80": f"masq {NEAR}"},
     ),
     situation(
+        "same-node-prefersamenode",
+        service(),
+        endpoint_slice(
+            ready("10.0.1.1", zones=["zone-a"], nodes=["node1"]),
+            ready("10.0.1.2", zones=["zone-a"], nodes=["node1"]),
+            ready("10.0.2.1", zones=["zone-a"], nodes=["node2"]),
+        ),
+        wanted={TARGET: "10.0.1.1:80 10.0.1.2:80", "node 172.30.0.41:80": "masq 10.0.1.1:80 10.0.1.2:80"},
+    ),
+    situation(
         "zone-hints-count-where-the-endpoint-is-does-not",
         service(),
         endpoint_slice(ready("10.0.1.1", zones=["zone-b"]), ready("10.0.2.1", zones=["zone-a"])),
