@@ -105,7 +105,9 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
         reasons.append("no endpoint of the Service can serve, on any node: refused at once")
         return Decision(Outcome.REJECT, scope, route, (), tuple(reasons))
     if route.verdict is Verdict.DROP:
-        reasons.append("endpoints can serve on other nodes, but none here, and the traffic policy is Local: dropped without an answer")
+        reasons.append(
+            "the traffic policy is Local: endpoints of other nodes could serve, none of this node: dropped, no answer"
+        )
         return Decision(Outcome.DROP, scope, route, (), tuple(reasons))
     masked = route.masquerade is Masquerade.ALWAYS or (route.masquerade is Masquerade.NOT_POD and not client.is_pod)
     active = [backend for backend in route.backends if backend.state is BackendState.ACTIVE]

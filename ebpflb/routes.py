@@ -233,7 +233,9 @@ class RouteTable(Mapping[Key, Route]):
         locality: Locality | None = None,
         problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
     ) -> None:
-        self._rows: immutables.Map[Key, Route] = rows if isinstance(rows, immutables.Map) else immutables.Map(rows or {})
+        self._rows: immutables.Map[Key, Route] = (
+            rows if isinstance(rows, immutables.Map) else immutables.Map(rows or {})
+        )
         self.locality = locality or Locality()
         self.problems: immutables.Map[ServiceName, tuple[Problem, ...]] = (
             problems if isinstance(problems, immutables.Map) else immutables.Map(problems or {})
@@ -309,9 +311,7 @@ class RouteTable(Mapping[Key, Route]):
             return frozenset()
         if self._base is older._token:
             return self._delta
-        return frozenset(
-            key for key in {*self._rows, *older._rows} if self._rows.get(key) != older._rows.get(key)
-        )
+        return frozenset(key for key in {*self._rows, *older._rows} if self._rows.get(key) != older._rows.get(key))
 
     def ordered(self) -> list[tuple[Key, Route]]:
         """All rows in the order of `dump`."""
