@@ -87,8 +87,7 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
     frontend = Frontend(packet.destination, packet.port, packet.protocol)
     client = client_of(routes.locality, packet)
     scope = Scope.INTERNAL if client.is_node or client.is_pod else Scope.EXTERNAL
-    who = "a local pod" if client.is_pod else "this node itself" if client.is_node else "neither node nor local pod"
-    reasons = [f"{packet.source} is {who}: scope {scope.name}"]
+    reasons = [f"{packet.source} {_who(routes.locality, packet, client)}: scope {scope.name}"]
     route = routes.get((frontend, scope))
     if route is None:
         reasons.append(f"{frontend} is no frontend of any Service: the packet is left alone")
@@ -114,6 +113,13 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
     candidates = tuple(Candidate(each, masked or each.address == packet.source) for each in active)
     reasons += _choice(route, packet, candidates, masked)
     return Decision(Outcome.FORWARD, scope, route, candidates, tuple(reasons))
+
+
+def _who(locality: Locality, packet: Packet, client: Client) -> str:
+    if client.is_pod:
+        near = [cidr for cidr in locality.pod_cidrs if in_cidr(packet.source, cidr)]
+        return f"counts as a local pod ({f'in {near[0]}' if near else f'comes by {packet.interface}'})"
+    return "is this node itself" if client.is_node else "is neither this node nor a local pod"
 
 
 def _choice(route: Route, packet: Packet, candidates: tuple[Candidate, ...], masked: bool) -> list[str]:

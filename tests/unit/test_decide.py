@@ -169,10 +169,23 @@ def test_reasons_tell_the_whole_way() -> None:
         algorithm=Algorithm.MAGLEV,
     )
     assert ask(route).reasons == (
-        "10.0.1.9 is a local pod: scope INTERNAL",
+        "10.0.1.9 counts as a local pod (in 10.0.1.0/24): scope INTERNAL",
         "10.96.0.1:80/TCP is the ClusterIP of default/web:http",
         "10.0.1.9 is in the source ranges 10.0.0.0/8",
         "2 of 3 backends take new flows, chosen by maglev; 1 terminating, only keeping the flows they have",
         "a client that came within 60 s goes where it went then, if that is there",
         "masquerade is NOT_POD: the backend sees 10.0.1.9 as the source",
     )
+
+
+WHO = {
+    "pod": ("10.0.1.9", "", "10.0.1.9 counts as a local pod (in 10.0.1.0/24): scope INTERNAL"),
+    "interface": ("10.9.9.9", "cali12", "10.9.9.9 counts as a local pod (comes by cali12): scope INTERNAL"),
+    "node": ("192.168.0.2", "", "192.168.0.2 is this node itself: scope INTERNAL"),
+    "outside": ("203.0.113.5", "eth0", "203.0.113.5 is neither this node nor a local pod: scope EXTERNAL"),
+}
+
+
+@pytest.mark.parametrize(("source", "interface", "wanted"), WHO.values(), ids=WHO)
+def test_the_first_reason_says_who_asks(source: str, interface: str, wanted: str) -> None:
+    assert ask(forward(), source, interface).reasons[0] == wanted
