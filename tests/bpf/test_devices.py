@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ebpflb.dataplane.bpf import facts, syscall
+from ebpflb.dataplane.bpf import assembly, syscall
 from ebpflb.dataplane.bpf import netlink as nl
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PROG_TYPE_SCHED_CLS
@@ -247,17 +247,11 @@ def test_pod_devices_are_marked(namespace: Namespace, loaded: Loaded) -> None:
 def counting_program(map: int) -> int:
     """A tc program that counts packets in cell 0 of an array of u64 and lets the next filter decide."""
     code = (
-        facts.instruction(0x62, 10, offset=-4)  # *(u32 *)(r10 - 4) = 0
-        + facts.instruction(0xBF, 2, 10)  # r2 = r10
-        + facts.instruction(0x07, 2, immediate=-4)  # r2 += -4
-        + facts.instruction(0x18, 1, 1, immediate=map)  # r1 = map
-        + facts.instruction(0)
-        + facts.call(1)  # bpf_map_lookup_elem
-        + facts.instruction(0x15, 0, offset=2)  # if r0 == 0 goto +2
-        + facts.move(1, 1)
-        + facts.instruction(0xDB, 0, 1)  # lock *(u64 *)r0 += r1
-        + facts.move(0, -1)
-        + facts.EXIT
+        assembly.cell(map)
+        + assembly.move(1, 1)
+        + assembly.instruction(0xDB, 0, 1)  # lock *(u64 *)r0 += r1
+        + assembly.move(0, -1)
+        + assembly.EXIT
     )
     return syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "foreign")
 
@@ -306,7 +300,7 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) 
 def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, loaded: Loaded) -> None:
     """Another bpf filter holds preference 1 and ends processing: ours shares the preference and comes first."""
     namespace.ip("link add eth0 type veth peer name far")
-    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.move(0, 0) + facts.EXIT, "foreign")
+    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
     with namespace.entered():
         other = nl.Netlink()
     try:

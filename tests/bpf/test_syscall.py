@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -163,11 +164,20 @@ def test_objects_are_found_by_id(make: Make) -> None:
         syscall.map_by_id((1 << 31) - 1)
 
 
+def test_network_namespace_is_told_by_a_program_too(tmp_path: Path) -> None:
+    hierarchy = facts.cgroup2_root()
+    assert hierarchy is not None
+    before = sorted(hierarchy.iterdir())
+    assert facts.cookie_by_program(hierarchy) == facts.netns_cookie()
+    assert sorted(hierarchy.iterdir()) == before
+    assert facts.cookie_by_program(tmp_path) is None
+
+
 def test_facts_of_this_kernel() -> None:
     assert facts.netns_cookie() not in (None, 0)
     assert facts._measured_hz() == facts.jiffies_per_second()
     low, high = facts.snat_ports()
     assert 1024 <= low < high <= 65535
-    assert facts.has_bpf() and facts.has_socket_programs() and facts.has_tc_programs()
+    assert facts.has_bpf() and facts.has_socket_programs() and facts.has_clsact()
     assert facts.may_administrate()
     assert not facts.loads(PROG_TYPE_CGROUP_SOCK_ADDR, facts.EXIT, 10)

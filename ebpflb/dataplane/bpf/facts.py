@@ -6,19 +6,28 @@ False, not an exception; who asked decides what that means.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gzip
 import os
 import re
 import socket
 import struct
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import netlink, syscall
 from ebpflb.dataplane.bpf.artifact import compiler_version
+from ebpflb.dataplane.bpf.assembly import EXIT as EXIT
+from ebpflb.dataplane.bpf.assembly import assemble as assemble
+from ebpflb.dataplane.bpf.assembly import call as call
+from ebpflb.dataplane.bpf.assembly import cell
+from ebpflb.dataplane.bpf.assembly import instruction as instruction
+from ebpflb.dataplane.bpf.assembly import move as move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS
 
 _SO_NETNS_COOKIE = 71
@@ -30,6 +39,8 @@ _HELPER_SET_RETVAL = 187
 _KNOWN_HZ = (100, 250, 300, 1000)
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 _LOWEST_PORT = 1024
+_CLONE_NEWNET = 0x40000000
+_LOOPBACK = 1
 
 
 class Mount(NamedTuple):
@@ -69,15 +80,63 @@ def kernel_release() -> str:
     return os.uname().release
 
 
-def netns_cookie() -> int | None:
+def netns_cookie(cgroup: Path | None = None) -> int | None:
     """The number that identifies the network namespace of this thread until the machine restarts; never 0.
-    None on kernels before 5.14, which do not tell it."""
+
+    Kernels before 5.14 tell it to programs only, which then takes a moment's cgroup inside `cgroup` (None: inside the
+    mounted root). None if that fails too.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             data = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
         except OSError:
+            return cookie_by_program(cgroup or cgroup2_root())
+    return int(struct.unpack("=Q", data)[0])
+
+
+def cookie_by_program(cgroup: Path | None) -> int | None:
+    """As `netns_cookie`, the long way: a child in a cgroup of its own connects, and a program there says where from."""
+    if cgroup is None:
+        return None
+    inner = cgroup / f"ebpflb-{os.getpid()}"
+    with ExitStack() as stack:
+        try:
+            told = syscall.map_create(syscall.MAP_ARRAY, 4, 8, 1, 0, "ebpflb_cookie")
+            stack.callback(os.close, told)
+            code = assemble(
+                instruction(0xBF, 6, 1),  # r6 = context
+                cell(told),
+                instruction(0xBF, 7, 0),  # r7 = cell
+                instruction(0xBF, 1, 6),
+                call(_HELPER_NETNS_COOKIE),
+                instruction(0x7B, 7, 0),  # *(u64 *)r7 = r0
+                move(0, 1),
+                EXIT,
+            )
+            program = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, code, "ebpflb_cookie", _CONNECT4)
+            stack.callback(os.close, program)
+            inner.mkdir()
+            stack.callback(inner.rmdir)
+            directory = os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, directory)
+            stack.callback(os.close, syscall.link_create(program, directory, _CONNECT4))
+            _connect_in(inner)
+            cookie = syscall.lookup(told, bytes(4), 8)
+        except OSError:
             return None
-    return int.from_bytes(data, "little" if struct.pack("=H", 1)[0] else "big")
+    return struct.unpack("=Q", cookie)[0] or None if cookie else None
+
+
+def _connect_in(cgroup: Path) -> None:
+    """Connect a UDP socket to nowhere in particular, in a child that joins the cgroup for that and ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            (cgroup / "cgroup.procs").write_text("0")
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("127.0.0.1", 9))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
 def jiffies_per_second() -> int:
@@ -132,29 +191,6 @@ def free_ports(low: int, high: int) -> tuple[int, int]:
     return ((low + high + 1) // 2, high)
 
 
-def instruction(code: int, destination: int = 0, source: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
-    """One BPF instruction."""
-    return struct.pack("<BBhi", code, source << 4 | destination, offset, immediate)
-
-
-def call(helper: int) -> bytes:
-    """Call a helper by its number."""
-    return instruction(0x85, immediate=helper)
-
-
-def move(register: int, value: int) -> bytes:
-    """Set a register."""
-    return instruction(0xB7, register, immediate=value)
-
-
-EXIT = instruction(0x95)
-
-
-def assemble(*instructions: bytes) -> bytes:
-    """The instructions as one program."""
-    return b"".join(instructions)
-
-
 def loads(type: int, code: bytes, attach_type: int = 0) -> bool:
     """Whether the kernel accepts a program."""
     try:
@@ -178,9 +214,35 @@ def has_socket_programs() -> bool:
     )
 
 
-def has_tc_programs() -> bool:
-    """Whether tc programs load."""
-    return loads(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT))
+def has_clsact() -> bool:
+    """Whether devices can have tc programs on both sides; tried on the loopback of a network namespace that exists for
+    that only. False also where none can be made."""
+    found: list[bool] = []
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def attempt() -> None:
+        # The namespace is this thread's alone, and goes with it.
+        if libc.unshare(_CLONE_NEWNET) < 0:
+            return
+        requests = netlink.Netlink()
+        try:
+            program = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT), "ebpflb_probe")
+            try:
+                netlink.add_clsact(requests, _LOOPBACK)
+                for parent in (netlink.INGRESS, netlink.EGRESS):
+                    netlink.put_filter(requests, _LOOPBACK, parent, 1, 1, program, "ebpflb_probe", replace=False)
+            finally:
+                os.close(program)
+            found.append(True)
+        except OSError:
+            return
+        finally:
+            requests.close()
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return bool(found)
 
 
 def has_bpf() -> bool:
@@ -229,9 +291,9 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
         ),
         Requirement(
             "packet programs",
-            root and has_tc_programs(),
-            "tc programs",
-            "run as root" if not root else "kernel 5.10 or newer with CONFIG_NET_CLS_BPF",
+            root and has_clsact(),
+            "tc programs on both sides of a device",
+            "run as root" if not root else "kernel 5.10 or newer with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
         ),
         Requirement(
             "errno of a refusal",

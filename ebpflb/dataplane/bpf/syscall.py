@@ -375,17 +375,16 @@ def lookup_range(fd: int, start: int, count: int, info: MapInfo | None = None) -
     info = info or map_info(fd)
     value_size = percpu_size(info.value_size) if info.type in _PERCPU else info.value_size
     count = max(0, min(count, info.max_entries - start))
-    keys = struct.pack(f"={count}I", *range(start, start + count))
     if count == 0:
         return b"", b"", 0
-    values, room_keys = bytearray(count * value_size), bytearray(count * 4)
+    keys, values = bytearray(count * 4), bytearray(count * value_size)
     # The kernel goes on after the key that it is given.
     before, after = ctypes.create_string_buffer(struct.pack("=I", max(start - 1, 0)), 4), ctypes.create_string_buffer(4)
     attributes = _attributes(
         "QQQQIIQQ",
         ctypes.addressof(before) if start else 0,
         ctypes.addressof(after),
-        _pointer(room_keys),
+        _pointer(keys),
         _pointer(values),
         count,
         fd,
@@ -398,9 +397,10 @@ def lookup_range(fd: int, start: int, count: int, info: MapInfo | None = None) -
         if error.errno != errno.ENOENT:
             if not _unbatched(error):
                 raise
-            cells = (lookup(fd, struct.pack("=I", index), value_size) for index in range(start, start + count))
-            return keys, b"".join(cell or bytes(value_size) for cell in cells), count
-    return keys, bytes(values), count
+            wanted = [struct.pack("=I", index) for index in range(start, start + count)]
+            cells = [lookup(fd, key, value_size) or bytes(value_size) for key in wanted]
+            return b"".join(wanted), b"".join(cells), count
+    return bytes(keys), bytes(values), count
 
 
 def _batch_count(attributes: ctypes.Array[ctypes.c_char]) -> int:
