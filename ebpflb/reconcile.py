@@ -28,6 +28,9 @@ log = logging.getLogger("ebpflb.reconcile")
 # An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
 _AUDIT_SHARE = 100
 
+# A map that is full is the problem of ten thousand Services at once: the log has some, `status` has all.
+_MOST_LINES = 20
+
 
 class Desired(Protocol):
     """What the sources' events come to: the store and the policy, behind what this file needs of them."""
@@ -107,6 +110,7 @@ class Reconciler:
         random: Callable[[], float],
         timing: Timing | None = None,
         device_problems: Callable[[], Iterable[Problem]] = tuple,
+        after_whole_tables: Callable[[], None] = lambda: None,
     ) -> None:
         self._desired = desired
         self._sources = tuple(sources)
@@ -115,6 +119,7 @@ class Reconciler:
         self._random = random
         self._timing = timing or Timing()
         self._device_problems = device_problems
+        self._after_whole_tables = after_whole_tables
         self._started = False
         self._routes: RouteTable | None = None
         self._changed_at: float | None = None  # when the oldest change came that no sync has seen
@@ -125,6 +130,7 @@ class Reconciler:
         self._audit_took = 0.0
         self._failing: set[str] = set()
         self._first_sync = False
+        self._has_synced = False
         self._last_sync: float | None = None
         self._last_audit: float | None = None
         self._unread: dict[str, _Unread] = {}
@@ -229,6 +235,9 @@ class Reconciler:
             log.error("%s failed unexpectedly: %s", what, error, exc_info=log.isEnabledFor(logging.DEBUG))
             report = self._refusal(_unexpected(error))
         self._settle(what, report)
+        if what == "audit" or not self._has_synced:
+            self._has_synced = True
+            self._after_whole_tables()
 
     def _start(self) -> bool:
         """Start the dataplane. Lets Unsupported and UserError through: no later attempt can do better."""
@@ -327,16 +336,18 @@ class Reconciler:
         for what, refused in self._refused.items():
             found.update(Found(what, *problem) for problem in refused)
         found.update(Found("devices", *problem) for problem in self._device_problems())
-        return tuple(sorted(found, key=lambda item: (item.part, item.subject, item.reason)))
+        return tuple(_in_order(found))
 
     def _log_problems(self) -> None:
-        found = self.problems()
-        now = frozenset(found)
-        for problem in found:
-            if problem not in self._known:
-                log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
-        for problem in sorted(self._known - now, key=lambda item: (item.part, item.subject, item.reason)):
+        now = frozenset(self.problems())
+        come, gone = _in_order(now - self._known), _in_order(self._known - now)
+        for problem in come[:_MOST_LINES]:
+            log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
+        for problem in gone[:_MOST_LINES]:
             log.info("%s: %s: resolved: %s", problem.part, problem.subject, problem.reason)
+        for word, left in (("more problems", len(come)), ("more problems resolved", len(gone))):
+            if left > _MOST_LINES:
+                log.warning("%d %s: `ebpflb status -o wide` has them all", left - _MOST_LINES, word)
         self._known = now
 
     def overview(self) -> Overview:
@@ -354,6 +365,10 @@ class Reconciler:
             routes=self._routes,
             problems=self.problems(),
         )
+
+
+def _in_order(problems: Iterable[Found]) -> list[Found]:
+    return sorted(problems, key=lambda problem: (problem.part, problem.subject, problem.reason))
 
 
 def _unexpected(error: Exception) -> str:

@@ -6,6 +6,7 @@ touches anything. What the dataplane installed stays when the process ends, howe
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import selectors
@@ -23,6 +24,7 @@ from ebpflb.errors import EbpflbError, UserError
 from ebpflb.loop import Stop, Worker, run, stop_on_signals
 from ebpflb.parts import Parts, Watch, choose
 from ebpflb.reconcile import Reconciler, Timing
+from ebpflb.routes import packed, unpacked
 
 log = logging.getLogger("ebpflb.daemon")
 
@@ -86,6 +88,7 @@ def _reconciler(
         random=parts.random,
         timing=Timing(min_interval=config.min_sync_period, audit_period=config.audit_period),
         device_problems=lambda: parts.device_problems(dataplane),
+        after_whole_tables=release_memory,
     )
     for source in sources:
         selector.register(source.fileno(), selectors.EVENT_READ, lambda source=source: reconciler.read(source))
@@ -102,6 +105,16 @@ def _serve(
         # Ctrl-C reaches the compiler's process too: what fails after the request to stop is not an error.
         if not stop.asked:
             raise
+
+
+def release_memory() -> None:
+    """Give back what only the handling of whole tables needed: caches that refill themselves, and, where the C library
+    is glibc, its free pages."""
+    packed.cache_clear()
+    unpacked.cache_clear()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _ColdStart:

@@ -16,11 +16,15 @@ from ebpflb.commands import OK, REFUSED, Result
 from ebpflb.control import ask
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, UserError
-from ebpflb.model import Address, Protocol, ServiceName
+from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, document, table
 from ebpflb.parts import Parts
 from ebpflb.reconcile import Overview
-from ebpflb.routes import RouteTable, ServicePortName
+from ebpflb.routes import Backend, RouteTable, ServicePortName
+
+
+# So many problems stand in a table; `wide` has them all.
+_FEW = 20
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -80,18 +84,19 @@ def count(routes: RouteTable | None) -> Counts:
     """How much there is. A backend counts once per Service port, in however many routes it stands."""
     if routes is None:
         return Counts()
-    services: set[ServiceName] = set()
-    backends: set[tuple[ServicePortName, Protocol, Address, int]] = set()
-    seen: set[int] = set()
+    # Both scopes, and all frontends of a Service port, mostly share one tuple: only where they do not is it looked into,
+    # for a set of all backends would cost more memory than the routes.
+    shared: dict[tuple[ServicePortName, Protocol], tuple[Backend, ...]] = {}
+    mixed: dict[tuple[ServicePortName, Protocol], set[tuple[Address, int]]] = {}
     for (frontend, _scope), route in routes.items():
-        services.add(route.service.service)
-        # Both scopes, and all frontends of a Service port, mostly share one tuple: look into each once.
-        if id(route.backends) not in seen:
-            seen.add(id(route.backends))
-            backends.update(
-                (route.service, frontend.protocol, backend.address, backend.port) for backend in route.backends
-            )
-    return Counts(len(services), len(routes) // 2, len(routes), len(backends))
+        port = (route.service, frontend.protocol)
+        first = shared.setdefault(port, route.backends)
+        if first is not route.backends and first != route.backends:
+            places = mixed.setdefault(port, {(backend.address, backend.port) for backend in first})
+            places.update((backend.address, backend.port) for backend in route.backends)
+    backends = sum(len(mixed.get(port, first)) for port, first in shared.items())
+    services = {name.service for name, _protocol in shared}
+    return Counts(len(services), len(routes) // 2, len(routes), backends)
 
 
 def status_document(identity: Identity, dataplane: Dataplane, overview: Overview) -> bytes:
@@ -149,8 +154,13 @@ def _text(status: Status, wide: bool) -> str:
         rows = [(fill.name, str(fill.entries), str(fill.max), _percent(fill)) for fill in fullest]
         text += "\n" + table(("MAP", "ENTRIES", "MAX", "FILL"), rows)
     if status.problems:
-        rows_of_problems = [(problem.part, problem.subject, problem.reason) for problem in status.problems]
-        text += "\n" + table(("FOUND-BY", "PROBLEM-WITH", "REASON"), rows_of_problems)
+        shown = status.problems if wide else status.problems[:_FEW]
+        text += "\n" + table(
+            ("FOUND-BY", "PROBLEM-WITH", "REASON"),
+            [(problem.part, problem.subject, problem.reason) for problem in shown],
+        )
+        if len(shown) < len(status.problems):
+            text += f"+{len(status.problems) - len(shown)} more (-o wide shows all)\n"
     return text
 
 

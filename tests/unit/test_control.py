@@ -20,7 +20,7 @@ from ebpflb.loop import run
 from ebpflb.output import Format
 from ebpflb.reconcile import Found, Overview
 from ebpflb.routes import RouteTable
-from tests.fakes import FakeClock, FakeDataplane, World, both, routes
+from tests.fakes import FakeClock, FakeDataplane, World, both, routes, row
 
 _numbers = itertools.count()
 
@@ -235,6 +235,14 @@ def test_the_status_document() -> None:
     assert item["problems"] == [{"part": "manifests", "subject": "web.yaml", "reason": "a typo"}]
 
 
+def test_a_backend_counts_once_per_service_port() -> None:
+    """In both scopes, and at another frontend with some more."""
+    more = both("172.30.0.42", backends=("10.180.0.1", "10.180.0.2"))
+    assert count(routes(*both(), *more)).backends == 2
+    assert count(routes(*both(), *both("172.30.0.42", name="other"))).backends == 2
+    assert count(routes(*both(), row("172.30.0.43", backends=()))).backends == 1
+
+
 def test_counts_of_nothing() -> None:
     assert count(None) == count(RouteTable())
 
@@ -265,6 +273,14 @@ def test_problems_of_others_do_not_make_the_daemon_unhealthy(name: str) -> None:
     text, status = shown(overview(problems=(Found("manifests", "web.yaml", "a typo"),)), Format.TABLE, name)
     assert status == 0
     assert "manifests  web.yaml      a typo" in text
+
+
+def test_many_problems_are_cut_short_for_people_only(name: str) -> None:
+    found = overview(problems=tuple(Found("sync", f"ns/s{number}", "full") for number in range(30)))
+    text, _ = shown(found, Format.TABLE, name)
+    assert text.endswith("+10 more (-o wide shows all)\n")
+    assert "more" not in shown(found, Format.WIDE, name)[0]
+    assert len(json.loads(shown(found, Format.JSON, name)[0])["items"][0]["problems"]) == 30
 
 
 def test_status_in_json(name: str) -> None:

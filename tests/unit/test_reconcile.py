@@ -53,6 +53,7 @@ class Bench:
         self.source = self.sources[0]
         self.desired = FakeDesired(routes(*both()), sources)
         self.device_problems: tuple[Problem, ...] = ()
+        self.released: list[float] = []
         self.reconciler = Reconciler(
             desired=self.desired,
             sources=self.sources,
@@ -61,6 +62,7 @@ class Bench:
             random=lambda: random,
             timing=TIMING,
             device_problems=lambda: self.device_problems,
+            after_whole_tables=lambda: self.released.append(self.clock.now - 1000.0),
         )
 
     def run(self, *script: Step, until: float) -> None:
@@ -229,6 +231,15 @@ def test_a_long_audit_comes_seldom(bench: Bench) -> None:
     assert later == pytest.approx([31.0 + 0.5 + 50, 31.0 + 2 * 50.5, 31.0 + 3 * 50.5])
 
 
+def test_memory_is_given_back_when_whole_tables_have_been_handled() -> None:
+    """After the first sync and after audits, not after each change."""
+    bench = Bench()
+    ready(bench)
+    bench.run((1.0, bench.source.change), (2.0, bench.source.change), until=31.0)
+    assert bench.released == [0.0, 30.0]
+    bench.close()
+
+
 def test_changes_do_not_put_off_the_audit(bench: Bench) -> None:
     ready(bench)
     bench.run(*[(float(second), bench.source.change) for second in range(1, 60)], until=61.0)
@@ -378,6 +389,17 @@ def test_a_problem_is_logged_when_it_comes_and_when_it_goes(bench: Bench, caplog
         "manifests: web.yaml: unknown kind Servise",
         "manifests: web.yaml: resolved: unknown kind Servise",
     ]
+
+
+def test_ten_thousand_problems_are_few_lines(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    ready(bench)
+    bench.source.wrong = tuple(Problem(f"ns/s{number}", "the map is full") for number in range(10_000))
+    with caplog.at_level(logging.INFO, "ebpflb"):
+        bench.run(until=1.0)
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 21
+    assert lines[-1] == "9980 more problems: `ebpflb status -o wide` has them all"
+    assert len(bench.reconciler.overview().problems) == 10_000
 
 
 def test_a_sync_is_one_line_with_counts_and_duration(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
