@@ -481,6 +481,45 @@ def test_traffic_of_others_between_the_same_hosts_is_untouched(node: Loaded, pro
     assert node.counters() == {"PACKET_FORWARDED": 1}
 
 
+@both_families
+@pytest.mark.parametrize("flags", ("R", "RA", "FA"))
+@pytest.mark.parametrize("closed_by", ("client", "backend"))
+def test_a_direct_connection_after_a_closed_one_from_the_same_port(
+    node: Loaded, family: int, flags: str, closed_by: str
+) -> None:
+    """A client asks a Service, closes, and later reaches the very backend by itself: ephemeral ports come round."""
+    node.put_frontend("vip", 80, "tcp", family, To((("local", 8080),)))
+    request = Packet("outside", 40000, "vip", 80)
+    inside = request.but(destination="local", dport=8080)
+    _passes(node, "ingress", request, inside, family)
+    _passes(node, "egress", inside.reply(), request.reply(), family)
+    if closed_by == "client":
+        _passes(node, "ingress", request.but(flags=flags), inside.but(flags=flags), family)
+    else:
+        _passes(node, "egress", inside.reply().but(flags=flags), request.reply().but(flags=flags), family)
+    for packet, hook in ((inside, "ingress"), (inside, "egress"), (inside.reply(), "ingress")):
+        _passes(node, hook, packet, packet, family)
+    _passes(node, "egress", inside.reply(), inside.reply(), family)
+    _passes(node, "egress", inside.reply().but(flags="RA"), inside.reply().but(flags="RA"), family)
+
+
+@both_families
+def test_a_direct_connection_after_a_masqueraded_one_from_the_same_port(node: Loaded, family: int) -> None:
+    _remote_nodeport(node, "tcp", family)
+    flow = _masqueraded(node, "tcp", family)
+    closing = {"flags": "R"}
+    _passes(node, "ingress", flow.request.but(**closing), flow.inside.but(**closing), family)
+    _passes(node, "egress", flow.inside.but(**closing), flow.beyond.but(**closing), family)
+    direct = flow.inside
+    for packet, hook in (
+        (direct, "ingress"),
+        (direct, "egress"),
+        (direct.reply(), "ingress"),
+        (direct.reply(), "egress"),
+    ):
+        _passes(node, hook, packet, packet, family)
+
+
 # ---- fragments
 
 
