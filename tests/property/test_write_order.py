@@ -1,0 +1,71 @@
+"""At every prefix of the writes, a row refers only to rows that are there, and says the old thing or the new one."""
+
+from __future__ import annotations
+
+import time
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebpflb.dataplane.bpf.writer import Writer
+from ebpflb.routes import RouteTable
+from tests.maps import FakeMaps, WatchedMaps
+from tests.tables import FACTS, interpret, tables
+
+
+class Watch:
+    """Looks at the maps after every row: each frontend leads to what it led to before the sync, or to what it leads
+    to after it, which is found by the same sync on maps of its own."""
+
+    def __init__(self, capacity: dict[str, int] | None = None) -> None:
+        self.maps = WatchedMaps(self.look, capacity)
+        self.allowed: dict[tuple[bytes, int], list[object]] = {}
+        self.looks = 0
+
+    def look(self, maps: FakeMaps) -> None:
+        self.looks += 1
+        for key, leads_to in interpret(maps).items():
+            assert leads_to in self.allowed.get(key, []), f"{key!r} leads to neither the old nor the new"
+
+    def sync(self, writer: Writer, routes: RouteTable) -> None:
+        fresh = FakeMaps()
+        assert Writer(fresh, FACTS, time.monotonic).sync(routes).complete
+        before, after = interpret(self.maps), interpret(fresh)
+        self.allowed = {key: [one[key] for one in (before, after) if key in one] for key in {*before, *after}}
+        assert writer.sync(routes).complete
+        assert interpret(self.maps) == after
+
+
+@settings(max_examples=40)
+@given(st.lists(tables(), min_size=1, max_size=6))
+def test_every_prefix_is_sound(history: list[RouteTable]) -> None:
+    """Invariant: at every prefix of the writes of any history, each frontend's row leads only to rows that are there
+    and are its Service's, as many backends as it counts, and says what it said before the sync or what it says after
+    it: never a mixture."""
+    watch = Watch()
+    writer = Writer(watch.maps, FACTS, time.monotonic)
+    for routes in history:
+        watch.sync(writer, routes)
+
+
+@settings(max_examples=30)
+@given(st.lists(tables(), min_size=2, max_size=8))
+def test_every_prefix_is_sound_where_numbers_are_scarce(history: list[RouteTable]) -> None:
+    """Invariant: the same where maps are so small that freed slots and ids are taken again at once."""
+    watch = Watch({"backends": 124, "slots": 120, "names": 13})
+    writer = Writer(watch.maps, FACTS, time.monotonic)
+    for routes in history:
+        watch.sync(writer, routes)
+
+
+def test_the_watch_sees_a_write_in_the_wrong_order() -> None:
+    """A check that never looks would pass everything: it looks after every row, and refuses a dangling one."""
+    watch = Watch()
+    key, row = bytes(20), b"\0\0\0\0\1\0\0\0" + bytes(56)
+    try:
+        watch.maps.put("frontends", key, row)
+    except AssertionError as error:
+        assert "has no name" in str(error)
+    else:
+        raise AssertionError("a row that refers to nothing went unnoticed")
+    assert watch.looks == 1
