@@ -268,6 +268,35 @@ def test_directory_that_is_no_bpf_file_system(tmp_path: Path, small: Artifact) -
         Programs(small, tmp_path).open()
 
 
+@pytest.mark.parametrize("what", ["open", "inventory", "prepare"])
+def test_without_permission_one_is_told_to_be_root(place: Place, small: Artifact, what: str) -> None:
+    place.loaded(small)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            try:
+                if what == "open":
+                    pins.opened(place.bpffs / "maps" / "settings")
+                elif what == "inventory":
+                    pins.inventory(place.bpffs)
+                else:
+                    pins.prepare(place.bpffs / "maps" / "inner")
+                said = "nothing"
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            os.write(writing, said.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    assert said.startswith("UserError: ")
+    assert said.endswith(": run as root")
+
+
 def test_cgroup_that_is_none(place: Place, small: Artifact, tmp_path: Path) -> None:
     for wrong, said in ((tmp_path, "not in a cgroup2 file system"), (tmp_path / "gone", "does not exist")):
         made = Programs(small, place.bpffs, wrong, facts.netns_cookie())

@@ -16,6 +16,7 @@ from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 Make = Callable[..., int]
+MAP_PROG_ARRAY = 3
 
 
 @pytest.fixture
@@ -118,6 +119,24 @@ def test_array(make: Make) -> None:
     with pytest.raises(syscall.BatchError) as refused:
         syscall.delete_batch(fd, bytes(4), 1)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_a_map_type_without_batches_is_served_one_by_one(make: Make) -> None:
+    """An array of programs, which no kernel so far does in batches: descriptors go in, ids come out."""
+    fd = make(MAP_PROG_ARRAY, 4, 4, 8)
+    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.move(0, 0) + facts.EXIT, "test_batch")
+    try:
+        keys = struct.pack("=3I", 1, 4, 6)
+        syscall.update_batch(fd, keys, struct.pack("=I", program) * 3, 3)
+        number = struct.pack("=I", syscall.prog_info(program).id)
+        assert syscall.lookup_all(fd) == (keys, number * 3, 3)
+        with pytest.raises(syscall.BatchError) as refused:
+            syscall.update_batch(fd, struct.pack("=3I", 1, 99, 6), struct.pack("=I", program) * 3, 3)
+        assert (refused.value.errno, refused.value.done) == (errno.E2BIG, 1)
+        syscall.delete_batch(fd, struct.pack("=3I", 1, 2, 6), 3)
+        assert syscall.lookup_all(fd) == (struct.pack("=I", 4), number, 1)
+    finally:
+        os.close(program)
 
 
 def test_percpu_values_have_a_cell_for_each_cpu(make: Make) -> None:

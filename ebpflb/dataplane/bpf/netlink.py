@@ -94,6 +94,7 @@ class Netlink:
     def __init__(self, *groups: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._sequence = 0
+        self._interrupted = False
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)

@@ -50,9 +50,9 @@ def prepare(bpffs: Path) -> None:
         usual = bpffs.resolve().is_relative_to(_USUAL)
         where = _USUAL if usual else bpffs
         remedy = f"mount -t bpf bpf {where}"
-        if not usual or not _USUAL.is_dir() or any(_USUAL.iterdir()):
-            raise UserError(f"{bpffs} is not on a BPF file system: {remedy}")
         try:
+            if not usual or not _USUAL.is_dir() or any(_USUAL.iterdir()):
+                raise UserError(f"{bpffs} is not on a BPF file system: {remedy}")
             _mount(_USUAL)
         except OSError as error:
             raise UserError(f"the BPF file system cannot be mounted ({error.strerror}): {remedy}") from None
@@ -60,6 +60,8 @@ def prepare(bpffs: Path) -> None:
     try:
         for kind in (MAPS, PROGRAMS, LINKS):
             (bpffs / kind).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except PermissionError:
+        raise UserError(f"{bpffs / kind} may not be made: run as root") from None
     except OSError as error:
         raise UserError(f"cannot make {bpffs / kind}: {error.strerror}: give --bpffs another directory") from None
 
@@ -72,11 +74,13 @@ def _mount(directory: Path) -> None:
 
 
 def opened(path: Path) -> int | None:
-    """A descriptor of what is pinned at `path`; None if nothing is. Raises ApplyError."""
+    """A descriptor of what is pinned at `path`; None if nothing is. Raises UserError (no permission) or ApplyError."""
     try:
         return syscall.obj_get(str(path))
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise UserError(f"{path} may not be opened: run as root") from None
     except OSError as error:
         raise ApplyError(path.parent.name, path.name, error.errno or 0, f"{path}: {error.strerror}") from error
 
@@ -94,12 +98,16 @@ def put(fd: int, path: Path) -> None:
 
 
 def ours(bpffs: Path) -> Iterator[Pin]:
-    """Everything of ours under `bpffs`, links first. Raises ApplyError for what cannot be opened."""
+    """Everything of ours under `bpffs`, links first. Raises UserError or ApplyError for what cannot be opened."""
     for kind in _KINDS:
         directory = bpffs / kind
-        if not directory.is_dir():
+        try:
+            paths = sorted(directory.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        for path in sorted(directory.iterdir()):
+        except PermissionError:
+            raise UserError(f"{directory} may not be read: run as root") from None
+        for path in paths:
             fd = opened(path) if path.is_file() else None
             if fd is None:
                 continue
@@ -128,7 +136,7 @@ def _identify(kind: str, fd: int, path: Path) -> tuple[str, int] | None:
             attached = syscall.program_by_id(link.program)
         except FileNotFoundError:
             # Its cgroup has gone and took the program along: the name of the pin is all there is to tell by.
-            hook = CGROUP_HOOKS.get(path.name)
+            hook = CGROUP_HOOKS.get(path.name.removesuffix(_FRESH))
             return (hook.kernel_name, link.id) if hook else None
         try:
             return syscall.prog_info(attached).name, link.id

@@ -85,12 +85,14 @@ class Programs:
             return
         try:
             info = syscall.map_info(fd)
-            if spec is None or info.value_size != spec.value.size or self._netns is None:
+            # Of all versions of the row, the owner is at the same place.
+            at = spec.value.field("netns").offset if spec else 0
+            if self._netns is None or info.value_size < at + 8:
                 return
             row = syscall.lookup(fd, bytes(info.key_size), info.value_size) or bytes(info.value_size)
         finally:
             os.close(fd)
-        (owner,) = struct.unpack_from("=Q", row, spec.value.field("netns").offset)
+        (owner,) = struct.unpack_from("=Q", row, at)
         if owner not in (0, self._netns):
             raise UserError(
                 f"{self._bpffs} belongs to the ebpflb of another network namespace: give --bpffs another directory "

@@ -320,11 +320,13 @@ def lookup_all(fd: int, info: MapInfo | None = None) -> tuple[bytes, bytes, int]
             raise
     found: dict[bytes, bytes] = {}
     key: bytes | None = None
+    steps = 0
     while (key := next_key(fd, key, info.key_size)) is not None:
         value = lookup(fd, key, value_size)
         if value is not None:
             found[key] = value
-        if len(found) > info.max_entries:
+        steps += 1
+        if steps > 4 * info.max_entries + 64:
             raise OSError(errno.EAGAIN, "the map changes faster than it can be read")
     return b"".join(found), b"".join(found.values()), len(found)
 
