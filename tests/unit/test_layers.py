@@ -98,7 +98,8 @@ MODEL_FOR_DATAPLANES = {"Address", "Family", "family_of", "Problem", "Protocol",
 
 PURE_OUTSIDE = {
     "__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq",
-    "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing", "types", "weakref",
+    "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing",
+    "types", "weakref",
 }  # fmt: skip
 # `socket` is I/O but for the arithmetic of addresses.
 PURE_SOCKET = {"htons", "ntohs", "inet_aton", "inet_ntoa", "inet_pton", "inet_ntop", "AF_INET", "AF_INET6"}
