@@ -109,7 +109,7 @@ class Devices:
     def handle(self) -> bool:
         """Take in what the kernel says has changed, and act on it; whether there was anything of interest."""
         try:
-            for type, body in self._events.events():
+            for type, body in self._events.events(ignore=self._netlink.port):
                 self._notice(type, body)
         except nl.Overrun:
             log.warning("the kernel told of more changes of devices than could be read: looking at all of them")

@@ -113,8 +113,14 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
-    def events(self) -> list[tuple[int, bytes]]:
-        """(message type, body) of all that has happened; raises Overrun if some of it was lost."""
+    @property
+    def port(self) -> int:
+        """By which the kernel names this socket as the cause of an event."""
+        return int(self._socket.getsockname()[0])
+
+    def events(self, ignore: int = 0) -> list[tuple[int, bytes]]:
+        """(message type, body) of all that has happened, but for what the socket of port `ignore` did; raises Overrun
+        if some of it was lost."""
         found: list[tuple[int, bytes]] = []
         while True:
             try:
@@ -125,7 +131,7 @@ class Netlink:
                 if error.errno == errno.ENOBUFS:
                     raise Overrun from None
                 raise
-            found += [(type, body) for type, _, body in _messages(data)]
+            found += [(type, body) for type, (_, _, cause), body in _messages(data) if cause != ignore or not cause]
 
     def request(self, type: int, flags: int, body: bytes) -> None:
         """Ask and await the acknowledgement; raises OSError."""
@@ -146,7 +152,7 @@ class Netlink:
         header = struct.pack("=IHHII", 16 + len(body), type, flags | _REQUEST, self._sequence, 0)
         self._socket.send(header + body)
         while True:
-            for kind, (message_flags, sequence), content in _messages(self._socket.recv(_RECEIVE)):
+            for kind, (message_flags, sequence, _), content in _messages(self._socket.recv(_RECEIVE)):
                 if sequence != self._sequence:
                     continue
                 if message_flags & _INTERRUPTED:
@@ -174,14 +180,14 @@ def _raise_refusal(content: bytes, flags: int) -> None:
     raise OSError(-number, sentence)
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, tuple[int, int], bytes]]:
-    """(type, (flags, sequence), body) of each message."""
+def _messages(data: bytes) -> Iterator[tuple[int, tuple[int, int, int], bytes]]:
+    """(type, (flags, sequence, port), body) of each message."""
     at = 0
     while at + 16 <= len(data):
-        length, type, flags, sequence, _ = struct.unpack_from("=IHHII", data, at)
+        length, type, flags, sequence, port = struct.unpack_from("=IHHII", data, at)
         if length < 16:
             return
-        yield type, (flags, sequence), data[at + 16 : at + length]
+        yield type, (flags, sequence, port), data[at + 16 : at + length]
         at += _aligned(length)
 
 
