@@ -84,7 +84,7 @@ def root() -> None:
 @root.command()
 @cli_options.daemon
 @click.option("--once", is_flag=True, help="One complete sync, then exit; programs and rules stay.")
-@click.option("--cleanup", "clean", is_flag=True, help="kube-proxy's spelling of `ebpflb cleanup`.")
+@cli_options.switch("--cleanup", "clean", "kube-proxy's spelling of `ebpflb cleanup`.")
 @click.pass_obj
 def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> Result:
     """The daemon, in the foreground; logs to stderr.

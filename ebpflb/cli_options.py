@@ -34,6 +34,20 @@ def _group(*options: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
+def switch(name: str, field: str, help: str, default: bool = False) -> Callable[[F], F]:
+    """A flag in kube-proxy's two spellings: `--name`, and `--name=true` or `--name=false`."""
+    return click.option(
+        name,
+        field,
+        is_flag=False,
+        flag_value=True,
+        default=default,
+        type=click.BOOL,
+        metavar="[=true|false]",
+        help=help,
+    )
+
+
 _LOG = (
     click.option("--log-format", default="text", metavar="text|json", help="How it logs.  [default: text]"),
     click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [default: info]"),
@@ -62,10 +76,10 @@ _ROUTES = (
     click.option(
         "--nodeport-addresses",
         multiple=True,
-        metavar="CIDR,…|primary",
+        metavar="CIDR,...|primary",
         help="Which of this node's addresses carry NodePorts.  [default: all]",
     ),
-    click.option("--cluster-cidr", multiple=True, metavar="CIDR,…", help="Where pods' addresses come from."),
+    click.option("--cluster-cidr", multiple=True, metavar="CIDR,...", help="Where pods' addresses come from."),
     click.option(
         "--detect-local-mode",
         metavar="MODE",
@@ -76,12 +90,12 @@ _ROUTES = (
     click.option(
         "--pod-interface-name-prefix", default="", metavar="TEXT", help="For InterfaceNamePrefix: how names begin."
     ),
-    click.option("--masquerade-all", is_flag=True, help="Masquerade everything that is sent to a cluster IP."),
-    click.option(
-        "--iptables-localhost-nodeports/--no-iptables-localhost-nodeports",
+    switch("--masquerade-all", "masquerade_all", "Masquerade everything that is sent to a cluster IP."),
+    switch(
+        "--iptables-localhost-nodeports",
         "localhost_nodeports",
+        "Whether 127.0.0.0/8 carries NodePorts.  [default: true]",
         default=True,
-        help="Whether 127.0.0.0/8 carries NodePorts.  [default: yes]",
     ),
     # What a later version reads; refused in one line until then.
     click.option("--config", metavar="FILE", help="Not in this version yet."),
@@ -90,7 +104,7 @@ _ROUTES = (
 )
 _RUN = (
     click.option(
-        "--devices", multiple=True, metavar="PATTERN,…", help="Node devices for outside traffic.  [default: detected]"
+        "--devices", multiple=True, metavar="PATTERN,...", help="Node devices for outside traffic.  [default: detected]"
     ),
     click.option("--xdp", default="auto", metavar="auto|off", help="XDP comes later; both leave it alone."),
     click.option(
@@ -119,7 +133,7 @@ _RUN = (
         metavar="ADDRESS",
         help="This server comes later; nothing listens in this version.",
     ),
-    click.option("--init-only", is_flag=True, help="Not in this version yet."),
+    switch("--init-only", "init_only", "Not in this version yet."),
     click.option("--write-config-to", metavar="FILE", help="Not in this version yet."),
 )
 

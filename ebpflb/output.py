@@ -193,12 +193,12 @@ def cell(value: object) -> str:
 
 def _shape(value: Mapping[str, object]) -> str:
     fields = set(value)
-    if fields >= {"address", "port"}:
+    if fields in ({"address", "port"}, {"address", "port", "protocol"}):
         text = endpoint_text(str(value["address"]), int(str(value["port"])))
         return f"{text}/{value['protocol']}" if "protocol" in fields else text
-    if fields >= {"namespace", "name"}:
+    if fields in ({"namespace", "name"}, {"namespace", "name", "port"}):
         return str(ServicePortName(str(value["namespace"]), str(value["name"]), str(value.get("port") or "")))
-    return " ".join(f"{name}={cell(part)}" for name, part in value.items())
+    return " ".join(f"{name}={cell(part) or '-'}" for name, part in value.items())
 
 
 def render(kind: str, items: Sequence[Item], form: Format) -> str:

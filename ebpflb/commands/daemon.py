@@ -54,6 +54,7 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
         dataplane = chosen.dataplane
         reconciler = _reconciler(config, parts, dataplane, selector, stack)
         workers: list[Worker] = [reconciler, _Attend(parts, dataplane, reconciler, selector), _ColdStart(reconciler)]
+        stack.callback(gc.unfreeze)
         stack.callback(gc.enable)
         gc.disable()
         if not once:

@@ -22,7 +22,6 @@ from ebpflb.parts import Parts
 from ebpflb.reconcile import Overview
 from ebpflb.routes import Backend, RouteTable, ServicePortName
 
-
 # So many problems stand in a table; `wide` has them all.
 _FEW = 20
 
@@ -84,8 +83,8 @@ def count(routes: RouteTable | None) -> Counts:
     """How much there is. A backend counts once per Service port, in however many routes it stands."""
     if routes is None:
         return Counts()
-    # Both scopes, and all frontends of a Service port, mostly share one tuple: only where they do not is it looked into,
-    # for a set of all backends would cost more memory than the routes.
+    # Both scopes, and all frontends of a Service port, mostly share one tuple. Only where they do not is it looked
+    # into, for a set of all backends would cost more memory than the routes.
     shared: dict[tuple[ServicePortName, Protocol], tuple[Backend, ...]] = {}
     mixed: dict[tuple[ServicePortName, Protocol], set[tuple[Address, int]]] = {}
     for (frontend, _scope), route in routes.items():

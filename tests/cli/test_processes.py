@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.place import Place, alive, until
+from tests.cli.place import Place, alive, place_in, until
 
 pytestmark = [pytest.mark.root, pytest.mark.box]
 
@@ -162,6 +162,24 @@ def test_a_second_daemon_is_refused_and_the_first_goes_on(place: Place) -> None:
     assert backends(place) == ["10.244.1.7", "10.244.2.7"]
 
 
+def test_two_namespaces_do_not_share_a_pin_directory(place: Place, tmp_path: Path) -> None:
+    """Two daemons side by side, each with its own; with the other's it is refused, and touches nothing."""
+    shop(place)
+    place.start()
+    held, installed = place.traces(), place.objects()
+    (tmp_path / "other").mkdir()
+    with place_in(tmp_path / "other") as other:
+        other.write("rest.yaml", REST)
+        said = other.ebpflb("run", "--once", "--bpffs", str(place.bpffs))
+        assert said.status == 2
+        assert str(place.bpffs) in said.err.splitlines()[-1]
+        other.start()
+        assert len(other.ebpflb("dump", "-o", "json").items) == 8
+        assert backends(place) == ["10.244.1.7", "10.244.2.7"]
+    assert place.traces() ^ held == set()
+    assert place.objects() == installed
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_daemon_that_is_asked_to_end_leaves_the_services_working(place: Place, number: int) -> None:
     shop(place)
@@ -244,6 +262,12 @@ def test_no_root(place: Place) -> None:
         said = place.ebpflb(command, before=("setpriv", "--bounding-set=-all", "--inh-caps=-all"))
         assert said.status == 2
         assert "root" in said.one_line
+
+
+def test_check_without_root_says_so(place: Place) -> None:
+    said = place.ebpflb("check", before=("setpriv", "--bounding-set=-all", "--inh-caps=-all"))
+    assert said.status == 3
+    assert "run as root" in said.out
 
 
 def test_no_bpf_file_system(place: Place) -> None:

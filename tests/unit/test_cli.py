@@ -156,8 +156,9 @@ def test_run_ends_well_on_sigterm(shell: Shell, world: World, manifests: str) ->
 def test_options_reach_the_config(shell: Shell, world: World, manifests: str) -> None:
     shell(
         world, "run", "--once", "--manifests", manifests, "--hostname-override", "N1", "--masquerade-all",
-        "--cluster-cidr", "10.0.0.0/8,fd00::/8", "--nodeport-addresses", "primary", "--no-iptables-localhost-nodeports",
-        "--bpffs", "/sys/fs/bpf/x", "--dataplane", "bpf", "-v=2", "--xdp", "off", "--devices", "eth*",
+        "--cluster-cidr", "10.0.0.0/8,fd00::/8", "--nodeport-addresses", "primary",
+        "--iptables-localhost-nodeports=false", "--bpffs", "/sys/fs/bpf/x", "--dataplane", "bpf", "-v=2", "--xdp", "off",
+        "--devices", "eth*",
     )  # fmt: skip
     (config,) = world.configs
     assert config.node_name == "n1"
@@ -171,9 +172,10 @@ def test_options_reach_the_config(shell: Shell, world: World, manifests: str) ->
     )
 
 
-def test_run_cleanup_is_cleanup(shell: Shell, world: World) -> None:
+@pytest.mark.parametrize("spelling", ["--cleanup", "--cleanup=true"])
+def test_run_cleanup_is_cleanup(shell: Shell, world: World, spelling: str) -> None:
     world.dataplane.held = RouteTable()
-    said = shell(world, "run", "--cleanup")
+    said = shell(world, "run", spelling)
     assert said.status == 0
     assert world.dataplane.held is None
 

@@ -178,7 +178,8 @@ def test_a_table_of_nothing_is_its_header() -> None:
         ({"namespace": "ns", "name": "web", "port": "http"}, "ns/web:http"),
         ({"namespace": "ns", "name": "web"}, "ns/web"),
         ([{"address": "10.0.0.1", "port": 80}, "x"], "10.0.0.1:80,x"),
-        ({"a": 1, "b": [2, 3]}, "a=1 b=2,3"),
+        ({"a": 1, "b": [2, 3], "c": ""}, "a=1 b=2,3 c=-"),
+        ({"address": "10.0.0.1", "port": 80, "weight": 1}, "address=10.0.0.1 port=80 weight=1"),
     ],
 )
 def test_cells(value: object, text: str) -> None:
