@@ -1,4 +1,4 @@
-"""What the kernel says of this node: its addresses, and its name.
+"""What the kernel says of this node: its addresses.
 
 Rules of this file: rtnetlink, read only, in this process's network namespace; no other source of truth. The few
 messages that are needed are read with `struct`: a netlink library costs 20 MB of memory and a hundred times the time.
@@ -16,7 +16,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from ebpflb.errors import SourceError, UserError
+from ebpflb.errors import SourceError
 from ebpflb.model import Problem
 from ebpflb.source import Event, LocalAddresses, Synced
 
@@ -41,14 +41,6 @@ _BUFFER = 1 << 18
 
 # Nothing is sent there. Nobody may use them and so nobody routes them: only a default route leads there.
 _FAR_AWAY = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "2000::1"}
-
-
-def default_node_name() -> str:
-    """The host's name as a node's name. Raises UserError if it has none."""
-    name = socket.gethostname().strip().lower()
-    if not name:
-        raise UserError("this host has no name: say which node this is with --node-name")
-    return name
 
 
 class LocalSource:

@@ -171,6 +171,8 @@ class ManifestSource:
         return events
 
     def _note_repeated(self, key: Key, owners: list[str]) -> None:
+        # A file that is renamed is in both places for a moment.
+        owners = [path for path in owners if path not in self._tree.going]
         if len(owners) < 2:
             self._repeated.pop(key, None)
             return

@@ -72,7 +72,7 @@ class Tree:
         self._files: dict[str, Signature] = {}
         self._directories: dict[int, str] = {}
         self._linked: dict[int, set[str]] = {}
-        self._going: dict[str, float] = {}
+        self.going: dict[str, float] = {}  # those that were there a moment ago, and until when they may return
         self._parent = -1
         self._check()
         try:
@@ -147,7 +147,8 @@ class Tree:
         path = os.path.join(directory, name)
         hidden = name.startswith(".")
         if mask & flags.ISDIR:
-            return bool(mask & (_CAME | _WENT)) and not hidden
+            # Permissions matter where they were wanting.
+            return (bool(mask & (_CAME | _WENT)) and not hidden) or path in self.problems
         if mask & _CAME and self._is_link(path):
             return True
         if mask & _WENT and (hidden or path in self._directories.values()):
@@ -174,7 +175,7 @@ class Tree:
         if found is None:
             self._leave(path, changes)
             return
-        self._going.pop(path, None)
+        self.going.pop(path, None)
         self._files[path] = found
         changes.gone.discard(path)
         changes.changed.add(path)
@@ -182,24 +183,24 @@ class Tree:
     def _leave(self, path: str, changes: Changes) -> None:
         self.being_written.discard(path)
         changes.changed.discard(path)
-        if path in self._files and path not in self._going:
-            self._going[path] = time.monotonic() + self._grace
+        if path in self._files and path not in self.going:
+            self.going[path] = time.monotonic() + self._grace
             self._timer.arm(self._grace)
 
     def _expire(self, changes: Changes) -> None:
         """Those whose grace is over, and which nobody is making anew."""
         self._timer.drain()
         now = time.monotonic()
-        for path, until in list(self._going.items()):
+        for path, until in list(self.going.items()):
             if self._signature(path) is not None:
-                del self._going[path]  # somebody is making it, which ends with an event
+                del self.going[path]  # somebody is making it, which ends with an event
             elif until <= now:
-                del self._going[path]
+                del self.going[path]
                 del self._files[path]
                 self.unreadable.discard(path)
                 changes.gone.add(path)
-        if self._going:
-            self._timer.arm(max(min(self._going.values()) - now, 0.001))
+        if self.going:
+            self._timer.arm(max(min(self.going.values()) - now, 0.001))
 
     # ---- Looking ----
 
@@ -214,17 +215,16 @@ class Tree:
             self._walk("", set(), found)
         except OSError as error:
             self._directories, self._linked = directories, linked
-            words = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            words = f"cannot be read: {_LIMITS.get(error.errno or 0, error.strerror)}"
+            words = "is gone" if isinstance(error, FileNotFoundError) else words
             self.problems[""] = Problem(self.root, f"the directory {words}; what it said before stays in force")
             return
         for wd in {*directories, *linked} - {*self._directories, *self._linked, self._parent}:
             with contextlib.suppress(OSError):  # the kernel has forgotten it already
                 self._inotify.rm_watch(wd)
         for path, signature in found.items():
-            if self._files.get(path) != signature and path not in self.being_written:
+            if (self._files.get(path) != signature and path not in self.being_written) or path in self.going:
                 self._change(path, changes)
-            elif path in self._going:
-                del self._going[path]  # moved away and back
         unread = tuple(each + os.sep for each in self.problems)
         for path in self._files.keys() - found.keys():
             if not path.startswith(unread):
@@ -255,8 +255,7 @@ class Tree:
             except FileNotFoundError:
                 continue  # it went while we looked; there is an event for that
             except OSError as error:
-                words = _LIMITS.get(error.errno or 0, f"cannot be read: {error.strerror}")
-                self.problems[path] = Problem(path, words)
+                self.problems[path] = Problem(path, f"cannot be read: {_LIMITS.get(error.errno or 0, error.strerror)}")
 
     def _watch(self, full: str, mask: int) -> int:
         return int(self._inotify.add_watch(full, mask))
