@@ -71,7 +71,8 @@ class Dataplane(Protocol):
 
     def tables(self, what: str) -> list[dict[str, object]]:
         """Rows of `dump WHAT` that are not routes (`services`, `backends`, `flows`, `counters`, `raw`, …), read from
-        the kernel, in plain values ready for JSON, sorted. Raises UserError for a WHAT that this dataplane lacks."""
+        the kernel, in plain values ready for JSON, sorted. `fill`, which `status` asks for, has `name`, `entries` and
+        `max` of each table of a fixed size. Raises UserError for a WHAT that this dataplane lacks."""
 
     def inventory(self) -> tuple[str, ...]:
         """Everything of ours that is installed here, one line each, as `cleanup --dry-run` prints it; () if nothing

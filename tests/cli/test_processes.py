@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def endpoints(*addresses: str) -> str:
 def shop(place: Place) -> None:
     place.write("web.yaml", WEB + "---\n" + endpoints("10.244.1.7", "10.244.2.7"))
     place.write("rest.yaml", REST)
+
+
+def many(number: int) -> list[dict[str, object]]:
+    """Services without endpoints."""
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"namespace": "many", "name": f"s{each}"},
+            "spec": {"clusterIP": f"10.97.{each // 250}.{each % 250 + 1}", "ports": [{"port": 80}]},
+        }
+        for each in range(number)
+    ]
 
 
 def expected(scope: str, *addresses: str) -> dict[str, object]:
@@ -200,6 +214,29 @@ def test_a_killed_daemon_changes_nothing_and_its_successor_writes_nothing(place:
     assert place.ebpflb("dump", "-o", "json").out == before
     assert place.objects() == installed
     assert place.traces() ^ held == set()
+
+
+@pytest.mark.parametrize("moment", ["maps/frontends", "programs/connect4", "programs/tc_ingress", "links/sendmsg6"])
+def test_a_daemon_that_dies_while_it_starts_is_made_good_by_the_next(place: Place, moment: str) -> None:
+    """Killed as soon as a certain pin is there, in the middle of its first sync."""
+    shop(place)
+    place.write("many.json", json.dumps({"apiVersion": "v1", "kind": "List", "items": many(1000)}))
+    daemon = place.start(wait=False)
+    until(f"{moment} is pinned", (place.bpffs / moment).exists)
+    daemon.end(signal.SIGKILL)
+    place.start()
+    assert place.ebpflb("verify").status == 0
+    assert len(place.ebpflb("dump", "-o", "json").items) == 10 + 2 * 1000
+
+
+def test_a_thousand_changes_are_one_or_a_few_syncs(place: Place) -> None:
+    place.write("many.json", json.dumps({"apiVersion": "v1", "kind": "List", "items": many(10)}))
+    daemon = place.start()
+    for number in range(1000):
+        place.write("web.yaml", WEB + "---\n" + endpoints(f"10.244.{number // 250}.{number % 250 + 1}"))
+    until("the last one is in", lambda: backends(place) == ["10.244.3.250"])
+    assert daemon.log.count(" sync: ") < 500
+    assert place.ebpflb("status").status == 0
 
 
 def test_a_successor_writes_what_changed_meanwhile(place: Place) -> None:

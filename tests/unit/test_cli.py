@@ -157,8 +157,8 @@ def test_options_reach_the_config(shell: Shell, world: World, manifests: str) ->
     shell(
         world, "run", "--once", "--manifests", manifests, "--hostname-override", "N1", "--masquerade-all",
         "--cluster-cidr", "10.0.0.0/8,fd00::/8", "--nodeport-addresses", "primary",
-        "--iptables-localhost-nodeports=false", "--bpffs", "/sys/fs/bpf/x", "--dataplane", "bpf", "-v=2", "--xdp", "off",
-        "--devices", "eth*",
+        "--iptables-localhost-nodeports=false", "--bpffs", "/sys/fs/bpf/x", "--dataplane", "bpf", "-v=2",
+        "--xdp", "off", "--devices", "eth*",
     )  # fmt: skip
     (config,) = world.configs
     assert config.node_name == "n1"

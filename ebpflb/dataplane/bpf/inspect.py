@@ -63,6 +63,8 @@ class Inspector:
             "counters": self._counter_cells,
             "raw": self._raw,
         }
+        if what == "fill":
+            return self._fill()
         if what not in known:
             raise UserError(f"dump {what}: the bpf dataplane has none; choose routes, {', '.join(known)}")
         return known[what]()
@@ -212,6 +214,27 @@ class Inspector:
                     continue
                 items.append({"map": table, "key": fields(key_type, key), "value": fields(value_type, value)})
         return items
+
+    def _fill(self) -> list[Item]:
+        """How many rows each map holds, and has room for; not a WHAT of `dump`, but part of `status`."""
+        entries: dict[str, int] = {}
+        for table in KEY_VALUE:
+            if table not in (*_ARRAYS, "counters", "settings"):
+                entries[table] = len(self._maps.read(table)[0]) // SIZES[table][0]
+        raw = read_tables(self._maps)
+        entries["backends"] = sum(
+            bool(service) and state != BACKEND_FREE for _, _, _, state, service in BACKEND.iter_unpack(raw.backends)
+        )
+        ranges = {
+            (start, count + draining)
+            for _, value in Reading(raw).frontends()
+            for *_, start, count, draining, _, _, _ in ROUTE.iter_unpack(value)
+        }
+        entries["slots"] = sum(length for _, length in ranges)
+        return [
+            {"name": table, "entries": number, "max": self._maps.capacity[table]}
+            for table, number in sorted(entries.items())
+        ]
 
     def _read(self, table: str) -> tuple[bytes, bytes]:
         """As `Maps.read`; an array only as far as it is used."""
