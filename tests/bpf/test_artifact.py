@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,19 @@ def test_damaged_cache_is_compiled_anew(
     assert load(sources, cache) == first
     assert f"{file} is damaged" in caplog.text
     assert file.read_bytes() == whole
+
+
+def test_cache_does_not_grow_for_ever(sources: Path, cache: Path) -> None:
+    cache.mkdir()
+    for number in range(20):
+        old = cache / f"{number}.artifact"
+        old.write_bytes(b"old")
+        os.utime(old, (number, number))
+    load(sources, cache)
+    names = {path.name for path in cache.iterdir()}
+    assert len(names) == 16
+    assert "0.artifact" not in names and "19.artifact" in names
+    assert len([name for name in names if len(name) > 20]) == 1
 
 
 def test_unwritable_cache_costs_time_only(sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

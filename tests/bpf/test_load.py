@@ -243,6 +243,24 @@ def test_another_program_that_tolerates_others_keeps_running(place: Place, small
             os.close(fd)
 
 
+def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place: Place, small: Artifact) -> None:
+    """One such at a cgroup inside ours: both run for the processes there."""
+    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, facts.move(0, 1) + facts.EXIT, "foreign", 10)
+    number = syscall.prog_info(foreign).id
+    inner = place.cgroup / "inner"
+    inner.mkdir()
+    attach = ["bpftool", "cgroup", "attach", str(inner), "connect4", "id", str(number)]
+    subprocess.run(attach, check=True)
+    directory = os.open(inner, os.O_RDONLY)
+    try:
+        place.loaded(small)
+        both = {number, place.ids(pins.PROGRAMS)["connect4"]}
+        assert set(syscall.prog_query(directory, 10, effective=True)[1]) == both
+    finally:
+        os.close(directory)
+        os.close(foreign)
+
+
 @pytest.mark.parametrize("where", ["at the cgroup", "above it"])
 def test_a_program_that_tolerates_no_other_is_named(place: Place, small: Artifact, where: str) -> None:
     foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, facts.move(0, 1) + facts.EXIT, "foreign", 10)

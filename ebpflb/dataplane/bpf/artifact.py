@@ -37,6 +37,7 @@ CACHE_ENVIRONMENT = "EBPFLB_CACHE"
 DEFAULT_CACHE = Path("/var/cache/ebpflb")
 _FORMAT = 2
 _COMPILE_SECONDS = 120
+_KEPT = 16
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
 
@@ -258,6 +259,7 @@ def _write(path: Path, artifact: Artifact) -> None:
             temporary = file.name
             file.write(hashlib.sha256(body).digest() + body)
         os.replace(temporary, path)
+        _prune(path.parent)
     except OSError as error:
         log.warning(
             "compiled programs are not cached: %s: %s (set %s to a directory that can be written)",
@@ -268,6 +270,13 @@ def _write(path: Path, artifact: Artifact) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _prune(cache: Path) -> None:
+    """Keep the newest files only: each change of the sources, the options or the kernel leaves one behind."""
+    files = sorted(cache.glob("*.artifact"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in files[_KEPT:]:
+        path.unlink(missing_ok=True)
 
 
 def _compile(request: Request, installed: str) -> Artifact:
