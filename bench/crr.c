@@ -7,7 +7,8 @@
  *
  * MODE: crr connect, one byte there and back, close; con connect and close; rr one byte there and back over one
  * connection; udp the same over connected UDP; sendto over unconnected UDP. p50 and p99 are of connect() for crr and
- * con, of one round trip otherwise. Connections end by RST (SO_LINGER 0), so that no TIME_WAIT piles up.
+ * con, of one round trip otherwise. Connections end by RST (SO_LINGER 0), so that no TIME_WAIT piles up. A client that
+ * is not done PATIENCE seconds after its time is killed by its alarm.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,6 +25,7 @@
 #include <unistd.h>
 
 #define MAX_SAMPLES (1 << 20)
+#define PATIENCE 5
 
 static unsigned samples[MAX_SAMPLES];
 
@@ -127,6 +129,7 @@ int main(int argc, char **argv)
 	if (getaddrinfo(argv[2], argv[3], &hints, &to))
 		die("address");
 	pin(atoi(argv[5]));
+	alarm((unsigned)atof(argv[4]) + PATIENCE);
 
 	if (!crr && !con) {
 		fd = socket(to->ai_family, to->ai_socktype, 0);

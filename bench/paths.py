@@ -164,7 +164,9 @@ def _measure(lab: Lab, binary: str, mode: Mode, rounds: int, say: Callable[[str]
             client = lab.spawn(variant.copy, "client", argv, served=variant.served)
             said, _ = client.communicate(timeout=60)
             if client.returncode:
-                raise EbpflbError(f"{mode.name} by {variant.name}: the client failed")
+                raise EbpflbError(
+                    f"{mode.name} by {variant.name}: the client failed ({client.returncode}) in round {number + 1}"
+                )
             answer = json.loads(said)
             samples[variant.name].append(Sample(answer["count"] / answer["seconds"], answer["p50"], answer["p99"]))
         say(f"{mode.name} {number + 1}/{rounds}")
