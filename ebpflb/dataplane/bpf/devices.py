@@ -192,7 +192,7 @@ class Devices:
             raise OSError(errno.EEXIST, "its ingress qdisc has no egress side; replace that by clsact")
         made = created or self._attached.get(index, _made_by_us(self._rows.get(index), there))
         written = sum(self._put(index, hooked, there) for hooked in self._hooked)
-        if index not in self._attached:
+        if written and index not in self._attached:
             log.info("attached to device %s", self._links[index].name)
         self._attached[index] = made
         return written
