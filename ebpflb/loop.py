@@ -85,9 +85,7 @@ def run(
             if not ready:
                 break
             for key, _events in ready:
-                # An earlier reader of this round may have closed this one's descriptor.
-                if key.fileobj in selector.get_map():
-                    key.data()
+                key.data()
             if stopped():
                 return
             wait = 0.0

@@ -5,12 +5,14 @@ Rules of this file: everything goes through `main`, as a shell would; nothing lo
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -151,6 +153,39 @@ def test_run_ends_well_on_sigterm(shell: Shell, world: World, manifests: str) ->
     assert said.status == 0
     assert "the kernel keeps serving" in said.err
     assert world.dataplane.held == world.desired.want
+
+
+def test_what_fails_because_of_the_signal_is_no_error(shell: Shell, world: World, manifests: str) -> None:
+    """Ctrl-C reaches the compiler's process as well."""
+
+    class Interrupted(type(world.dataplane)):  # type: ignore[misc]
+        def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise Unsupported("the compiler was interrupted")
+
+    world.dataplane = Interrupted()
+    said = shell(world, "run", "--manifests", manifests)
+    assert said.status == 0
+    assert "interrupted" not in said.err
+
+
+def test_the_collector_rests_while_the_first_tables_are_built(world: World, manifests: str) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Watching(type(world.dataplane)):  # type: ignore[misc]
+        def sync(self, routes: RouteTable) -> object:
+            seen.append((gc.isenabled(), gc.get_freeze_count() > frozen))
+            if len(seen) == 1:
+                world.source.change()
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().sync(routes)
+
+    frozen = gc.get_freeze_count()
+    world.dataplane = Watching()
+    assert main(["run", "--manifests", manifests], world.but(clock=time.monotonic)) == 0
+    assert seen == [(False, False), (True, True)]
+    assert gc.isenabled()
 
 
 def test_options_reach_the_config(shell: Shell, world: World, manifests: str) -> None:

@@ -146,6 +146,15 @@ def test_nonsense_is_hung_up_on(server: Server, name: str, request_: bytes) -> N
             assert client.recv(100) == b""
 
 
+def test_who_waits_and_still_talks_is_hung_up_on(server: Server, name: str) -> None:
+    server.ready = False
+    with connect(name, b'{"wait": 60}\n') as client:
+        server.turn()
+        client.sendall(b"{}\n")
+        server.turn()
+        assert client.recv(100) == b""
+
+
 def test_a_client_that_never_asks_is_dropped(server: Server, name: str) -> None:
     with connect(name, b"") as client:
         server.turn()
