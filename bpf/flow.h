@@ -31,6 +31,14 @@ static inline void translated(const struct flow_key *key, const struct flow *flo
 	}
 }
 
+/* Whether a reply's row is only what an ended flow left behind. */
+static inline int is_over(const struct flow *reply, u8 protocol, const struct settings *node, u64 now)
+{
+	if (protocol == IPPROTO_TCP)
+		return reply->flags & FLOW_CLOSING;
+	return now - reply->seen > node->flow_idle;
+}
+
 /* Whether nothing has come back for long either: a server may stream to a client that has been silent since. */
 static inline int replies_are_idle(const struct packet *packet, const struct flow *flow, const struct settings *node,
 				   u64 now)
@@ -64,29 +72,39 @@ static inline int request_is_current(const struct packet *packet, const struct f
 		if (flow->flags & FLOW_CLOSING)
 			return 0;
 	}
+	if (flow->flags & FLOW_DIRECT)
+		return 1;
 	return backend_lives(flow->backend, flow->service, &flow->address, flow->port);
 }
 
-/* A FIN or RST closes the connection: for the request's row it is known at once, from the reply's row it is found. */
+/* A FIN or RST closes the connection, whichever side says so: both the request's row and the reply's know it. */
 static inline void note_closing(const struct packet *packet, struct flow *flow)
 {
-	struct flow_key request = {};
-	struct flow *found;
+	struct flow_key key = {};
+	struct flow *other;
 
 	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)) || (flow->flags & FLOW_CLOSING))
 		return;
 	flow->flags |= FLOW_CLOSING;
-	if (flow->action != FLOW_UNDNAT)
+	key.protocol = packet->key.protocol;
+	if (flow->action == FLOW_DNAT) {
+		key.source = flow->address;
+		key.source_port = flow->port;
+		key.destination = packet->key.source;
+		key.destination_port = flow->other_port;
+		key.hook = HOOK_EGRESS;
+	} else if (flow->action == FLOW_UNDNAT) {
+		key.source = packet->key.destination;
+		key.source_port = flow->other_port;
+		key.destination = flow->address;
+		key.destination_port = flow->port;
+		key.hook = HOOK_INGRESS;
+	} else {
 		return;
-	request.source = packet->key.destination;
-	request.source_port = flow->other_port;
-	request.destination = flow->address;
-	request.destination_port = flow->port;
-	request.protocol = packet->key.protocol;
-	request.hook = HOOK_INGRESS;
-	found = flows.lookup(&request);
-	if (found)
-		found->flags |= FLOW_CLOSING;
+	}
+	other = flows.lookup(&key);
+	if (other)
+		other->flags |= FLOW_CLOSING;
 }
 
 /*
@@ -114,7 +132,7 @@ static inline u16 random_port(const struct settings *node)
  * backend; the second one then gets another client port, as conntrack would give it. Returns GO_ON, or DISCARD.
  */
 static inline int add_reply_row(const struct packet *packet, const struct backend *backend, struct flow *reply,
-				const struct settings *node, u16 *client_port)
+				const struct settings *node, u64 now, u16 *client_port)
 {
 	struct flow_key key = {};
 	struct flow *other;
@@ -128,7 +146,7 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
 	*client_port = packet->key.source_port;
 
 	other = flows.lookup(&key);
-	if (!other || other->action != FLOW_UNDNAT || (other->flags & FLOW_CLOSING) ||
+	if (!other || other->action != FLOW_UNDNAT || is_over(other, key.protocol, node, now) ||
 	    (other->port == reply->port && other->other_port == reply->other_port &&
 	     same_address(&other->address, &reply->address))) {
 		if (!flows.update(&key, reply))
@@ -157,6 +175,8 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
 /*
  * All rows that the first request of a flow can know; `to` becomes the request's new tuple. Returns GO_ON, or DISCARD
  * where there is no room: a half-known flow would be answered from an address that the client never asked.
+ *
+ * `route` is null for a flow to no frontend (see `pass_by`), whose "backend" is where it goes anyway.
  */
 static inline int begin_flow(struct packet *packet, const struct route *route, const struct backend *backend, u32 id,
 			     int masquerade, const struct settings *node, u64 now, struct flow_key *to)
@@ -166,17 +186,17 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	u16 client_port;
 	int verdict;
 
-	row.service = route->service;
+	row.service = route ? route->service : 0;
 	row.backend = id;
 	row.seen = now;
 	row.created = now;
-	row.flags = masquerade ? FLOW_MASQUERADE : 0;
+	row.flags = (masquerade ? FLOW_MASQUERADE : 0) | (route ? 0 : FLOW_DIRECT);
 
 	row.action = FLOW_UNDNAT;
 	row.address = packet->key.destination;
 	row.port = packet->key.destination_port;
 	row.other_port = packet->key.source_port;
-	verdict = add_reply_row(packet, backend, &row, node, &client_port);
+	verdict = add_reply_row(packet, backend, &row, node, now, &client_port);
 	if (verdict != GO_ON)
 		return verdict;
 
@@ -198,8 +218,9 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 			return DISCARD;
 		}
 		row.flags = FLOW_MASQUERADE;
-	} else {
-		flows.delete(&key);
+	} else if (flows.lookup(&key)) {
+		flows.delete(
+			&key); /* looked up first, since a deletion takes the bucket's lock even where nothing is */
 	}
 
 	row.action = FLOW_DNAT;
@@ -212,6 +233,42 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	}
 	translated(&packet->key, &row, to);
 	return GO_ON;
+}
+
+/*
+ * A packet to no frontend is none of our business, with one exception: its replies may look like those of a flow that
+ * the same client port has with a Service, whose backend it now asks directly. What an ended flow left behind is
+ * removed; while that flow lives, this one gets another client port, as conntrack would give it.
+ */
+static inline int pass_by(struct packet *packet, const struct settings *node, u64 now, struct flow_key *to)
+{
+	struct flow_key key = {};
+	struct backend there = {};
+	struct flow *reply;
+
+	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return PASS;
+	key.source = packet->key.destination;
+	key.source_port = packet->key.destination_port;
+	key.destination = packet->key.source;
+	key.destination_port = packet->key.source_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_EGRESS;
+	reply = flows.lookup(&key);
+	if (!reply || reply->action != FLOW_UNDNAT)
+		return PASS;
+	if (!is_over(reply, key.protocol, node, now)) {
+		there.address = key.source;
+		there.port = key.source_port;
+		return begin_flow(packet, 0, &there, 0, 0, node, now, to);
+	}
+	flows.delete(&key);
+	key.source = packet->key.source;
+	key.source_port = packet->key.source_port;
+	key.destination = packet->key.destination;
+	key.destination_port = packet->key.destination_port;
+	flows.delete(&key);
+	return PASS;
 }
 
 /* Whether a socket of this node could take the reply: its port is then not ours to give out. */

@@ -160,6 +160,7 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define FLOW_CLOSING 1     /* a FIN or RST has been seen: the next SYN is a new connection */
 #define FLOW_UNALLOCATED 2 /* FLOW_SNAT: no port has been taken yet */
 #define FLOW_MASQUERADE 4  /* the flow has SNAT rows */
+#define FLOW_DIRECT 8      /* to no frontend: only the client's port is changed */
 
 struct flow {
 	struct address address; /* what the rewritten side becomes */

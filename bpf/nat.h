@@ -46,36 +46,46 @@ static inline int write_addresses(struct __sk_buff *skb, u32 offset, int version
 	return bpf_skb_store_bytes(skb, offset + 24, (void *)destination, 16, recompute);
 }
 
-static inline int rewrite_transport(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to,
-				    u64 change)
+/* Everything that changes in an ordinary IPv4 packet lies together: one write instead of two. */
+struct ipv4_rest {
+	struct ipv4_tail ip;
+	struct ports ports;
+} __attribute__((packed));
+
+/* The transport checksum after a `change` of the addresses, and of the ports. */
+static inline int mend_checksum(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to,
+				u64 change)
 {
 	const struct flow_key *from = &packet->key;
 	int checksum = checksum_offset(from->protocol);
 	u64 flags = from->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	u64 port_change;
-	struct ports ports = {};
 
-	if (checksum >= 0) {
-		if (bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(change), flags | BPF_F_PSEUDO_HDR))
-			return DISCARD;
-	}
+	if (checksum < 0)
+		return GO_ON;
+	if (bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(change), flags | BPF_F_PSEUDO_HDR))
+		return DISCARD;
 	if (from->source_port == to->source_port && from->destination_port == to->destination_port)
 		return GO_ON;
 	port_change = word_change(from->source_port, to->source_port) +
 		      word_change(from->destination_port, to->destination_port);
-	if (checksum >= 0 && bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(port_change), flags))
-		return DISCARD;
+	return bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(port_change), flags) ? DISCARD : GO_ON;
+}
+
+/* Without a checksum to balance the ports, hardware's sum of the packet must follow them. */
+static inline int write_ports(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to)
+{
+	struct ports ports = {};
+
 	ports.source = to->source_port;
 	ports.destination = to->destination_port;
-	/* Without a checksum to balance the ports, hardware's sum of the packet must follow them. */
-	if (bpf_skb_store_bytes(skb, packet->l4, &ports, sizeof(ports), packet->unsummed ? BPF_F_RECOMPUTE_CSUM : 0))
-		return DISCARD;
-	return GO_ON;
+	return bpf_skb_store_bytes(skb, packet->l4, &ports, sizeof(ports), packet->unsummed ? BPF_F_RECOMPUTE_CSUM : 0);
 }
 
 /*
- * An ICMP error: the inner packet went the other way, so its source is our destination. The outer addresses follow
- * where they are the flow's own; a router's stay.
+ * An ICMP error: the inner packet went the other way, so its source is our destination. The outer destination follows
+ * where it is the flow's own. The outer source, which may be a router's, becomes the flow's wherever sources are
+ * replaced, as conntrack does: a router's address could come from a side where the peer's rp_filter forbids it.
  */
 static inline int rewrite_error(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to)
 {
@@ -91,9 +101,9 @@ static inline int rewrite_error(struct __sk_buff *skb, const struct packet *pack
 	struct ports ports = {};
 	u32 checksum = packet->l4 + 2;
 
-	if (same_address(&source, &from->source)) {
+	if (from->hook == HOOK_EGRESS) {
 		source = to->source;
-		outer_change += address_change(&from->source, &to->source);
+		outer_change += address_change(&packet->outer_source, &to->source);
 	}
 	if (same_address(&destination, &from->destination)) {
 		destination = to->destination;
@@ -132,8 +142,23 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 	if (packet->error)
 		return rewrite_error(skb, packet, to);
 	change = address_change(&from->source, &to->source) + address_change(&from->destination, &to->destination);
-	if (packet->fragment != LATER_FRAGMENT && rewrite_transport(skb, packet, to, change) == DISCARD)
-		return DISCARD;
+	if (packet->fragment != LATER_FRAGMENT) {
+		if (mend_checksum(skb, packet, to, change) == DISCARD)
+			return DISCARD;
+		if (packet->version == 4 && packet->l4 == packet->l3 + 20 && !packet->unsummed) {
+			struct ipv4_rest rest = {};
+
+			rest.ip.checksum = changed_checksum(packet->ip_checksum, change);
+			rest.ip.source = to->source.word[3];
+			rest.ip.destination = to->destination.word[3];
+			rest.ports.source = to->source_port;
+			rest.ports.destination = to->destination_port;
+			return bpf_skb_store_bytes(skb, packet->l3 + 10, &rest, sizeof(rest), 0) ? DISCARD : GO_ON;
+		}
+		if ((from->source_port != to->source_port || from->destination_port != to->destination_port) &&
+		    write_ports(skb, packet, to))
+			return DISCARD;
+	}
 	/*
 	 * IPv6 has no header checksum to balance the change, so hardware's sum must follow it (RECOMPUTE), which the
 	 * pseudo-header update above has taken for done the other way round.

@@ -93,10 +93,10 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 	int verdict;
 
 	frontend = find_frontend(&packet->key.destination, packet->key.destination_port, packet->key.protocol);
-	if (!frontend)
-		return PASS;
 	if (packet->error || packet->fragment == LATER_FRAGMENT)
 		return PASS;
+	if (!frontend)
+		return pass_by(packet, node, now, to);
 	if (is_loopback(&packet->key.destination))
 		return PASS; /* a martian: the stack drops it */
 
