@@ -31,11 +31,7 @@ def cleanup(config: Config, parts: Parts, *, dry_run: bool, form: Format) -> Res
 
 
 def _inventory(ladder: Sequence[Dataplane]) -> list[Item]:
-    return [
-        {"dataplane": dataplane.name, "installed": line}
-        for dataplane in ladder
-        for line in dataplane.inventory()
-    ]
+    return [{"dataplane": dataplane.name, "installed": line} for dataplane in ladder for line in dataplane.inventory()]
 
 
 def _listed(items: list[Item], form: Format, verb: str, nothing: str) -> str:

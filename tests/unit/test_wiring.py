@@ -68,9 +68,7 @@ class FaultyRouter(Router):
 
     asked = 0
 
-    def update(
-        self, snapshot: Snapshot, touched: frozenset[ServiceName] | None, options: ProxyOptions
-    ) -> RouteTable:
+    def update(self, snapshot: Snapshot, touched: frozenset[ServiceName] | None, options: ProxyOptions) -> RouteTable:
         self.asked += 1
         if self.asked >= 2:
             raise ZeroDivisionError
