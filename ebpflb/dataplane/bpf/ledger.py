@@ -25,6 +25,7 @@ from ebpflb.dataplane.bpf.tables import (
     FREE,
     NAME_LIMIT,
     Reading,
+    by_slot,
     pack_backend,
     pack_backends,
     pack_frontend,
@@ -109,14 +110,6 @@ class Change:
         self.puts: dict[Frontend, bytes] = {}
         self.removals: list[Frontend] = []
         self.refused: list[tuple[Frontend, ServicePortName, str]] = []
-
-
-def by_slot(backends: tuple[Backend, ...]) -> list[Backend]:
-    """Active backends first, draining ones behind them, each in their order."""
-    active = [backend for backend in backends if not backend.state]
-    if len(active) == len(backends):
-        return active
-    return active + [backend for backend in backends if backend.state]
 
 
 class Ledger:

@@ -287,6 +287,14 @@ def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
 # ---- Everything at once
 
 
+def by_slot(backends: tuple[Backend, ...]) -> list[Backend]:
+    """Active backends first, draining ones behind them, each in their order."""
+    active = [backend for backend in backends if not backend.state]
+    if len(active) == len(backends):
+        return active
+    return active + [backend for backend in backends if backend.state]
+
+
 class BackendSet(msgspec.Struct, frozen=True, gc=False):
     """The backends of a slot range: `backends` in the order of `Route.backends`, `ids` in the order of the slots."""
 
@@ -375,7 +383,9 @@ class Reading:
                 state = BackendState.DRAINING
             found.append(Backend(unpack_address(address), ntohs(port), weight, state))
         if draining:
-            found.sort(key=backend_order)
+            slots, found = found, sorted(found, key=backend_order)
+            if by_slot(tuple(found)) != slots:
+                return None  # not in the order that it was written in
         return BackendSet(service, start, count, draining, tuple(found), ids.tobytes())
 
     def route(self, half: bytes) -> Route | None:
