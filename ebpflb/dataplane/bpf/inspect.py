@@ -177,7 +177,8 @@ class Inspector:
         keys, values = self._maps.read("sources")
         found = []
         for (bits, address), (flags,) in zip(SOURCE_KEY.iter_unpack(keys), U32.iter_unpack(values), strict=True):
-            found.append((unpack_network(bits, address), flags))
+            if flags:  # a row without flags only stops a shorter prefix
+                found.append((unpack_network(bits, address), flags))
         return [
             {"cidr": cidr, "node": bool(flags & SOURCE_NODE), "pod": bool(flags & SOURCE_POD)}
             for cidr, flags in sorted(found, key=lambda row: cidr_order(row[0]))
