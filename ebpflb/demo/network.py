@@ -61,7 +61,8 @@ FABRIC_SYSCTLS = {
     "ipv4/conf/default/send_redirects": 0,
     "ipv6/conf/all/forwarding": 1,
 }
-# No waiting for duplicate addresses, no router advertisements: addresses work as soon as they are there.
+# No waiting for duplicate addresses, no router advertisements: addresses work as soon as they are there. And no limit
+# on how often a closed port is told of.
 ALL_SYSCTLS = {
     "ipv6/conf/all/disable_ipv6": 0,
     "ipv6/conf/default/disable_ipv6": 0,
@@ -69,6 +70,8 @@ ALL_SYSCTLS = {
     "ipv6/conf/default/accept_dad": 0,
     "ipv6/conf/all/accept_ra": 0,
     "ipv6/conf/default/accept_ra": 0,
+    "ipv4/icmp_ratemask": 0,
+    "ipv6/icmp/ratelimit": 0,
 }
 
 
@@ -117,9 +120,10 @@ def node(index: int) -> list[str]:
 
 
 def cni0(node: int, mtu: int) -> list[str]:
-    """In a node: the bridge for its pods."""
+    """In a node: the bridge for its pods, with a MAC of its own, as the plugin sets it: else it has its ports' lowest,
+    and whenever that changes, pods talk to a gateway that is gone."""
     address = Addresses(f"10.244.{node}.1", f"fd00:10:244:{node:x}::1")
-    return [f"link add cni0 mtu {mtu} type bridge", *_addressed("cni0", address, 24, 64)]
+    return [f"link add cni0 address {_bridge_mac(node)} mtu {mtu} type bridge", *_addressed("cni0", address, 24, 64)]
 
 
 def plain_routes(index: int, peers: Sequence[int]) -> list[str]:
@@ -221,6 +225,10 @@ def _defaults(device: str, gateway: Addresses) -> list[str]:
 
 def _vtep(node: int) -> Addresses:
     return Addresses(f"10.244.{node}.0", f"fd00:10:244:{node:x}::e")
+
+
+def _bridge_mac(node: int) -> str:
+    return f"02:eb:00:00:01:{node:02x}"
 
 
 def _vtep_mac(node: int) -> str:

@@ -13,6 +13,7 @@ tests/world.py; the network brings 172.30.0.0/16, 192.168.99.0/24 and 1.2.3.0/24
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -200,6 +201,7 @@ class Box:
         self.expectations: list[Expectation] = []
         self._stack = ExitStack()
         self._numbers = 0
+        self._client_ports = itertools.count(10_000)
 
     def __enter__(self) -> Box:
         with ExitStack() as stack:
@@ -257,6 +259,10 @@ class Box:
         """A server that a client reaches without any Service."""
         server = "node2" if client != "node2" else "node1"
         return server, Target(self.address(server, f"ipv{family}"), OTHER)
+
+    def client_port(self) -> int:
+        """A port for a client to bind that no test before used: what is left of such flows is no concern of others."""
+        return next(self._client_ports)
 
     def direct(self, name: str, family: str) -> Target:
         """A place's own server, by no Service."""

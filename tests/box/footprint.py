@@ -42,6 +42,7 @@ def footprint_of(cluster: Cluster, name: str) -> Footprint:
     links = json.loads(said("ip", "-d", "-j", "link"))
     for link in links:
         device = link["ifname"]
+        link.get("linkinfo", {}).pop("info_data", None)  # a bridge's running timers
         parts[f"link {device}"] = json.dumps(link, sort_keys=True)
         for side in ("ingress", "egress"):
             parts[f"filters {device} {side}"] = cluster.run(node, ["tc", "filter", "show", "dev", device, side]).stdout

@@ -11,13 +11,21 @@ import socket
 import sys
 
 libc = ctypes.CDLL(None, use_errno=True)
-channel = socket.socket(fileno=int(sys.argv[1]))
-while request := channel.recv(4096).decode():
-    path, family, kind = request.split()
+
+
+def enter(path: str) -> None:
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     if libc.setns(namespace, 0x40000000):
         raise OSError(ctypes.get_errno(), f"setns {path}")
     os.close(namespace)
+
+
+home = f"/proc/{os.getpid()}/fd/{os.open('/proc/self/ns/net', os.O_RDONLY | os.O_CLOEXEC)}"
+channel = socket.socket(fileno=int(sys.argv[1]))
+while request := channel.recv(4096).decode():
+    path, family, kind = request.split()
+    enter(path)
     made = socket.socket(int(family), int(kind))
+    enter(home)  # a pod's namespace is removed with all that runs in it
     socket.send_fds(channel, [b"."], [made.fileno()])
     made.close()

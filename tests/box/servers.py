@@ -5,6 +5,7 @@ binds one address, so that an answer from anywhere else would be noticed.
 
     UDP   any datagram           one line about it, then the datagram itself
     TCP   a line                 one line about it, then that line
+          bye                    closed by the server
           take <n>\\n <n bytes>   one line about it, then their SHA-256
           give <n>\\n             one line about it, then n bytes of `pattern`
 
@@ -151,6 +152,8 @@ class _Streams:
             about = _about(self._name, connection.getpeername(), connection.getsockname()[0])
             while line := await self._line(connection):
                 verb, _, size = line.decode().strip().partition(" ")
+                if verb == "bye":
+                    break
                 if verb == "take":
                     body = (await self._digest(connection, int(size))).encode() + b"\n"
                 elif verb == "give":

@@ -60,7 +60,8 @@ class Sockets:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         script = Path(__file__).with_name("giver.py")
         argv = [sys.executable, "-S", "-E", str(script), str(theirs.fileno())]
-        self._cluster.spawn(place, argv, pass_fds=[theirs.fileno()])
+        node = next(node for node in self._cluster.nodes.values() if node.node_cgroup == place.cgroup)
+        self._cluster.spawn(node, argv, pass_fds=[theirs.fileno()])
         theirs.close()
         self._channels[place.cgroup] = ours
         return ours

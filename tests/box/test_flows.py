@@ -13,8 +13,6 @@ from tests.box.sockets import family_of
 
 pytestmark = pytest.mark.box
 
-CLIENT_PORT = 12_345
-
 
 class Sender:
     """An unconnected UDP socket with a port of its own, as a DNS resolver's or a syslog client's."""
@@ -86,7 +84,7 @@ def test_one_socket_asks_two_services_with_the_same_backend(box: Box, family: st
 
 def preserve_udp_traffic(box: Box, client: str, web: ServiceInBox, to: Target, first: str, second: str) -> None:
     """A client with one port keeps sending while its server pod cycles: the old flow must not outlive the pod."""
-    with Sender(box, client, to, CLIENT_PORT) as sender:
+    with Sender(box, client, to, box.client_port()) as sender:
         web.endpoints(first)
         sender.ask_until(first)
         web.endpoints(unready(first))
@@ -139,8 +137,8 @@ def test_should_be_able_to_preserve_udp_traffic_when_initial_unready_endpoints_g
 ) -> None:
     web = box.service(unready("b1"), kinds=["NodePort"])
     with (
-        Sender(box, pod, web.cluster_ip(family), CLIENT_PORT) as inside,
-        Sender(box, "outside", web.node_port("node1", family), CLIENT_PORT) as outside,
+        Sender(box, pod, web.cluster_ip(family), box.client_port()) as inside,
+        Sender(box, "outside", web.node_port("node1", family), box.client_port()) as outside,
     ):
         for sender in (inside, outside):
             with pytest.raises(OSError):
@@ -154,9 +152,10 @@ def test_should_be_able_to_preserve_udp_traffic_through_a_new_socket_with_the_sa
     box: Box, family: str, pod: str
 ) -> None:
     web = box.service("b1")
+    port = box.client_port()
     for server in ("b1", "c1", "b1"):
         web.endpoints(server)
-        answer = box.clients.ask(box.place(pod), web.cluster_ip(family), "UDP", port=CLIENT_PORT)
+        answer = box.clients.ask(box.place(pod), web.cluster_ip(family), "UDP", port=port)
         assert isinstance(answer, Answer) and answer.server == server, answer
 
 
@@ -164,40 +163,39 @@ def test_one_client_port_to_two_services_with_the_same_backend(box: Box, family:
     """The second flow gets another port behind the Service: otherwise the backend could not tell them apart."""
     first, second = box.service("b1"), box.service("b1")
     for protocol in ("TCP", "UDP"):
-        place = box.place("sa")
+        place, port = box.place("sa"), box.client_port()
         with (
-            box.clients.converse(place, first.cluster_ip(family), protocol, port=CLIENT_PORT) as one,
-            box.clients.converse(place, second.cluster_ip(family), protocol, port=CLIENT_PORT) as two,
+            box.clients.converse(place, first.cluster_ip(family), protocol, port=port) as one,
+            box.clients.converse(place, second.cluster_ip(family), protocol, port=port) as two,
         ):
             answers = [one.ask(), two.ask(), one.ask(), two.ask()]
             assert {answer.server for answer in answers} == {"b1"}
             assert answers[0] == answers[2] and answers[1] == answers[3]
-            assert answers[0].port == CLIENT_PORT != answers[1].port
+            assert answers[0].port == port != answers[1].port
 
 
 def test_a_client_port_that_is_used_again_goes_to_a_backend_that_lives(box: Box, family: str) -> None:
     web = box.service("b1", kinds=["NodePort"])
     for client, to in (("sa", web.cluster_ip(family)), ("outside", web.node_port("node1", family))):
+        port = box.client_port()
         for server in ("b1", "c1", "b1"):
             web.endpoints(server)
-            answer = box.clients.ask(box.place(client), to, "TCP", port=CLIENT_PORT)
+            answer = box.clients.ask(box.place(client), to, "TCP", port=port)
             assert isinstance(answer, Answer) and answer.server == server, answer
 
 
 def test_connections_from_one_port_again_and_again(box: Box, family: str) -> None:
-    """Closed on either side first, reset by either side: the port is free for the next one at once."""
+    """Whether the server closed it or the client reset it: the port is free for a new connection at once."""
     web = box.service("b1", "c1")
-    for round in range(12):
-        made = box.sockets.make(box.place("sa"), family_of(web.cluster_ip(family).address), "TCP")
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(("", CLIENT_PORT))
-        made.settimeout(3)
-        made.connect(web.cluster_ip(family))
-        made.sendall(b"who?\n")
-        assert made.recv(4096)
-        if round % 2:  # a reset leaves no TIME_WAIT behind, at either end
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        made.close()
+    port = box.client_port()
+    for round in range(20):
+        with box.clients.converse(box.place("sa"), web.cluster_ip(family), "TCP", port=port) as conversation:
+            conversation.ask()
+            if round % 2:
+                conversation.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            else:
+                conversation.socket.sendall(b"bye\n")
+                assert conversation.socket.recv(1) == b""
 
 
 def test_many_clients_behind_one_masquerading_node(box: Box, family: str) -> None:

@@ -20,6 +20,7 @@ from tests.box.clients import Answer, Target
 pytestmark = pytest.mark.box
 
 FORBIDDEN = 4711
+PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 CGROUP_INET4_CONNECT = 10
 
@@ -32,6 +33,21 @@ def forbid_a_port() -> bytes:
         (0xB7, 0x00, 0, 1),  # r0 = 1
         (0x55, 0x02, 1, port),  # if r2 != port, leave it so
         (0xB7, 0x00, 0, 0),  # r0 = 0
+        (0x95, 0x00, 0, 0),
+    )
+    return b"".join(struct.pack("<BBhi", *each) for each in instructions)
+
+
+def drop_a_port(family: str) -> bytes:
+    """A tc program of somebody else that drops what is sent to one port, and passes on all else."""
+    offset = 14 + {"ipv4": 20, "ipv6": 40}[family] + 2
+    instructions = (
+        (0xBF, 0x16, 0, 0),  # r6 = r1
+        (0x28, 0x00, 0, offset),  # r0 = ntohs(*(u16 *)(packet + offset)), or the program ends with 0
+        (0x55, 0x00, 2, FORBIDDEN),  # if r0 != FORBIDDEN, on
+        (0xB7, 0x00, 0, 2),  # r0 = TC_ACT_SHOT
+        (0x95, 0x00, 0, 0),
+        (0xB7, 0x00, 0, -1),  # r0 = TC_ACT_UNSPEC
         (0x95, 0x00, 0, 0),
     )
     return b"".join(struct.pack("<BBhi", *each) for each in instructions)
@@ -81,11 +97,14 @@ def test_another_clsact_filter(box: Box, family: str, first: str, preference: in
     web = box.service("b1")
     node = box.cluster.nodes["node1"]
     device = "veth-shared"
-    tc = ["tc", "filter", "add", "dev", device, "ingress", "pref", str(preference)]
-    rule = ["protocol", {"ipv4": "ip", "ipv6": "ipv6"}[family], "flower", "ip_proto", "udp", "dst_port", str(FORBIDDEN)]
+    pin = box.cluster.bpffs / "somebody"
+    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, drop_a_port(family), "somebody")
+    syscall.obj_pin(program, str(pin))
+    os.close(program)
 
     def attach_theirs() -> None:
-        done = box.cluster.run(node, [*tc, *rule, "action", "drop"])
+        where = ["dev", device, "ingress", "pref", str(preference)]
+        done = box.cluster.run(node, ["tc", "filter", "add", *where, "bpf", "direct-action", "object-pinned", str(pin)])
         assert done.returncode == 0, done.stderr
 
     try:
@@ -106,6 +125,7 @@ def test_another_clsact_filter(box: Box, family: str, first: str, preference: in
         assert str(box.clients.ask(pod, forbidden._replace(port=FORBIDDEN + 1), "UDP")) == "refused"
     finally:
         box.cluster.remove_pod("shared")
+        pin.unlink()
 
 
 def served_soon(box: Box, client: str, to: Target) -> None:

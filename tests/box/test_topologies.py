@@ -6,6 +6,7 @@ import pytest
 
 from tests.box.box import Box
 from tests.box.servers import pattern
+from tests.box.test_transfer import learn_path_mtu
 
 pytestmark = pytest.mark.box
 
@@ -55,6 +56,7 @@ def test_large_datagrams_and_streams(rest: Box, family: str, pod: str, server: s
     web = rest.service(server, kinds=["NodePort"])
     for client, to in ((pod, web.cluster_ip(family)), ("outside", web.node_port("node1", family))):
         with rest.clients.converse(rest.place(client), to, "UDP") as datagrams:
+            learn_path_mtu(datagrams)
             assert datagrams.ask(bytes(8000)).body == bytes(8000)
         with rest.clients.converse(rest.place(client), to, "TCP", patience=10) as stream:
             assert stream.fetch(1 << 20) == pattern(1 << 20)
