@@ -18,6 +18,7 @@ from pathlib import Path
 from ebpflb.dataplane import Report, Requirement
 from ebpflb.dataplane.bpf import devices, facts, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, load_artifact, read_sources, source_directory
+from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_SCHED_CLS, Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows
 from ebpflb.dataplane.bpf.devices import Devices
@@ -116,9 +117,11 @@ class BpfDataplane:
             self._attach()
             return
         artifact = self._load_artifact()
-        cookie = facts.netns_cookie()
+        cookie = facts.netns_cookie(self._cgroup)
         if cookie is None:
-            raise Unsupported(f"kernel {facts.kernel_release()} does not tell a network namespace's cookie: 5.14 does")
+            raise Unsupported(
+                f"kernel {facts.kernel_release()} does not tell which network namespace this is: 5.14 does"
+            )
         programs = Programs(artifact, self._bpffs, self._cgroup, cookie)
         with ExitStack() as stack:
             stack.callback(programs.close)
@@ -205,7 +208,7 @@ class BpfDataplane:
         with self._maps() as maps:
             if maps is None:
                 return RouteTable()
-            with collector_paused():
+            with collector_paused(), _readable():
                 return Reading(read_tables(maps)).routes()
 
     def tables(self, what: str) -> list[dict[str, object]]:
@@ -213,7 +216,8 @@ class BpfDataplane:
         with self._maps() as maps:
             if maps is None:
                 return []
-            return Inspector(maps, _counter_names(), _jiffies).tables(what)
+            with _readable():
+                return Inspector(maps, _counter_names(), _jiffies).tables(what)
 
     @contextmanager
     def _maps(self) -> Iterator[KernelMaps | None]:
@@ -276,6 +280,15 @@ class BpfDataplane:
         self._attached = False
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A map that cannot be read is an ApplyError."""
+    try:
+        yield
+    except OSError as error:
+        raise ApplyError("maps", "", error.errno or 0, f"the maps cannot be read: {error.strerror}") from error
+
+
 def _with_problem(report: Report, reason: str) -> Report:
     problems = (*report.problems, Problem(NODE, reason))
     return Report(report.written, report.removed, report.failed + 1, report.seconds, problems)
@@ -298,7 +311,7 @@ def _counter_names() -> tuple[str, ...]:
 
 def _jiffies() -> int:
     """The lower 32 bits of the kernel's jiffies: nothing but a program can ask for them."""
-    code = facts.assemble(facts.call(_HELPER_JIFFIES), facts.EXIT)
+    code = assemble(call(_HELPER_JIFFIES), EXIT)
     fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "ebpflb_jiffies")
     try:
         return syscall.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF

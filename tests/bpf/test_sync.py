@@ -1,0 +1,342 @@
+"""The BPF dataplane on a kernel's maps: what `Dataplane` promises, with the loader, the pins and the batches for real.
+
+Rules of this file: each test has a network namespace, a cgroup and a pin directory of its own, all removed whatever
+happens. What the maps hold is read by a second dataplane that has nothing but the pins, as `dump` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf.constants import Sizes
+from ebpflb.dataplane.bpf.dataplane import BpfDataplane
+from ebpflb.dataplane.bpf.layouts import ROUTE, U32
+from ebpflb.dataplane.bpf.maps import KernelMaps
+from ebpflb.dataplane.bpf.tables import pack_frontend
+from ebpflb.errors import UserError
+from ebpflb.model import Protocol
+from ebpflb.routes import (
+    Backend,
+    BackendState,
+    Frontend,
+    Key,
+    Kind,
+    Locality,
+    Masquerade,
+    Route,
+    RouteTable,
+    Scope,
+    ServicePortName,
+    Verdict,
+    cidr_order,
+)
+from tests.bpf.test_devices import Namespace
+from tests.conftest import cgroup2
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+ROOMY = {"frontends": 80, "backends": 80, "slots": 80, "services": 80, "ranges": 80}
+SIDE = {"flows": 64, "sockets": 64, "fragments": 64, "sources": 16, "devices": 8}
+SIZES = Sizes(**ROOMY, **SIDE)
+BIGGER = Sizes(**{**ROOMY, "frontends": 160}, **SIDE)
+_numbers = itertools.count()
+
+LOCALITY = Locality(("127.0.0.1", "192.168.0.2", "::1"), ("10.180.0.0/24", "fd00:10::/64"), "cali*")
+
+
+class Node:
+    """A node's dataplanes: each `dataplane()` is another process's, as far as the kernel can tell."""
+
+    def __init__(self, hierarchy: Path) -> None:
+        name = f"ebpflb-sync-{os.getpid()}-{next(_numbers)}"
+        self.bpffs = Path("/sys/fs/bpf") / name
+        self.cgroup = hierarchy / name
+        self.cgroup.mkdir()
+        self.made: list[BpfDataplane] = []
+
+    def dataplane(self, sizes: Sizes = SIZES) -> BpfDataplane:
+        made = BpfDataplane(self.bpffs, self.cgroup, sizes=sizes)
+        self.made.append(made)
+        return made
+
+    def started(self, sizes: Sizes = SIZES) -> BpfDataplane:
+        made = self.dataplane(sizes)
+        made.start()
+        return made
+
+    def restarted(self) -> BpfDataplane:
+        for each in self.made:
+            each.close()
+        return self.started()
+
+    def remove(self) -> None:
+        for each in self.made:
+            each.close()
+        BpfDataplane(self.bpffs, self.cgroup).cleanup()
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                self.cgroup.rmdir()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, f"{self.cgroup} stays busy"
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    made = Namespace()
+    made.ip("link set lo up")
+    with made.entered():
+        yield made
+    made.remove()
+
+
+@pytest.fixture
+def node(namespace: Namespace) -> Iterator[Node]:
+    hierarchy = cgroup2()
+    assert hierarchy is not None
+    made = Node(hierarchy)
+    yield made
+    made.remove()
+
+
+def service(number: int) -> ServicePortName:
+    return ServicePortName("default", f"s{number}", "http")
+
+
+def rows(number: int, count: int = 2, **more: object) -> dict[Key, Route]:
+    """Both scopes of Service `number`, IPv6 for the odd ones."""
+    address, pod = ("fd00:30::{}", "fd00:10::{}") if number % 2 else ("172.30.0.{}", "10.180.0.{}")
+    to = tuple(Backend(pod.format(10 * number + at + 1), 8080) for at in range(count))
+    route = Route(service(number), Kind.CLUSTER_IP, Verdict.FORWARD, to, Masquerade.NOT_POD)
+    external = msgspec.structs.replace(route, masquerade=Masquerade.ALWAYS, **more)
+    frontend = Frontend(address.format(number + 1), 80, Protocol.TCP)
+    return {(frontend, Scope.INTERNAL): route, (frontend, Scope.EXTERNAL): external}
+
+
+def table(count: int) -> RouteTable:
+    found: dict[Key, Route] = {}
+    for number in range(count):
+        found |= rows(number, source_ranges=() if number else ("10.0.0.0/8", "203.0.113.0/24"))
+    return RouteTable(found, LOCALITY)
+
+
+def test_what_is_synced_is_what_is_held(node: Node) -> None:
+    """state() == routes, read by another process from the pins; a second sync and a restart write nothing."""
+    routes = table(6)
+    dataplane = node.started()
+    assert dataplane.state() == RouteTable()
+    report = dataplane.sync(routes)
+    assert report.complete and report.written
+    assert dataplane.state() == routes
+    assert node.dataplane().state() == routes
+    again = dataplane.sync(routes)
+    assert (again.written, again.removed, again.failed) == (0, 0, 0)
+    fresh = node.restarted().sync(RouteTable(dict(routes), LOCALITY))
+    assert (fresh.written, fresh.removed, fresh.failed) == (0, 0, 0)
+
+
+def test_changes_while_down_cost_the_change(node: Node) -> None:
+    """One Service less and one backend more: its row, its set of three slots, one frontend; one name and one frontend
+    and two backends gone."""
+    routes = table(4)
+    node.started().sync(routes)
+    gone = [key for key in routes if routes[key].service == service(3)]
+    changed = routes.evolve(rows(2, 3), gone)
+    dataplane = node.restarted()
+    report = dataplane.sync(changed)
+    assert (report.written, report.removed, report.failed) == (1 + 3 + 1 + 2, 2, 0)
+    assert dataplane.state() == changed
+
+
+def test_every_kind_of_change(node: Node) -> None:
+    """Drain, verdict, locality, removal: each is held exactly, one after the other."""
+    dataplane = node.started()
+    routes = table(4)
+    drained = {
+        key: msgspec.structs.replace(
+            route,
+            backends=(route.backends[0], msgspec.structs.replace(route.backends[1], state=BackendState.DRAINING)),
+        )
+        for key, route in rows(1).items()
+    }
+    refused = {key: Route(service(2), Kind.CLUSTER_IP, Verdict.REJECT) for key in rows(2)}
+    steps = [
+        routes,
+        (routes := routes.evolve(drained)),
+        (routes := routes.evolve(refused)),
+        (routes := routes.evolve({}, locality=Locality(("192.168.0.3",), ("::/0",)))),
+        (routes := routes.evolve({}, list(rows(0)))),
+        RouteTable(),
+    ]
+    for step in steps:
+        report = dataplane.sync(step)
+        assert report.complete, report.problems
+        assert dataplane.state() == step
+
+
+@pytest.mark.parametrize("full", ["frontends", "services", "backends", "slots", "ranges"])
+def test_a_full_map_costs_only_those_that_do_not_fit(node: Node, full: str) -> None:
+    """Room for six of nine: those that fit are served and keep being served, the others are named."""
+    count = 6
+    exact = {"frontends": count, "services": count, "backends": 2 * count + 1, "slots": 2 * count, "ranges": 2 * count}
+    found: dict[Key, Route] = {}
+    for number in range(count + 3):
+        cidrs = (f"2001:db8:{number}::/48", "fd00::/8") if number % 2 else ("10.0.0.0/8", f"203.0.{number}.0/24")
+        found |= rows(number, source_ranges=tuple(sorted(cidrs, key=cidr_order)) if full == "ranges" else ())
+    dataplane = node.started(Sizes(**{**ROOMY, full: exact[full]}, **SIDE))
+    report = dataplane.sync(RouteTable(found, LOCALITY))
+    assert report.failed == 3
+    name = {"services": "names"}.get(full, full)
+    assert all(f"the map {name} is full" in problem.reason for problem in report.problems)
+    held = dataplane.state()
+    assert len(held) == 2 * count
+    assert all(found[key] == route for key, route in held.items())
+    served = {str(route.service) for route in held.values()}
+    assert not served & {problem.subject for problem in report.problems}
+
+    fewer = {key: route for key, route in found.items() if str(route.service) not in sorted(served)[:3]}
+    for _ in range(2):  # the first frees what the second takes
+        report = dataplane.sync(RouteTable(fewer, LOCALITY))
+    assert report.complete
+    assert dataplane.state() == RouteTable(fewer, LOCALITY)
+
+
+def _remove_frontend(maps: KernelMaps) -> None:
+    maps.remove("frontends", pack_frontend(next(iter(rows(0)))[0]))
+
+
+def _foreign_frontend(maps: KernelMaps) -> None:
+    maps.put("frontends", pack_frontend(Frontend("192.0.2.1", 1, Protocol.TCP)), ROUTE.pack(*[0] * 4, 99, *[0] * 6) * 2)
+
+
+def _move_backend(maps: KernelMaps) -> None:
+    row = bytearray(maps.read_array("backends", 1, 1))
+    row[15] ^= 1
+    maps.put("backends", U32.pack(1), bytes(row))
+
+
+def _lose_name(maps: KernelMaps) -> None:
+    maps.remove("names", U32.pack(1))
+
+
+def _lose_range(maps: KernelMaps) -> None:
+    keys, _ = maps.read("ranges")
+    maps.remove("ranges", keys[:24])
+
+
+def _lose_source(maps: KernelMaps) -> None:
+    keys, _ = maps.read("sources")
+    maps.remove("sources", keys[:20])
+
+
+def _zero_settings(maps: KernelMaps) -> None:
+    maps.put("settings", U32.pack(0), bytes(64))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_remove_frontend, _foreign_frontend, _move_backend, _lose_name, _lose_range, _lose_source, _zero_settings],
+    ids=lambda damage: damage.__name__.strip("_"),
+)
+def test_audit_repairs_what_somebody_changed(node: Node, damage: Callable[[KernelMaps], None]) -> None:
+    dataplane = node.started()
+    routes = table(4)
+    dataplane.sync(routes)
+    names = ("frontends", "backends", "names", "ranges", "sources", "settings")
+    descriptors = {name: syscall.obj_get(str(node.bpffs / pins.MAPS / name)) for name in names}
+    try:
+        damage(KernelMaps(descriptors))
+    finally:
+        for fd in descriptors.values():
+            os.close(fd)
+    report = dataplane.audit()
+    assert report.complete and report.written + report.removed
+    assert dataplane.state() == routes
+    quiet = dataplane.audit()
+    assert (quiet.written, quiet.removed) == (0, 0)
+
+
+def test_audit_attaches_again_what_somebody_detached(node: Node) -> None:
+    dataplane = node.started()
+    dataplane.sync(table(1))
+    before = set(dataplane.inventory())
+    (node.bpffs / pins.LINKS / "connect4").unlink()
+    assert not any("links/connect4" in line for line in dataplane.inventory())
+    assert dataplane.audit().written == 1
+    assert len(dataplane.inventory()) == len(before)
+
+
+def test_other_maps_are_filled_before_anything_runs_on_them(node: Node) -> None:
+    """An upgrade that makes new maps: the old programs serve from the old maps until the rows are in the new ones."""
+    routes = table(3)
+    node.started().sync(routes)
+    links = {pin.path.name: pin.id for pin in pins.ours(node.bpffs) if pin.kind == pins.LINKS}
+    upgraded = node.started(BIGGER)
+    running = _attached_programs(node)
+    assert upgraded.sync(routes).complete
+    assert upgraded.state() == routes
+    assert {pin.path.name: pin.id for pin in pins.ours(node.bpffs) if pin.kind == pins.LINKS} == links
+    assert not running & _attached_programs(node)
+
+
+def _attached_programs(node: Node) -> set[int]:
+    found = set()
+    for pin in pins.ours(node.bpffs):
+        if pin.kind == pins.LINKS:
+            fd = syscall.obj_get(str(pin.path))
+            found.add(syscall.link_info(fd).program)
+            os.close(fd)
+    return found
+
+
+def test_nothing_programmed_is_an_answer(node: Node) -> None:
+    dataplane = node.dataplane()
+    assert dataplane.inventory() == ()
+    assert dataplane.state() == RouteTable()
+    assert dataplane.tables("flows") == []
+
+
+def test_maps_of_another_version_are_not_read_as_ours(node: Node) -> None:
+    node.started().sync(table(1))
+    (node.bpffs / pins.MAPS / "names").unlink()
+    with pytest.raises(UserError, match="the map names is missing"):
+        node.dataplane().state()
+
+
+def test_tables_speak_of_services(node: Node) -> None:
+    node.started().sync(table(2))
+    reader = node.dataplane()
+    name = {"namespace": "default", "name": "s0", "port": "http"}
+    services = reader.tables("services")
+    assert [row["service"] for row in services][0] == name and len(services) == 2
+    assert [row["address"] for row in reader.tables("backends") if row["service"] == name] == [
+        "10.180.0.1",
+        "10.180.0.2",
+    ]
+    assert {row["counter"] for row in reader.tables("counters")} >= {"socket_forwarded", "packet_forwarded"}
+    assert {row["map"] for row in reader.tables("raw")} >= {"frontends", "slots", "backends", "names", "settings"}
+    assert {"cidr": "10.180.0.0/24", "node": False, "pod": True} in reader.tables("sources")
+    assert reader.tables("flows") == []
+
+
+def test_cleanup_leaves_nothing(node: Node, namespace: Namespace) -> None:
+    namespace.ip("link add veth0 type veth peer name veth1")
+    before = namespace.qdiscs()
+    dataplane = node.started()
+    dataplane.sync(table(2))
+    assert namespace.qdiscs() != before
+    assert len(dataplane.inventory()) > 20
+    dataplane.cleanup()
+    assert dataplane.inventory() == ()
+    assert namespace.qdiscs() == before
+    assert not node.bpffs.exists()
