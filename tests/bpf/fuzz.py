@@ -143,6 +143,9 @@ class Judge:
             if ingress:
                 if (destination, dport, protocol) in self.forwarding:
                     return True
+                # A direct request whose port a Service's flow to the same backend has: it gets another one.
+                if (destination, dport, protocol) in self.serving:
+                    return True
                 if destination in self.own and (sport < 0 or (source, sport, protocol) in self.serving):
                     return True
                 if dport < 0 and destination in self._addresses:
@@ -171,6 +174,10 @@ class Judge:
             return "" if problems_of(frame) else ", ".join(problems_of(out))
         if verdict == SHOT:
             if ingress and ends & (self.refusing | self.dropping | self.forwarding):
+                return ""
+            # A direct flow beside a living one gets another port, which SCTP and a cut-off packet cannot be given.
+            direct = ends & self.serving
+            if ingress and direct and (problems_of(frame) or any(protocol == 132 for _, _, protocol in direct)):
                 return ""
             if not ingress and self.may_change(frame, ingress):
                 return ""

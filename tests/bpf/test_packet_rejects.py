@@ -47,6 +47,12 @@ def _refused(node: Loaded, packet: Packet, family: int) -> bytes:
     return result.frame
 
 
+def _forget_sum(node: Loaded) -> None:
+    """The answer is shorter than the datagram, and with the cut the kernel forgets hardware's sum (it sets
+    CHECKSUM_NONE); the test run would compare with what is no longer kept."""
+    node.flags = 0
+
+
 def _segment(frame: bytes) -> tuple[int, int, int, int, int, int]:
     """Ports, sequence, acknowledgment, header length in bytes and flags."""
     parsed = parse(frame)
@@ -135,6 +141,8 @@ def test_tcp_behind_extension_headers_is_answered(node: Loaded) -> None:
 @pytest.mark.parametrize("payload", (b"", b"q", b"odd", b"a query of some length" * 20), ids=len)
 @pytest.mark.parametrize("protocol", ("udp", "sctp"))
 def test_datagrams_are_answered_with_port_unreachable(node: Loaded, family: int, payload: bytes, protocol: str) -> None:
+    if payload or protocol == "sctp":
+        _forget_sum(node)
     packet = Packet("outside", 40000, "vip", 81, protocol, payload=payload, hops=3)
     answer = _refused(node, packet, family)
     parsed = parse(answer)
@@ -151,11 +159,13 @@ def test_datagrams_are_answered_with_port_unreachable(node: Loaded, family: int,
 
 
 def test_udp_without_checksum_is_answered(node: Loaded) -> None:
+    _forget_sum(node)
     _refused(node, Packet("outside", 40000, "vip", 81, "udp", payload=b"query", no_checksum=True), 4)
 
 
 def test_every_refused_ipv4_header_gets_a_right_checksum(node: Loaded) -> None:
     """The sums that come out as zero or carry twice are among these."""
+    _forget_sum(node)
     node.put_frontend("vip", 81, "udp", 4, REJECT)
     for ident in range(0, 0x10000, 61):
         packet = Packet("outside", 40000, "vip", 81, "udp", payload=b"q", ident=0x1234)
