@@ -7,7 +7,11 @@ in several files counts once: in the first of them by path. Nothing here raises 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
+import time
 from collections.abc import Callable, Iterable
 
 from ebpflb.errors import SourceError
@@ -16,8 +20,11 @@ from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutS
 from ebpflb.source.documents import Content, Entry, Key, Value
 from ebpflb.source.tree import Changes, Tree
 
-# A file that is written again and again while we read it is taken as it is after this many tries.
+# A file that is written again and again while we read it is left alone for a moment after this many tries.
 _READS = 8
+
+# Seconds after the last write for which one who has a file open is thought to be at work on it.
+_PATIENCE = 1.0
 
 _KEPT = "; what it said before stays in force"
 
@@ -69,25 +76,33 @@ class ManifestSource:
 
     def _read_files(self, changes: Changes) -> dict[str, bytes | OSError | None]:
         """The content of each file that changed: None if it is gone, OSError if it cannot be read. A file that was
-        written to while it was read is read again, or left until its writer closes it."""
+        written to while it was read is read again, now or a moment later."""
         found: dict[str, bytes | OSError | None] = {}
+        busy: set[str] = set()
         for _ in range(_READS):
             for path in changes.changed:
+                found.pop(path, None)
                 try:
-                    with open(os.path.join(self._tree.root, path), "rb") as file:
-                        found[path] = file.read()
-                    self._tree.unreadable.discard(path)
+                    data = _whole(os.path.join(self._tree.root, path))
                 except FileNotFoundError:
-                    found.pop(path, None)  # an event tells of it
+                    continue  # an event tells of it
                 except OSError as error:
                     self._tree.unreadable.add(path)
                     found[path] = error
-            for path in changes.gone:
-                found[path] = None
+                    continue
+                self._tree.unreadable.discard(path)
+                if data is None:
+                    busy.add(path)
+                else:
+                    found[path] = data
+            found.update(dict.fromkeys(changes.gone))
             changes = self._tree.poll()
             if not changes:
                 break
-        return {path: data for path, data in found.items() if data is None or path not in self._tree.being_written}
+        found.update(dict.fromkeys(changes.gone))
+        self._tree.again(busy | changes.changed)
+        unsure = self._tree.being_written | changes.changed
+        return {path: data for path, data in found.items() if data is None or path not in unsure}
 
     def _apply(self, files: dict[str, bytes | OSError | None]) -> list[Event]:
         """Take in new contents, all in one step."""
@@ -183,6 +198,33 @@ class ManifestSource:
             )
             for path in owners[1:]
         )
+
+
+def _whole(full: str) -> bytes | None:
+    """A file's content; None if somebody is at work on it. Raises OSError."""
+    with open(full, "rb") as file:
+        # Before: so that waiting for a writer costs no reading. After: so that none came meanwhile.
+        if _is_at_work(file.fileno()):
+            return None
+        data = file.read()
+        return None if _is_at_work(file.fileno()) else data
+
+
+def _is_at_work(descriptor: int) -> bool:
+    return _has_writer(descriptor) and time.time() - os.fstat(descriptor).st_mtime < _PATIENCE
+
+
+def _has_writer(descriptor: int) -> bool:
+    """Whether somebody has this file open for writing. The kernel grants a lease on reading only while nobody has; and
+    a writer's descriptor counts until after the event of its closing, which the caller therefore sees."""
+    try:
+        # Whoever opens the file before the lease is returned makes the kernel signal it: not with the deadly SIGIO.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN  # else it cannot be known here (another's file, a network's)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 _DROP: dict[str, Callable[[Key], Event]] = {

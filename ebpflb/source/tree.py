@@ -24,6 +24,9 @@ from inotify_simple import INotify, flags
 from ebpflb.errors import SourceError, UserError
 from ebpflb.model import Problem
 
+# Seconds after which a file that somebody is at work on is looked at again.
+_SOON = 0.002
+
 SUFFIXES = (".yaml", ".yml", ".json")
 
 _DIRECTORY = int(
@@ -73,6 +76,7 @@ class Tree:
         self._directories: dict[int, str] = {}
         self._linked: dict[int, set[str]] = {}
         self.going: dict[str, float] = {}  # those that were there a moment ago, and until when they may return
+        self._again: set[str] = set()
         self._parent = -1
         self._check()
         try:
@@ -116,7 +120,8 @@ class Tree:
 
     def poll(self) -> Changes:
         """What has changed since the last call. Never blocks."""
-        changes = Changes(set(), set())
+        changes = Changes(self._again, set())
+        self._again = set()
         rescan = False
         for event in self._inotify.read(timeout=0):
             if event.mask & flags.Q_OVERFLOW:
@@ -136,7 +141,14 @@ class Tree:
         if rescan:
             self._scan(changes)
         self._expire(changes)
+        changes.changed.difference_update(self.being_written)  # their closing is another event
         return changes
+
+    def again(self, paths: set[str]) -> None:
+        """Report these as changed by the next `poll`, and soon."""
+        self._again |= paths
+        if paths:
+            self._timer.arm(_SOON)
 
     # ---- Events ----
 
@@ -200,30 +212,34 @@ class Tree:
                 self.unreadable.discard(path)
                 changes.gone.add(path)
         if self.going:
-            self._timer.arm(max(min(self.going.values()) - now, 0.001))
+            self._timer.arm(min(self.going.values()) - now)
 
     # ---- Looking ----
 
     def _scan(self, changes: Changes) -> None:
         self._watch_parent()
         self.problems.clear()
-        directories, linked = dict(self._directories), {wd: set(paths) for wd, paths in self._linked.items()}
+        before = {*self._directories, *self._linked}
         self._directories.clear()
         self._linked.clear()
         found: dict[str, Signature] = {}
+        gone: OSError | None = None
         try:
             self._walk("", set(), found)
         except OSError as error:
-            self._directories, self._linked = directories, linked
-            words = f"cannot be read: {_LIMITS.get(error.errno or 0, error.strerror)}"
-            words = "is gone" if isinstance(error, FileNotFoundError) else words
-            self.problems[""] = Problem(self.root, f"the directory {words}; what it said before stays in force")
-            return
-        for wd in {*directories, *linked} - {*self._directories, *self._linked, self._parent}:
+            gone = error
+        for wd in before - {*self._directories, *self._linked, self._parent}:
             with contextlib.suppress(OSError):  # the kernel has forgotten it already
                 self._inotify.rm_watch(wd)
+        if gone is not None:
+            # Whoever deletes a directory deletes its files first: those are not gone on purpose.
+            self.going.clear()
+            words = f"cannot be read: {_LIMITS.get(gone.errno or 0, gone.strerror)}"
+            words = "is gone" if isinstance(gone, FileNotFoundError) else words
+            self.problems[""] = Problem(self.root, f"the directory {words}; what it said before stays in force")
+            return
         for path, signature in found.items():
-            if (self._files.get(path) != signature and path not in self.being_written) or path in self.going:
+            if self._files.get(path) != signature and path not in self.being_written:
                 self._change(path, changes)
         unread = tuple(each + os.sep for each in self.problems)
         for path in self._files.keys() - found.keys():

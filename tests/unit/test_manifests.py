@@ -11,6 +11,7 @@ import json
 import os
 import select
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ class Follower:
         self.source = ManifestSource(str(directory), grace=grace)
         self.store = Store("node1", [self.source.name])
         self.heard: list[Event] = []
+        self.complaints: set[str] = set()
         self.steps: list[dict[str, str]] = []
         self.read()
 
@@ -58,6 +60,7 @@ class Follower:
         for event in events:
             self.store.apply(event)
         self.heard += events
+        self.complaints.update(self.problems())
         if events:
             self.steps.append(self.services())
         return events
@@ -251,6 +254,28 @@ def test_a_new_file_in_pieces(directory: Path, start: Start) -> None:
     assert follower.steps == [{}, {"other": B}, {"a": A, "b": B, "other": B}]
 
 
+def test_written_again_while_it_is_read(directory: Path, start: Start) -> None:
+    """No step shows a mixture, or a part, of what somebody writes all the time."""
+    path, names, last = directory / "a.yaml", [f"s{number}" for number in range(40)], "172.30.9.255"
+
+    def write(ip: str) -> None:
+        with open(path, "w") as file:
+            for name in names:
+                file.write(f"---\n{manifest(name, ip)}")
+                file.flush()
+
+    write(A)
+    follower = start()
+    writer = threading.Thread(target=lambda: list(map(write, (f"172.30.9.{number}" for number in range(256)))))
+    writer.start()
+    follower.wait(lambda: follower.services() == dict.fromkeys(names, last))
+    writer.join()
+    assert follower.complaints == set()
+    for step in follower.steps:
+        assert sorted(step) == sorted(names)
+        assert len(set(step.values())) == 1
+
+
 def test_replaced_by_rename(directory: Path, start: Start) -> None:
     (directory / "a.yaml").write_text(manifest(ip=A))
     follower = start()
@@ -327,7 +352,7 @@ def test_renamed(directory: Path, start: Start) -> None:
     (directory / "b.yaml").write_text(manifest("a", B))
     follower.follow(a=B)
     assert follower.steps == [{"a": A}, {"a": B}]
-    assert follower.problems() == []
+    assert follower.complaints == set()
 
 
 def test_renamed_to_what_is_not_read(directory: Path, start: Start) -> None:
@@ -407,7 +432,8 @@ def test_the_directory_itself_goes_and_returns(tmp_path: Path, directory: Path, 
     follower = start(LONG_GRACE)
     directory.rename(tmp_path / "away")
     follower.say(f"{directory}: the directory is gone; what it said before stays in force")
-    assert follower.services() == {"web": A}
+    (tmp_path / "away" / "a.yaml").unlink()
+    assert follower.read() == []
     directory.mkdir()
     (directory / "a.yaml").write_text(manifest(ip=B))
     follower.follow(web=B)
@@ -415,11 +441,25 @@ def test_the_directory_itself_goes_and_returns(tmp_path: Path, directory: Path, 
     assert all("web" in step for step in follower.steps)
 
 
+def test_the_directory_itself_is_deleted(directory: Path, start: Start) -> None:
+    """The files go first, and yet what they said stays."""
+    (directory / "a.yaml").write_text(manifest("a", A))
+    follower = start(LONG_GRACE)
+    shutil.rmtree(directory)
+    follower.say(f"{directory}: the directory is gone")
+    directory.mkdir()
+    (directory / "b.yaml").write_text(manifest("b", B))
+    follower.follow(a=A, b=B)
+    assert follower.problems() == []
+
+
 def test_links_in_a_circle(directory: Path, start: Start) -> None:
     (directory / "sub").mkdir()
     (directory / "sub" / "up").symlink_to(directory)
     (directory / "sub" / "a.yaml").write_text(manifest(ip=A))
-    assert start().services() == {"web": A}
+    follower = start()
+    assert follower.services() == {"web": A}
+    assert follower.problems() == []
 
 
 # ---- Links ----
