@@ -26,6 +26,9 @@ _READS = 8
 # Seconds after the last write for which one who has a file open is thought to be at work on it.
 _PATIENCE = 1.0
 
+# Seconds that the first list waits for those who are at work.
+_PATIENCE_AT_FIRST = 3.0
+
 _KEPT = "; what it said before stays in force"
 
 
@@ -38,7 +41,8 @@ class ManifestSource:
 
     def __init__(self, directory: str, *, grace: float = 0.05) -> None:
         self._tree = Tree(directory, grace=grace)
-        self._began = False
+        self._complete_by: float | None = None
+        self._synced = False
         self._files: dict[str, dict[Key, Entry]] = {}
         self._owners: dict[Key, list[str]] = {}
         self._given: dict[Key, Value] = {}
@@ -66,11 +70,19 @@ class ManifestSource:
 
     def read(self) -> list[Event]:
         """All that is new, of whole files only; never blocks for what others write."""
-        if self._began:
-            return self._apply(self._read_files(self._tree.poll()))
-        events = self._apply(self._read_files(self._tree.scan()))
-        self._began = True
-        return [*events, Synced(self.name)]
+        if self._complete_by is None:
+            events = self._apply(self._read_files(self._tree.scan()))
+            self._complete_by = time.monotonic() + _PATIENCE_AT_FIRST
+        else:
+            events = self._apply(self._read_files(self._tree.poll()))
+        if not self._synced:
+            # What is being written is a part of the first list: without it, it might be taken for gone.
+            self._synced = self._tree.settled or time.monotonic() > self._complete_by
+            if self._synced:
+                events.append(Synced(self.name))
+            else:
+                self._tree.wake()
+        return events
 
     # ---- Files ----
 

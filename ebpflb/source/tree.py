@@ -148,7 +148,16 @@ class Tree:
         """Report these as changed by the next `poll`, and soon."""
         self._again |= paths
         if paths:
-            self._timer.arm(_SOON)
+            self.wake()
+
+    def wake(self) -> None:
+        """Become readable soon."""
+        self._timer.arm(_SOON)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nobody is known to be at work on any file."""
+        return not self.being_written and not self._again
 
     # ---- Events ----
 

@@ -151,6 +151,28 @@ def test_a_broken_file_does_not_hold_up_the_rest(directory: Path, start: Start) 
     assert follower.problems() == ["a.yaml: line 1, column 5: not YAML: mapping values are not allowed in this context"]
 
 
+def test_a_file_that_is_being_written_belongs_to_the_first_list(directory: Path, start: Start) -> None:
+    (directory / "b.yaml").write_text(manifest("b", B))
+    with open(directory / "a.yaml", "w") as file:
+        file.write(manifest("a", A))
+        file.flush()
+        follower = start()
+        assert follower.services() == {"b": B}
+        assert not follower.store.synced
+        file.write(f"---\n{manifest('c', A)}")
+    follower.wait(lambda: follower.store.synced)
+    assert follower.services() == {"a": A, "b": B, "c": A}
+    assert [step for step in follower.steps if "a" in step] == [follower.services()]
+
+
+def test_a_file_that_is_kept_open_is_read_in_the_end(directory: Path, start: Start) -> None:
+    with open(directory / "a.yaml", "w") as file:
+        file.write(manifest("a", A))
+        file.flush()
+        os.utime(directory / "a.yaml", (0, 0))
+        assert start().services() == {"a": A}
+
+
 UNREAD = [
     ".web.yaml",
     "web.yaml~",
