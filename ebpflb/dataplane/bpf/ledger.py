@@ -60,11 +60,12 @@ class Service:
 
 
 class BackendSlots:
-    """A slot range in use: `backends` as in the route, `ids` by slot (4 bytes each), active ones first."""
+    """A slot range in use by the service of that id: `backends` as in the route, `ids` by slot (4 bytes each), active
+    ones first. It does not hold the Service itself: without a cycle, a ledger that is done with goes at once."""
 
     __slots__ = ("backends", "count", "ids", "refs", "service", "start")
 
-    def __init__(self, service: Service, start: int, count: int, backends: tuple[Backend, ...], ids: bytes) -> None:
+    def __init__(self, service: int, start: int, count: int, backends: tuple[Backend, ...], ids: bytes) -> None:
         self.service = service
         self.start = start
         self.count = count
@@ -183,7 +184,7 @@ class Ledger:
             if count + draining and start not in self._sets:
                 found = reading.backend_set(service, start, count, draining)
                 assert found is not None  # a claim is one that could be read
-                slots = BackendSlots(record, start, count, found.backends, found.ids)
+                slots = BackendSlots(service, start, count, found.backends, found.ids)
                 self._sets[start] = slots
                 record.sets.append(slots)
             if ranges and ranges not in self._ranges_by_id:
@@ -212,7 +213,7 @@ class Ledger:
                 for number, backend in zip(slots.numbers(), slots.by_slot(), strict=True):
                     if number in wrong:
                         state = BackendState.ACTIVE if number in active else BackendState.DRAINING
-                        self.stale_backends[number] = pack_backend(backend, state, slots.service.id)
+                        self.stale_backends[number] = pack_backend(backend, state, slots.service)
         self.stale_names = set(reading.names) - set(self._by_id)
         for id, cidrs in reading.ranges.items():
             self._range_rows += len(cidrs)
@@ -246,7 +247,8 @@ class Ledger:
                 if held is None and room <= 0:
                     raise Exhausted("frontends", self._capacity["frontends"])
                 protocol = frontend.protocol
-                row = self._half(internal, protocol, change, fresh) + self._half(external, protocol, change, fresh)
+                row = self._half(internal, protocol, change, fresh)
+                row += row if external is internal else self._half(external, protocol, change, fresh)
             except (Exhausted, Refused, struct.error, OSError, OverflowError) as error:
                 for made in reversed(fresh):
                     self._forget(made, change)
@@ -350,7 +352,7 @@ class Ledger:
         else:
             ids = made
             change.backends.update(zip(ids, rows, strict=True))
-        slots = BackendSlots(service, start, count, backends, array("I", ids).tobytes())
+        slots = BackendSlots(service.id, start, count, backends, array("I", ids).tobytes())
         service.sets.append(slots)
         self._sets[start] = slots
         change.sets[start] = slots
@@ -472,7 +474,7 @@ class Ledger:
         self._idle_ranges.clear()
 
     def _drop_set(self, slots: BackendSlots) -> None:
-        slots.service.sets.remove(slots)
+        self._by_id[slots.service].sets.remove(slots)
         del self._sets[slots.start]
         self._slots.give(slots.start, slots.length)
 
@@ -480,13 +482,12 @@ class Ledger:
         self._drop_set(slots)
         self.stale_backends.update(self._unused(slots))
 
-    @staticmethod
-    def _unused(slots: BackendSlots) -> dict[int, bytes]:
+    def _unused(self, slots: BackendSlots) -> dict[int, bytes]:
         """The rows that backends get when `slots`, already out of its service, has gone: FREE, or no longer active."""
         rows: dict[int, bytes] = {}
         used: set[int] = set()
         active: set[int] = set()
-        for other in slots.service.sets:
+        for other in self._by_id[slots.service].sets:
             numbers = other.numbers()
             used.update(numbers)
             active.update(numbers[: other.count])
@@ -494,7 +495,7 @@ class Ledger:
             if number not in used:
                 rows[number] = FREE
             elif at < slots.count and number not in active:
-                rows[number] = pack_backend(backend, BackendState.DRAINING, slots.service.id)
+                rows[number] = pack_backend(backend, BackendState.DRAINING, slots.service)
         return rows
 
     def freed_backend(self, number: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import logging
 import os
 from array import array
@@ -101,6 +102,7 @@ class Writer:
         self._sources: dict[bytes, bytes] = {}
         self._settings = b""
         self._locality: Locality | None = None
+        self._sound = b""
 
     def state(self) -> RouteTable:
         """What the maps hold. Raises OSError."""
@@ -112,44 +114,53 @@ class Writer:
         started = self._clock()
         tally = Tally()
         target, self._target = self._target, routes
+        first = self._ledger is None
         if self._ledger is None:
-            self._locality = None
-            ledger = self._read(tally)
-            if ledger is None:
+            try:
+                self._ledger = self._adopted(read_tables(self._maps))
+            except OSError as error:
+                tally.refuse(NODE, f"the maps cannot be read: {os.strerror(error.errno or 0)}")
                 return tally.report(self._clock() - started)
-            target, self._ledger = None, ledger
+            target = None
         if target is None:
             frontends = {frontend for frontend, _ in routes}
             frontends.update(self._ledger.held)
         else:
             frontends = {frontend for frontend, _ in routes.changed_from(target)}
             frontends.update(self._retry)
-        try:
-            with nullcontext() if len(frontends) < _COLD else collector_paused():
-                self._write(self._ledger, routes, frontends, tally)
-        except BaseException:
-            # Where it stopped, only the maps know: the next sync reads them.
-            self._ledger = None
-            raise
+        with nullcontext() if len(frontends) < _COLD else collector_paused(freeze=first):
+            self._write(self._ledger, routes, frontends, tally)
         return tally.report(self._clock() - started)
 
     def audit(self) -> Report:
         """Read the maps back and make them hold the last `routes` again. Before the first sync nothing is known to
-        be right, and nothing is done."""
-        if self._target is None:
+        be right, and nothing is done. Where nothing was written since an audit that found all right, it is enough
+        that the bytes are the same."""
+        routes = self._target
+        if routes is None:
             return Report()
-        self._ledger = None
-        report = self.sync(self._target)
-        if report.written or report.removed:
-            log.warning("the kernel's tables had been changed: %d rows repaired", report.written + report.removed)
-        return report
-
-    def _read(self, tally: Tally) -> Ledger | None:
+        started = self._clock()
+        tally = Tally()
         try:
             raw = read_tables(self._maps)
         except OSError as error:
             tally.refuse(NODE, f"the maps cannot be read: {os.strerror(error.errno or 0)}")
-            return None
+            return tally.report(self._clock() - started)
+        digest = _digest(raw)
+        if digest != self._sound:
+            self._ledger = None  # the memory of the old account is room for the new one
+            self._ledger = ledger = self._adopted(raw)
+            del raw
+            with collector_paused():
+                self._write(ledger, routes, {*ledger.held, *(frontend for frontend, _ in routes)}, tally)
+            if tally.written or tally.removed:
+                log.warning("the kernel's tables had been changed: %d rows repaired", tally.written + tally.removed)
+            elif not tally.failed:
+                self._sound = digest
+        return tally.report(self._clock() - started)
+
+    def _adopted(self, raw: RawTables) -> Ledger:
+        """A new account of what the maps hold."""
         ledger = Ledger(self._maps.capacity)
         with collector_paused():
             ledger.adopt(Reading(raw))
@@ -159,11 +170,22 @@ class Writer:
             keys[at * width : (at + 1) * width]: values[at * 4 : (at + 1) * 4] for at in range(len(keys) // width)
         }
         self._settings = raw.settings
+        self._locality = None
         return ledger
 
     # ---- One sync, step by step
 
     def _write(self, ledger: Ledger, routes: RouteTable, frontends: Iterable[Frontend], tally: Tally) -> None:
+        try:
+            self._write_steps(ledger, routes, frontends, tally)
+        except BaseException:
+            # Where it stopped, only the maps know: the next sync reads them.
+            self._ledger = None
+            raise
+        if tally.written or tally.removed or tally.failed:
+            self._sound = b""
+
+    def _write_steps(self, ledger: Ledger, routes: RouteTable, frontends: Iterable[Frontend], tally: Tally) -> None:
         self._retry = set()
         self._write_locality(routes.locality, tally)
         change = ledger.prepare(routes, frontends)
@@ -339,13 +361,25 @@ class Writer:
         return f"the kernel refused a row of the map {table}: {os.strerror(error)}"
 
 
+def _digest(raw: RawTables) -> bytes:
+    """Names the bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in (*raw.frontends, raw.slots, raw.backends, *raw.names, raw.ranges, *raw.sources, raw.settings):
+        found.update(len(part).to_bytes(8))
+        found.update(part)
+    return found.digest()
+
+
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile."""
+def collector_paused(*, freeze: bool = False) -> Iterator[None]:
+    """No garbage collection meanwhile. With `freeze`, what is there by then is never looked at again: for the once
+    that a process fills its tables, which are in no cycle."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if freeze:
+            gc.freeze()
         if enabled:
             gc.enable()
