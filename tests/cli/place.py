@@ -92,7 +92,8 @@ class Place:
         self.cgroup.mkdir()
         _command("ip", "netns", "add", self.name)
         # A link-local address is tentative for a second or two, which would be a difference of its own.
-        _command(*self.inside("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0"))
+        for scope in ("default", "all"):
+            self.command("sysctl", "-qw", f"net.ipv6.conf.{scope}.accept_dad=0")
         self.ip("link", "set", "lo", "up")
         self.ip("link", "add", "eth0", "type", "veth", "peer", "name", "peer0")
         self.ip("address", "add", "192.168.0.2/24", "dev", "eth0")
@@ -126,8 +127,11 @@ class Place:
         """The command that runs `words` in the namespace; unlike `ip netns exec` it keeps the mounts."""
         return ["nsenter", f"--net=/run/netns/{self.name}", "--", *words]
 
+    def command(self, *words: str) -> str:
+        return _command(*self.inside(*words))
+
     def ip(self, *words: str) -> str:
-        return _command(*self.inside("ip", *words))
+        return self.command("ip", *words)
 
     def ebpflb(self, command: str, *words: str, before: Sequence[str] = ()) -> Said:
         """Run one command to its end. `before` stands in front of it, such as setpriv."""
@@ -172,20 +176,35 @@ class Place:
             found.add((kind, int(json.loads(_command("bpftool", "-j", kind, "show", "pinned", str(path)))["id"])))
         return found
 
+    def delete_first_row(self, table: str) -> None:
+        """As a careless hand would."""
+        path = str(self.bpffs / "maps" / table)
+        key = json.loads(_command("bpftool", "-j", "map", "dump", "pinned", path))[0]["key"]
+        _command("bpftool", "map", "delete", "pinned", path, "key", *(f"{int(part, 16)}" for part in key))
+
+    def hooks(self) -> set[tuple[str, str]]:
+        """Device and side of each of our tc programs."""
+        found = set()
+        for link in json.loads(self.ip("-json", "link")):
+            for side in ("ingress", "egress"):
+                if "ebpflb" in self.command("tc", "filter", "show", "dev", link["ifname"], side):
+                    found.add((link["ifname"], side))
+        return found
+
     def traces(self) -> set[str]:
         """Everything that a daemon could have left here, one line each."""
         found = {f"pin {path}" for path in self.bpffs.rglob("*")} | ({f"pin {self.bpffs}"} & _existing(self.bpffs))
         for device in ("lo", "eth0", "peer0"):
             for side in ("ingress", "egress"):
-                shown = _command(*self.inside("tc", "filter", "show", "dev", device, side))
+                shown = self.command("tc", "filter", "show", "dev", device, side)
                 found |= {f"filter {device} {side} {line}" for line in shown.splitlines()}
-        found |= {f"qdisc {line}" for line in _command(*self.inside("tc", "qdisc", "show")).splitlines()}
+        found |= {f"qdisc {line}" for line in self.command("tc", "qdisc", "show").splitlines()}
         found |= {f"link {link['ifname']}" for link in json.loads(self.ip("-json", "link"))}
         found |= {f"address {line}" for line in self.ip("-oneline", "address").splitlines()}
         found |= {f"route {line}" for line in self.ip("route", "show", "table", "all").splitlines()}
         found |= {f"rule {line}" for line in self.ip("rule").splitlines()}
         found |= {f"cgroup {line}" for line in _command("bpftool", "cgroup", "show", str(self.cgroup)).splitlines()}
-        found |= {f"sysctl {line}" for line in _command(*self.inside("sysctl", "-a", "-r", r"^net\.")).splitlines()}
+        found |= {f"sysctl {line}" for line in self.command("sysctl", "-a", "-r", r"^net\.").splitlines()}
         return found
 
 

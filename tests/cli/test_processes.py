@@ -264,6 +264,33 @@ def test_cleanup_leaves_no_difference(place: Place) -> None:
     assert "nothing is programmed" in place.ebpflb("dump").one_line
 
 
+def test_a_row_that_somebody_removes_comes_back_with_the_next_audit(place: Place) -> None:
+    shop(place)
+    daemon = place.start("--audit-period", "1")
+    before = place.ebpflb("dump", "-o", "json").out
+    place.delete_first_row("frontends")
+    assert place.ebpflb("dump", "-o", "json").out != before
+    until("repaired", lambda: place.ebpflb("dump", "-o", "json").out == before)
+    until("told", lambda: "audit: the kernel differed and was repaired" in daemon.log)
+
+
+def test_a_filter_that_somebody_removes_comes_back_at_once(place: Place) -> None:
+    shop(place)
+    place.start("--audit-period", "3600")
+    hooked = {("eth0", "ingress"), ("eth0", "egress"), ("peer0", "ingress"), ("peer0", "egress")}
+    assert place.hooks() == hooked
+    place.command("tc", "qdisc", "del", "dev", "eth0", "clsact")
+    until("hooked again", lambda: place.hooks() == hooked)
+
+
+def test_a_device_that_comes_later_is_hooked(place: Place) -> None:
+    shop(place)
+    place.start("--audit-period", "3600")
+    place.ip("link", "add", "pod1", "type", "veth", "peer", "name", "pod1-in")
+    place.ip("link", "set", "pod1", "up")
+    until("hooked", lambda: {("pod1", "ingress"), ("pod1", "egress")} <= place.hooks())
+
+
 def test_status_tells_how_it_goes(place: Place) -> None:
     shop(place)
     place.start()
