@@ -20,6 +20,7 @@ import msgspec
 from ebpflb.dataplane import Dataplane, Report
 from ebpflb.errors import EbpflbError, SourceError, Unsupported, UserError
 from ebpflb.model import Problem
+from ebpflb.problems import Found, ProblemLog, in_order
 from ebpflb.routes import RouteTable
 from ebpflb.source import Event, Source
 
@@ -27,9 +28,6 @@ log = logging.getLogger("ebpflb.reconcile")
 
 # An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
 _AUDIT_SHARE = 100
-
-# A map that is full is the problem of ten thousand Services at once: the log has some, `status` has all.
-_MOST_LINES = 20
 
 
 class Desired(Protocol):
@@ -69,14 +67,6 @@ class _Unread(msgspec.Struct, frozen=True):
 class _Retry(msgspec.Struct, frozen=True):
     at: float
     what: str
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A problem, and which part of the daemon found it: a source's name, `policy`, `sync`, `audit` or `devices`."""
-
-    part: str
-    subject: str
-    reason: str
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -136,7 +126,7 @@ class Reconciler:
         self._unread: dict[str, _Unread] = {}
         self._wrong: dict[str, tuple[Problem, ...]] = {}
         self._refused: dict[str, tuple[Problem, ...]] = {}
-        self._known: frozenset[Found] = frozenset()
+        self._problem_log = ProblemLog()
 
     # ---- What the loop calls ----
 
@@ -336,19 +326,10 @@ class Reconciler:
         for what, refused in self._refused.items():
             found.update(Found(what, *problem) for problem in refused)
         found.update(Found("devices", *problem) for problem in self._device_problems())
-        return tuple(_in_order(found))
+        return in_order(found)
 
     def _log_problems(self) -> None:
-        now = frozenset(self.problems())
-        come, gone = _in_order(now - self._known), _in_order(self._known - now)
-        for problem in come[:_MOST_LINES]:
-            log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
-        for problem in gone[:_MOST_LINES]:
-            log.info("%s: %s: resolved: %s", problem.part, problem.subject, problem.reason)
-        for word, left in (("more problems", len(come)), ("more problems resolved", len(gone))):
-            if left > _MOST_LINES:
-                log.warning("%d %s: `ebpflb status -o wide` has them all", left - _MOST_LINES, word)
-        self._known = now
+        self._problem_log.tell(self.problems())
 
     def overview(self) -> Overview:
         """How it goes, now."""
@@ -365,10 +346,6 @@ class Reconciler:
             routes=self._routes,
             problems=self.problems(),
         )
-
-
-def _in_order(problems: Iterable[Found]) -> list[Found]:
-    return sorted(problems, key=lambda problem: (problem.part, problem.subject, problem.reason))
 
 
 def _unexpected(error: Exception) -> str:

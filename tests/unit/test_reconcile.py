@@ -17,7 +17,8 @@ from ebpflb.dataplane import Report
 from ebpflb.errors import ApplyError, SourceError, Unsupported, UserError
 from ebpflb.loop import run, stop_on_signals
 from ebpflb.model import Problem, ServiceName
-from ebpflb.reconcile import Found, Reconciler, Timing
+from ebpflb.problems import Found
+from ebpflb.reconcile import Reconciler, Timing
 from ebpflb.routes import RouteTable
 from tests.fakes import FakeClock, FakeDataplane, FakeDesired, FakeSelector, FakeSource, both, routes, row
 
