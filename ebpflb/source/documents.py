@@ -295,7 +295,7 @@ def _words(error: msgspec.ValidationError) -> str:
     """A decoder's complaint, beginning with the field's path as the API server writes it."""
     said, _, at = str(error).partition(" - at ")
     path = at.strip("`").removeprefix("$").removeprefix(".")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", said):
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", said, re.DOTALL):
         field = unknown[1]
         close = difflib.get_close_matches(field, _API_FIELDS, n=1)
         hint = f', did you mean "{close[0]}"?' if close else ""

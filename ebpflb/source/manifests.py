@@ -18,7 +18,7 @@ from ebpflb.errors import SourceError
 from ebpflb.model import EndpointSlice, Node, Problem, Service
 from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutService, PutSlice, Synced, documents
 from ebpflb.source.documents import Content, Entry, Key, Value
-from ebpflb.source.tree import Changes, Tree
+from ebpflb.source.tree import Changes, Tree, printable
 
 # A file that is written again and again while we read it is left alone for a moment after this many tries.
 _READS = 8
@@ -138,7 +138,7 @@ class ManifestSource:
 
     def _keep(self, path: str, reason: str) -> None:
         """A file that says nothing now: leave in force what it said."""
-        self._wrong[path] = (Problem(path, reason + (_KEPT if self._files.get(path) else "")),)
+        self._wrong[path] = (Problem(printable(path), printable(reason) + (_KEPT if self._files.get(path) else "")),)
 
     def _judge(self, path: str, content: Content) -> dict[Key, Entry]:
         """The entries of a file, with those of before in place of refused ones; what is wrong is noted."""
@@ -149,7 +149,9 @@ class ManifestSource:
             if remark.key is not None and remark.key in before and remark.key not in entries
         }
         problems = tuple(
-            Problem(f"{path} {remark.where}", remark.reason + (_KEPT if remark.key in kept else ""))
+            Problem(
+                f"{printable(path)} {remark.where}", printable(remark.reason) + (_KEPT if remark.key in kept else "")
+            )
             for remark in content.remarks
         )
         if problems:
@@ -203,10 +205,11 @@ class ManifestSource:
         if len(owners) < 2:
             self._repeated.pop(key, None)
             return
-        first = f"{owners[0]} {self._files[owners[0]][key].where}"
+        first = f"{printable(owners[0])} {self._files[owners[0]][key].where}"
         self._repeated[key] = tuple(
             Problem(
-                f"{path} {self._files[path][key].where}", f"{key} is also in {first}, which counts: remove one of them"
+                f"{printable(path)} {self._files[path][key].where}",
+                f"{key} is also in {first}, which counts: remove one of them",
             )
             for path in owners[1:]
         )

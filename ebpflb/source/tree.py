@@ -27,6 +27,9 @@ from ebpflb.model import Problem
 # Seconds after which a file that somebody is at work on is looked at again.
 _SOON = 0.002
 
+# Seconds after which a directory that was gone is looked for again, where no event tells of its return.
+_LATER = 1.0
+
 SUFFIXES = (".yaml", ".yml", ".json")
 
 _DIRECTORY = int(
@@ -48,6 +51,11 @@ _LIMITS = {
 def is_manifest(name: str) -> bool:
     """Whether a file of this name is read: not hidden, not an editor's, one of SUFFIXES."""
     return name.endswith(SUFFIXES) and not name.startswith((".", "#"))
+
+
+def printable(text: str) -> str:
+    """Fit for one line: a file's name and what it says may be any bytes."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 class Changes(NamedTuple):
@@ -81,6 +89,7 @@ class Tree:
         self._check()
         try:
             self._inotify = INotify(nonblocking=True)
+            self._watch(self.root, _DIRECTORY)
         except OSError as error:
             raise UserError(f"cannot watch {self.root}: {_LIMITS.get(error.errno or 0, error.strerror)}") from error
         self._timer = _Timer()
@@ -122,7 +131,7 @@ class Tree:
         """What has changed since the last call. Never blocks."""
         changes = Changes(self._again, set())
         self._again = set()
-        rescan = False
+        rescan = "" in self.problems
         for event in self._inotify.read(timeout=0):
             if event.mask & flags.Q_OVERFLOW:
                 rescan = True
@@ -245,7 +254,10 @@ class Tree:
             self.going.clear()
             words = f"cannot be read: {_LIMITS.get(gone.errno or 0, gone.strerror)}"
             words = "is gone" if isinstance(gone, FileNotFoundError) else words
-            self.problems[""] = Problem(self.root, f"the directory {words}; what it said before stays in force")
+            self.problems[""] = Problem(
+                printable(self.root), f"the directory {words}; what it said before stays in force"
+            )
+            self._timer.arm(_LATER)
             return
         for path, signature in found.items():
             if self._files.get(path) != signature and path not in self.being_written:
@@ -280,7 +292,8 @@ class Tree:
             except FileNotFoundError:
                 continue  # it went while we looked; there is an event for that
             except OSError as error:
-                self.problems[path] = Problem(path, f"cannot be read: {_LIMITS.get(error.errno or 0, error.strerror)}")
+                words = f"cannot be read: {_LIMITS.get(error.errno or 0, error.strerror)}"
+                self.problems[path] = Problem(printable(path), words)
 
     def _watch(self, full: str, mask: int) -> int:
         return int(self._inotify.add_watch(full, mask))

@@ -475,6 +475,23 @@ def test_the_directory_itself_is_deleted(directory: Path, start: Start) -> None:
     assert follower.problems() == []
 
 
+def test_the_directory_goes_and_returns_with_its_parent(tmp_path: Path) -> None:
+    """No event tells of that."""
+    directory = tmp_path / "parent" / "manifests"
+    directory.mkdir(parents=True)
+    (directory / "a.yaml").write_text(manifest(ip=A))
+    follower = Follower(directory)
+    (tmp_path / "parent").rename(tmp_path / "away")
+    directory.parent.mkdir()
+    (directory.parent / "other").mkdir()
+    shutil.rmtree(tmp_path / "away")
+    follower.say(f"{directory}: the directory is gone")
+    directory.mkdir()
+    (directory / "a.yaml").write_text(manifest(ip=B))
+    follower.follow(web=B)
+    follower.source.close()
+
+
 def test_links_in_a_circle(directory: Path, start: Start) -> None:
     (directory / "sub").mkdir()
     (directory / "sub" / "up").symlink_to(directory)
@@ -623,6 +640,16 @@ def test_one_line_for_each_problem(directory: Path, start: Start) -> None:
         'sub/x.yaml document 3: Service default/bad: spec.clusterIPs[0]: Invalid value: "10.0.0": '
         "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
     ]
+
+
+def test_any_name_and_any_text_fit_on_one_line(directory: Path, start: Start) -> None:
+    with open(os.fsencode(directory) + b"/a\n\xff.yaml", "w") as file:
+        file.write(manifest().replace("spec:", '"spec\\n\\e": 1\nspec:'))
+    (problem,) = start().problems()
+    assert (
+        problem
+        == 'a\ufffd\ufffd.yaml document 1: Service default/web: unknown field "spec\ufffd\ufffd", did you mean "spec"?'
+    )
 
 
 def test_one_object_in_two_files(directory: Path, start: Start) -> None:
