@@ -39,7 +39,7 @@ class Node(RuleBasedStateMachine):
         return self.random.choice(ERRORS) if self.random.random() < self.rate else 0
 
     def _daemon(self) -> Writer:
-        return Writer(FaultyMaps(self.maps, self._fails), FACTS, time.monotonic)
+        return Writer(FaultyMaps(self.maps, self._fails), FACTS, time.monotonic, part=self.random.choice((2, 100)))
 
     @initialize(seed=st.integers(0, 2**32 - 1))
     def seed(self, seed: int) -> None:

@@ -51,9 +51,10 @@ def test_every_prefix_is_sound(history: list[RouteTable]) -> None:
 @settings(max_examples=30)
 @given(st.lists(tables(), min_size=2, max_size=8))
 def test_every_prefix_is_sound_where_numbers_are_scarce(history: list[RouteTable]) -> None:
-    """Invariant: the same where maps are so small that freed slots and ids are taken again at once."""
+    """Invariant: the same where maps are so small that freed slots and ids are taken again at once, and where
+    a sync is written in many parts."""
     watch = Watch({"backends": 124, "slots": 120, "names": 13})
-    writer = Writer(watch.maps, FACTS, time.monotonic)
+    writer = Writer(watch.maps, FACTS, time.monotonic, part=2)
     for routes in history:
         watch.sync(writer, routes)
 

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from ebpflb.dataplane import Report
@@ -34,7 +34,7 @@ from ebpflb.dataplane.bpf.tables import (
 )
 from ebpflb.diff import diff
 from ebpflb.model import Problem
-from ebpflb.routes import Frontend, Locality, RouteTable
+from ebpflb.routes import Frontend, Locality, RouteTable, Scope
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ NODE = "node"
 
 _COLD = 1000
 """Frontends from which on a sync pauses the garbage collector: it would walk every new row again and again."""
+
+PART = 2048
+"""Frontends that are planned and written at a time: what a plan holds in memory is theirs."""
 
 _CHUNK = 4096
 
@@ -90,10 +93,12 @@ def _read_backends(maps: Maps) -> bytes:
 
 
 class Writer:
-    """One process's hold on the maps. `facts` go into the settings; `clock` counts seconds from anywhere."""
+    """One process's hold on the maps. `facts` go into the settings; `clock` counts seconds from anywhere; `part` is how
+    many frontends are planned and written at a time."""
 
-    def __init__(self, maps: Maps, facts: NodeFacts, clock: Callable[[], float]) -> None:
+    def __init__(self, maps: Maps, facts: NodeFacts, clock: Callable[[], float], part: int = PART) -> None:
         self._maps = maps
+        self._part = part
         self._facts = facts
         self._clock = clock
         self._ledger: Ledger | None = None
@@ -175,7 +180,7 @@ class Writer:
 
     # ---- One sync, step by step
 
-    def _write(self, ledger: Ledger, routes: RouteTable, frontends: Iterable[Frontend], tally: Tally) -> None:
+    def _write(self, ledger: Ledger, routes: RouteTable, frontends: Collection[Frontend], tally: Tally) -> None:
         try:
             self._write_steps(ledger, routes, frontends, tally)
         except BaseException:
@@ -185,16 +190,20 @@ class Writer:
         if tally.written or tally.removed or tally.failed:
             self._sound = b""
 
-    def _write_steps(self, ledger: Ledger, routes: RouteTable, frontends: Iterable[Frontend], tally: Tally) -> None:
+    def _write_steps(self, ledger: Ledger, routes: RouteTable, frontends: Collection[Frontend], tally: Tally) -> None:
         self._retry = set()
         self._write_locality(routes.locality, tally)
-        change = ledger.prepare(routes, frontends)
-        for frontend, service, reason in change.refused:
-            self._retry.add(frontend)
-            tally.refuse(str(service), reason)
-        self._write_new(ledger, change, tally)
-        self._remove_frontends(ledger, change, tally)
-        self._put_frontends(ledger, change, tally)
+        for part in _parts(routes, frontends, self._part):
+            failed = tally.failed
+            change = ledger.prepare(routes, part)
+            for frontend, service, reason in change.refused:
+                self._retry.add(frontend)
+                tally.refuse(str(service), reason)
+            self._write_new(ledger, change, tally)
+            self._remove_frontends(ledger, change, tally)
+            self._put_frontends(ledger, change, tally)
+            if tally.failed != failed:
+                ledger.sweep()  # the next part must not build on what could not be written
         ledger.sweep()
         self._write_stale(ledger, tally)
 
@@ -359,6 +368,19 @@ class Writer:
         if error in (errno.E2BIG, errno.ENOSPC):
             return f"the map {table} is full ({self._maps.capacity[table]} entries)"
         return f"the kernel refused a row of the map {table}: {os.strerror(error)}"
+
+
+def _parts(routes: RouteTable, frontends: Collection[Frontend], size: int) -> Iterator[Collection[Frontend]]:
+    """`frontends` in parts of at most `size`; where there are several, those that go come first, since
+    a full map needs their room."""
+    if len(frontends) <= size:
+        yield frontends
+        return
+    gone = [key for key in frontends if (key, Scope.INTERNAL) not in routes and (key, Scope.EXTERNAL) not in routes]
+    stay = set(frontends).difference(gone)
+    for listed in (gone, list(stay)):
+        for at in range(0, len(listed), size):
+            yield listed[at : at + size]
 
 
 def _digest(raw: RawTables) -> bytes:
