@@ -28,7 +28,7 @@ from ebpflb.model import Problem
 _SOON = 0.002
 
 # Seconds after which a directory that was gone is looked for again, where no event tells of its return.
-_LATER = 1.0
+_LATER = 0.5
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
