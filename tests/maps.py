@@ -13,7 +13,7 @@ from ebpflb.dataplane.bpf.layouts import SIZES, U32
 from ebpflb.dataplane.bpf.maps import Maps
 
 ARRAYS = ("slots", "backends", "settings")
-TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings")
+TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings", "flows")
 
 CAPACITY = {
     "frontends": 1000,
@@ -23,6 +23,7 @@ CAPACITY = {
     "sources": 200,
     "ranges": 200,
     "settings": 1,
+    "flows": 100,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from ebpflb.routes import (
     Scope,
     ServicePortName,
     Verdict,
+    packed,
 )
 from tests.maps import FakeMaps
 from tests.tables import FACTS, interpret, left_over, settings_of
@@ -376,6 +378,42 @@ def test_inspector_speaks_of_services() -> None:
     ]
     with pytest.raises(UserError, match="dump nonsense"):
         inspector.tables("nonsense")
+
+
+def test_a_flow_is_one_item_of_up_to_four_rows() -> None:
+    """Client, frontend, backend and masquerade come from different rows; the last use of any of them counts."""
+    maps = FakeMaps()
+    writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1)))))
+    client, to, pod, node = (packed(text) for text in ("203.0.113.9", "172.30.0.1", "10.180.0.1", "192.168.0.2"))
+    ports = {name: socket.htons(port) for name, port in (("client", 40000), ("to", 80), ("pod", 8080), ("node", 1500))}
+    now = 2**32 + 10_000 * 250
+
+    def row(key: tuple[object, ...], value: tuple[object, ...]) -> None:
+        maps.put("flows", layouts.FLOW_KEY.pack(*key, 0), layouts.FLOW.pack(*value))
+
+    row(
+        (client, to, ports["client"], ports["to"], 6, 0),
+        (pod, ports["pod"], ports["client"], 0, 4, 0, 1, 1, now - 5000, now - 25_000),
+    )
+    row(
+        (client, pod, ports["client"], ports["pod"], 6, 1),
+        (node, ports["node"], ports["pod"], 1, 4, 0, 1, 1, now - 2500, now - 25_000),
+    )
+    row(
+        (pod, node, ports["pod"], ports["node"], 6, 0), (client, ports["client"], ports["pod"], 2, 4, 0, 1, 1, now, now)
+    )
+    (flow,) = Inspector(maps, (), lambda: now & 0xFFFFFFFF).tables("flows")
+    assert flow == {
+        "protocol": "TCP",
+        "client": "203.0.113.9:40000",
+        "frontend": "172.30.0.1:80",
+        "backend": "10.180.0.1:8080",
+        "source": "192.168.0.2:1500",
+        "service": {"namespace": "default", "name": "web", "port": "http"},
+        "state": "open",
+        "idleSeconds": 10.0,
+        "ageSeconds": 100.0,
+    }
 
 
 def test_every_fake_table_has_a_size() -> None:
