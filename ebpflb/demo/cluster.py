@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ebpflb.demo import namespaces, network
-from ebpflb.demo.daemon import Daemon
+from ebpflb.demo.daemon import Daemon, environment
 from ebpflb.demo.manifests import Manifests
 from ebpflb.demo.manifests import node as node_manifest
 from ebpflb.demo.network import Addresses, Cni, Join
@@ -242,10 +242,12 @@ class Cluster:
         self._processes.append(process)
         return process
 
-    def run(self, where: Place, argv: Sequence[str], timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, where: Place, argv: Sequence[str], timeout: float = 30, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program somewhere to its end, at most `timeout` seconds long; its output is text."""
         with namespaces.spawn(
-            where.namespace, where.cgroup, argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            where.namespace, where.cgroup, argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
         ) as process:
             try:
                 output, errors = process.communicate(timeout=timeout)
@@ -271,7 +273,7 @@ class Cluster:
 
     def ebpflb(self, node: str, *words: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """Run an `ebpflb` command on a node."""
-        return self.run(self.nodes[node], [sys.executable, "-m", "ebpflb", *words], timeout)
+        return self.run(self.nodes[node], [sys.executable, "-m", "ebpflb", *words], timeout, environment())
 
     def daemon_options(self, node: str) -> tuple[str, ...]:
         """The options by which a node's daemon runs; `plan` and `verify` take the same."""

@@ -17,8 +17,10 @@ import ebpflb
 from ebpflb.demo import namespaces
 from ebpflb.errors import EbpflbError
 
-# A checkout that nobody installed must work as well.
-_ENVIRONMENT = {"PYTHONPATH": str(Path(ebpflb.__file__).resolve().parents[1])}
+
+def environment() -> dict[str, str]:
+    """In which `python -m ebpflb` is this very ebpflb, also in a checkout that nobody installed."""
+    return {**os.environ, "PYTHONPATH": str(Path(ebpflb.__file__).resolve().parents[1])}
 
 
 class Daemon:
@@ -31,7 +33,7 @@ class Daemon:
         with log.open("ab") as file:
             argv = [sys.executable, "-m", "ebpflb", "run", *options]
             self._process = namespaces.spawn(
-                namespace, cgroup, argv, stdout=file, stderr=file, env={**os.environ, **_ENVIRONMENT}
+                namespace, cgroup, argv, stdout=file, stderr=file, env=environment()
             )
 
     @property
@@ -48,7 +50,7 @@ class Daemon:
         argv = [sys.executable, "-m", "ebpflb", "status", "--wait", f"{seconds:.1f}"]
         with namespaces.spawn(
             self._namespace, self._cgroup, argv,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(),
         ) as status:  # fmt: skip
             while True:
                 try:

@@ -19,12 +19,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
+import msgspec
+
 from ebpflb.decide import Decision, Packet, decide
 from ebpflb.demo.cluster import Cluster, Node, Place
 from ebpflb.demo.manifests import Manifest
 from ebpflb.demo.network import Cni, Join
 from ebpflb.model import Protocol
-from ebpflb.routes import RouteTable
+from ebpflb.routes import RouteTable, in_cidr
 from tests.box.clients import Clients, Target
 from tests.box.expect import Expectation
 from tests.box.kernel import Kernel
@@ -44,6 +46,7 @@ PROTOCOLS = ("TCP", "UDP")
 CLUSTER_IPS, EXTERNAL_IPS = "172.30.0", "192.168.99"
 LOAD_BALANCER_IPS = {"node1": "1.2.3", "node2": "5.6.7", "node3": "9.10.11"}
 NODE_PORTS = 30_000
+LOOPBACKS = ("127.0.0.1", "::1")
 
 WEB = (Port(80, "TCP", "http", target=TARGET), Port(80, "UDP", "http-udp", target=TARGET))
 
@@ -162,16 +165,13 @@ class ServiceInBox:
             backend = ready(backend)
         place = self._box.place(backend.address)
         node = self._box.node_of(backend.address)
-        found = [
-            Member(address, node, backend.ready, backend.serving, backend.terminating, backend.zones)
-            for address in place.addresses
-        ]
+        found = [msgspec.structs.replace(backend, address=address, node=node) for address in place.addresses]
         return found[0], found[1]
 
 
-def ready(place: str, *, zones: tuple[str, ...] = ()) -> Member:
+def ready(place: str, *, zones: tuple[str, ...] = (), nodes: tuple[str, ...] = ()) -> Member:
     """An endpoint that serves; the box turns the place's name into its addresses."""
-    return Member(place, zones=zones)
+    return Member(place, zones=zones, nodes=nodes)
 
 
 def unready(place: str) -> Member:
@@ -199,6 +199,7 @@ class Box:
         self.cluster = Cluster(nodes, cni=cni, join=join, options=options, hairpin=hairpin)
         self.services: dict[str, ServiceInBox] = {}
         self.expectations: list[Expectation] = []
+        self.wanted: dict[str, RouteTable] = {}  # by node, as of the last `settle`
         self._stack = ExitStack()
         self._numbers = 0
         self._client_ports = itertools.count(10_000)
@@ -245,6 +246,11 @@ class Box:
     def address(self, name: str, family: str) -> str:
         """A place's address."""
         return self.place(name).addresses[family == "ipv6"]
+
+    def name_of(self, address: str) -> str:
+        """Of the place with this address; the address itself if there is none."""
+        places = (self.cluster.outside, *self.cluster.nodes.values(), *self.cluster.pods.values())
+        return next((place.name for place in places if address in place.addresses), address)
 
     def addresses_of(self, name: str) -> frozenset[str]:
         """Every address that a place has, in both families; of a node those of its bridge and overlay too."""
@@ -300,7 +306,7 @@ class Box:
         """Wait until these nodes' kernels (None: all) hold exactly what policy makes of the manifests."""
         deadline = time.monotonic() + SLO
         for node in self.cluster.nodes if nodes is None else nodes:
-            wanted = self.kernel.wanted(node)
+            wanted = self.wanted[node] = self.kernel.wanted(node)
             while (held := self.kernel.held(node)) != wanted:
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{node} does not hold what it should:\n{_difference(wanted, held)}")
@@ -341,11 +347,23 @@ class Box:
         if wrong:
             raise AssertionError("\n".join(lines))
 
-    def decision(self, node: str, client: str, to: Target, protocol: str = "TCP") -> Decision:
-        """What the reference says that `node` does with this client's packet."""
-        source = self.place(client).addresses[":" in to.address]
-        packet = Packet(source, to.address, to.port, Protocol[protocol])
-        return decide(self.kernel.wanted(node), packet)
+    def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
+        """What the reference says at the node where this client's packet is first looked at."""
+        node = self._entry(to.address) if client == "outside" else self.node_of(client)
+        packet = Packet(self.place(client).addresses[":" in to.address], to.address, to.port, Protocol[protocol])
+        if to.address in LOOPBACKS and client not in self.cluster.nodes:  # the pod's own
+            packet = msgspec.structs.replace(packet, destination="0.0.0.0")
+        return decide(self.wanted[node], packet)
+
+    def _entry(self, address: str) -> str:
+        """The node to which the network brings a packet from outside."""
+        for name, node in self.cluster.nodes.items():
+            if address in node.addresses:
+                return name
+        for name, prefix in LOAD_BALANCER_IPS.items():
+            if in_cidr(address, f"{prefix}.0/24") or in_cidr(address, v6(f"{prefix}.0") + "/64"):
+                return name
+        return "node1"
 
 
 def _difference(wanted: RouteTable, held: RouteTable) -> str:

@@ -7,7 +7,8 @@
 Rules of this file: `check` tries everything and prints the whole matrix, with what is WRONG marked. Each expectation
 is tried over every protocol of the box. "Reaches" means all of these and nobody else, by enough tries (20 for each
 backend: one of them is missed by chance less than once in 10^8). "Dropped" needs three proofs: silence, the drop
-counter of the node, and a control connection of the same client that worked meanwhile.
+counter of the node, and a control connection of the same client that worked meanwhile. What the test's author wants is
+also compared with what `decide` says at the node where the client's packet is first looked at.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ebpflb.decide import Decision, Outcome
 from ebpflb.demo.cluster import Place
 from tests.box.clients import Answer, Clients, Nothing, Target
 
 TRIES = 20
-SILENCE = 0.4  # seconds; an answer takes less than one thousandth of that
+SILENCE = 0.25  # seconds; an answer takes less than one hundredth of that
 
 
 class Want(enum.Enum):
@@ -42,8 +44,14 @@ class World(Protocol):
     def addresses_of(self, name: str) -> frozenset[str]:
         """Every address that a place has."""
 
+    def name_of(self, address: str) -> str:
+        """Of the place with this address."""
+
     def drops(self, node: str) -> int:
         """How much a node has dropped so far by a verdict."""
+
+    def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
+        """What the reference says at the node where this client's packet is first looked at."""
 
     def control(self, client: str, family: int) -> tuple[str, Target]:
         """A server that this client reaches without any Service, and where."""
@@ -109,7 +117,8 @@ class Expectation:
             raise ValueError(f"nothing is expected of {self._client} -> {self._to}")
         lines = []
         for protocol in self._protocols:
-            right, seen = attempts[self._want](protocol)
+            disagreement = self._disagreement(protocol)
+            right, seen = attempts[self._want](protocol) if not disagreement else (False, disagreement)
             wanted = f"{self._want.value} {', '.join(self._servers)}".strip()
             if self._source:
                 wanted += f" as {self._source}"
@@ -117,6 +126,24 @@ class Expectation:
                 f"{'right' if right else 'WRONG'}  {self._client} -> {self._to}/{protocol}  {wanted}; got {seen}"
             )
         return lines
+
+    def _disagreement(self, protocol: str) -> str:
+        """In which way the reference wants something else than the test; "" if it does not."""
+        decision = self._world.first_decision(self._client, self._to, protocol)
+        if self._want is Want.ANSWER:
+            if decision.verdict is Outcome.NOT_SERVICE:
+                # Another node's address, or no Service at all: it is looked at there, or nowhere.
+                return ""
+            wanted = set(self._servers)
+            found = {self._world.name_of(candidate.backend.address) for candidate in decision.candidates}
+            return "" if wanted == found else f"a disagreement: decide says {decision.verdict.name} to {sorted(found)}"
+        fitting = {
+            Want.REFUSED: {Outcome.REJECT, Outcome.NOT_SERVICE},
+            Want.DROPPED: {Outcome.DROP},
+            Want.UNANSWERED: {Outcome.REJECT, Outcome.DROP, Outcome.NOT_SERVICE},
+            None: set(),
+        }[self._want]
+        return "" if decision.verdict in fitting else f"a disagreement: decide says {decision.verdict.name}"
 
     def _answered(self, protocol: str) -> tuple[bool, str]:
         place = self._world.place(self._client)

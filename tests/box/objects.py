@@ -29,6 +29,7 @@ class Member(msgspec.Struct, frozen=True):
     serving: bool | None = None
     terminating: bool = False
     zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
 def service(name: str, ports: Iterable[Port], addresses: Iterable[str], spec: Mapping[str, object]) -> Manifest:
@@ -78,6 +79,11 @@ def _endpoint(member: Member) -> Manifest:
     }
     if member.node:
         found["nodeName"] = member.node
-    if member.zones:
-        found["hints"] = {"forZones": [{"name": zone} for zone in member.zones]}
+    hints = {
+        key: [{"name": name} for name in names]
+        for key, names in (("forZones", member.zones), ("forNodes", member.nodes))
+        if names
+    }
+    if hints:
+        found["hints"] = hints
     return found

@@ -262,6 +262,24 @@ def test_should_create_services_and_serve_on_different_service_cidrs(box: Box, f
     box.check()
 
 
+@pytest.mark.parametrize("only", ["ipv4", "ipv6"])
+def test_should_create_a_single_stack_service(box: Box, only: str, pod: str) -> None:
+    web = box.prepare("b1", kinds=["NodePort"])
+    manifest = web.manifest()
+    address = web.cluster_ip(only).address
+    manifest["spec"] |= {  # type: ignore[operator]
+        "clusterIP": address, "clusterIPs": [address], "ipFamilies": [only.replace("ipv", "IPv")],
+    }  # fmt: skip
+    box.cluster.manifests.write(web.name, manifest, *web.slices())
+    box.settle()
+    other = {"ipv4": "ipv6", "ipv6": "ipv4"}[only]
+    box.expect(pod, to=web.cluster_ip(only)).reaches("b1").sees_source(pod)
+    box.expect("outside", to=web.node_port("node1", only)).reaches("b1").sees_source("node1")
+    box.expect(pod, to=web.cluster_ip(other)).unanswered()
+    box.expect("outside", to=web.node_port("node1", other)).refused()
+    box.check()
+
+
 def test_a_backend_that_is_removed_keeps_the_connections_it_has(box: Box, family: str, pod: str) -> None:
     web = box.service("b1")
     with box.clients.converse(box.place(pod), web.cluster_ip(family), "TCP") as conversation:

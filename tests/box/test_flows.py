@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.box.box import SLO, Box, ServiceInBox, unready
+from tests.box.box import SLO, TARGET, Box, ServiceInBox, unready
 from tests.box.clients import Answer, Target, about
 from tests.box.sockets import family_of
 
@@ -157,6 +157,25 @@ def test_should_be_able_to_preserve_udp_traffic_through_a_new_socket_with_the_sa
         web.endpoints(server)
         answer = box.clients.ask(box.place(pod), web.cluster_ip(family), "UDP", port=port)
         assert isinstance(answer, Answer) and answer.server == server, answer
+
+
+def test_a_connected_datagram_socket_whose_backend_goes(box: Box, family: str, pod: str) -> None:
+    """On the way of packets its flow moves on by itself. At a socket it is connected to the backend, as TCP would be:
+    it is served for as long as that answers, hears of it when nobody listens there, and connects anew."""
+    web = box.service("b2")
+    with box.clients.converse(box.place(pod), web.cluster_ip(family), "UDP") as conversation:
+        assert conversation.ask().server == "b2"
+        web.endpoints("c1")
+        assert conversation.ask().server == ("b2" if pod == "a1" else "c1")
+        box.servers.stop("b2", TARGET)
+        try:
+            if pod == "a1":
+                with pytest.raises(ConnectionRefusedError):
+                    conversation.ask()
+                conversation.socket.connect(web.cluster_ip(family))
+            assert conversation.ask().server == "c1"
+        finally:
+            box.servers.serve(box.place("b2"), TARGET)
 
 
 def test_one_client_port_to_two_services_with_the_same_backend(box: Box, family: str) -> None:
