@@ -75,6 +75,8 @@ def writer(maps: FakeMaps) -> Writer:
         ("settings", layouts.SETTINGS),
         ("flow_key", layouts.FLOW_KEY),
         ("flow", layouts.FLOW),
+        ("socket_key", layouts.SOCKET_KEY),
+        ("socket_value", layouts.SOCKET_VALUE),
     ],
 )
 def test_packers_have_the_size_of_their_rows(name: str, packer: struct.Struct) -> None:

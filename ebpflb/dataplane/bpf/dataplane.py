@@ -27,6 +27,7 @@ from ebpflb.dataplane.bpf.inspect import Inspector
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, REQUIRED, SIZES, check_layouts, size_of
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
+from ebpflb.dataplane.bpf.sockets import Orphans
 from ebpflb.dataplane.bpf.tables import NodeFacts, Reading
 from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
@@ -73,6 +74,7 @@ class BpfDataplane:
         self._programs: Programs | None = None
         self._devices: Devices | None = None
         self._writer: Writer | None = None
+        self._orphans: Orphans | None = None
         self._attached = False
 
     # ---- Before anything is touched
@@ -138,13 +140,15 @@ class BpfDataplane:
             low, high = facts.snat_ports()
             known = NodeFacts(cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high)
             self._programs, self._devices = programs, edges
+            self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))
             self._writer = Writer(KernelMaps(programs.maps), known, self._clock)
+            self._writer.gone_udp = self._orphans.end
             try:
                 # New maps are empty. Where older programs are attached, these serve until the rows are in.
                 if not (fresh and self._was_attached()):
                     self._attach()
             except BaseException:
-                self._programs = self._devices = self._writer = None
+                self._programs = self._devices = self._writer = self._orphans = None
                 raise
             stack.pop_all()
 
@@ -200,6 +204,11 @@ class BpfDataplane:
     def devices(self) -> Devices | None:
         """The devices to watch (`fileno`, `handle`) and their problems; None before `start`."""
         return self._devices
+
+    @property
+    def orphans(self) -> Orphans | None:
+        """Who ends sockets of backends that have gone; None before `start`."""
+        return self._orphans
 
     # ---- Looking
 
@@ -272,11 +281,13 @@ class BpfDataplane:
 
     def close(self) -> None:
         """Let go of all descriptors; what is installed stays and serves."""
+        if self._orphans is not None:
+            self._orphans.close()
         if self._devices is not None:
             self._devices.close()
         if self._programs is not None:
             self._programs.close()
-        self._programs = self._devices = self._writer = None
+        self._programs = self._devices = self._writer = self._orphans = None
         self._attached = False
 
 

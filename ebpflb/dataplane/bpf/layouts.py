@@ -112,6 +112,8 @@ RANGE_KEY = struct.Struct("=II16s")
 SETTINGS = struct.Struct("=QQQIIHH4x16sB7x")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
 FLOW = struct.Struct("=16sHHBBHIIQQ")
+SOCKET_KEY = struct.Struct("=Q16sHBB4x")
+SOCKET_VALUE = struct.Struct("=16sH2xII4xQ")
 U32 = struct.Struct("=I")
 
 _PLAIN = {"u32": 4, "u64": 8}

@@ -137,6 +137,8 @@ class Ledger:
         self.stale_names: set[int] = set()
         self.stale_ranges: dict[int, list[bytes]] = {}
         self.stale_frontends: set[bytes] = set()
+        self.gone_udp: set[int] = set()
+        """Backends of UDP Services that nobody uses any more; for the writer to take."""
 
     # ---- Taking over what the kernel holds
 
@@ -480,7 +482,10 @@ class Ledger:
 
     def _retire(self, slots: BackendSlots) -> None:
         self._drop_set(slots)
-        self.stale_backends.update(self._unused(slots))
+        rows = self._unused(slots)
+        self.stale_backends.update(rows)
+        if self._by_id[slots.service].key[1] == Protocol.UDP:
+            self.gone_udp.update(number for number, row in rows.items() if row is FREE)
 
     def _unused(self, slots: BackendSlots) -> dict[int, bytes]:
         """The rows that backends get when `slots`, already out of its service, has gone: FREE, or no longer active."""

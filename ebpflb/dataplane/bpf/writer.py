@@ -98,6 +98,8 @@ class Writer:
 
     def __init__(self, maps: Maps, facts: NodeFacts, clock: Callable[[], float], part: int = PART) -> None:
         self._maps = maps
+        self.gone_udp: Callable[[Collection[int]], None] = lambda backends: None
+        """Told, after each sync, of the UDP backends that have gone, by id."""
         self._part = part
         self._facts = facts
         self._clock = clock
@@ -206,6 +208,9 @@ class Writer:
                 ledger.sweep()  # the next part must not build on what could not be written
         ledger.sweep()
         self._write_stale(ledger, tally)
+        if ledger.gone_udp:
+            gone, ledger.gone_udp = ledger.gone_udp, set()
+            self.gone_udp(gone)
 
     def _write_locality(self, locality: Locality, tally: Tally) -> None:
         if locality == self._locality:
