@@ -12,6 +12,6 @@ def run_demo(keep: bool = False, clean: bool = False) -> int:
 
     `keep` leaves the cluster standing; `clean` only removes one that was kept. Raises UserError if it cannot begin.
     """
-    from ebpflb.demo.story import remove_kept, tell
+    from ebpflb.demo.ends import remove_kept, tell
 
     return remove_kept() if clean else tell(keep)

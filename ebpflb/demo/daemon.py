@@ -32,9 +32,7 @@ class Daemon:
         self._cgroup = cgroup
         with log.open("ab") as file:
             argv = [sys.executable, "-m", "ebpflb", "run", *options]
-            self._process = namespaces.spawn(
-                namespace, cgroup, argv, stdout=file, stderr=file, env=environment()
-            )
+            self._process = namespaces.spawn(namespace, cgroup, argv, stdout=file, stderr=file, env=environment())
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import msgspec
 
@@ -30,6 +31,8 @@ NEEDED = {
     "unshare": "util-linux",
 }
 
+SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+
 DATABASE = "shop"
 DATABASE_USER = "demo"
 DOMAIN = "cluster.local"
@@ -44,9 +47,7 @@ class Server(msgspec.Struct, frozen=True):
 
 def check_installed() -> None:
     """Raises UserError naming the packages that lack."""
-    # Debian keeps servers where an unprivileged user's PATH does not look.
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    lacking = sorted({package for program, package in NEEDED.items() if shutil.which(program, path=path) is None})
+    lacking = sorted({package for program, package in NEEDED.items() if shutil.which(program) is None})
     if lacking:
         raise UserError(f"the demo's servers and clients are not all installed: apt-get install {' '.join(lacking)}")
 
@@ -172,7 +173,10 @@ def start(cluster: Cluster, pod: Pod, server: Server, log: Path) -> Callable[[fl
     def wait(seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while True:
-            probe = cluster.run(pod, server.probe, timeout=seconds)
+            try:
+                probe = cluster.run(pod, server.probe, timeout=seconds)
+            except TimeoutExpired as error:
+                raise EbpflbError(f"{server.argv[0]} in pod {pod.name} takes questions and answers none") from error
             if probe.returncode == 0 and probe.stdout.strip():
                 return
             if process.poll() is not None or time.monotonic() > deadline:

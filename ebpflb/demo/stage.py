@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 import yaml
@@ -155,9 +155,12 @@ class Stage:
     # ---- Clients ----
 
     def ask(self, where: Place, *argv: str, timeout: float = 20) -> CompletedProcess[str]:
-        """Run a client; in a pod it sees the pod's resolv.conf."""
+        """Run a client; in a pod it sees the pod's resolv.conf. Raises EbpflbError if it takes too long."""
         words = servers.in_pod_view(self._directory("etc"), argv) if isinstance(where, Pod) else argv
-        return self.cluster.run(where, words, timeout)
+        try:
+            return self.cluster.run(where, words, timeout)
+        except TimeoutExpired:
+            raise EbpflbError(f"{argv[0]} had no answer after {timeout:.0f} s") from None
 
     def probe(self, where: Place, url: str) -> Probe:
         """Ask a URL without end, until the Probe is stopped."""

@@ -81,7 +81,7 @@ def test_an_interruption_leaves_nothing(number: signal.Signals, moment: str) -> 
 def test_without_root_it_says_so() -> None:
     # A user without privileges may not be able to read this checkout, so that the process drops them once it is loaded.
     script = (
-        "import os, sys; import ebpflb.cli, ebpflb.demo.story; os.setgid(65534); os.setuid(65534);"
+        "import os, sys; import ebpflb.cli, ebpflb.demo.ends; os.setgid(65534); os.setuid(65534);"
         "sys.argv = ['ebpflb', 'demo']; sys.exit(ebpflb.cli.main())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)

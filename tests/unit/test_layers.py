@@ -91,7 +91,14 @@ CONFINED = {
     "bcc": {"dataplane.bpf.compile"},  # it costs 75 MB: only a child process may
     "kubernetes": {"source.kube"},
     "pyroute2": set(),  # rtnetlink is spoken with `struct`
-    "subprocess": {"dataplane.bpf.artifact", "demo.cluster", "demo.daemon", "demo.namespaces", "demo.stage"},
+    "subprocess": {
+        "dataplane.bpf.artifact",
+        "demo.cluster",
+        "demo.daemon",
+        "demo.namespaces",
+        "demo.servers",
+        "demo.stage",
+    },
 }
 
 # What a dataplane may know of Kubernetes: words for addresses and names, never an object.
