@@ -130,6 +130,8 @@ def read(data: bytes, *, is_json: bool = False) -> Content:
             _take(form, f"document {number}", "", entries, remarks)
     except msgspec.DecodeError as error:
         raise SourceError(f"cannot be parsed: {error}") from error
+    except UnicodeEncodeError as error:
+        raise SourceError("not text in Unicode: half a surrogate pair") from error
     except RecursionError as error:
         raise SourceError("cannot be parsed: it is nested too deeply") from error
     return Content(entries, tuple(remarks))
@@ -207,10 +209,12 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+|\.inf|\.nan)$"), list("-+.0123456789")
+    _INT, re.compile(r"[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
-    _INT, re.compile(r"[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+    _FLOAT,
+    re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
 )
 
 
