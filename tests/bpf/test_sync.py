@@ -276,6 +276,19 @@ def test_audit_attaches_again_what_somebody_detached(node: Node) -> None:
     assert len(dataplane.inventory()) == len(before)
 
 
+def test_audit_pins_again_what_somebody_unpinned(node: Node) -> None:
+    """Whoever reads or restarts then finds the tables that are in force."""
+    routes = table(2)
+    dataplane = node.started()
+    dataplane.sync(routes)
+    (node.bpffs / pins.MAPS / "frontends").unlink()
+    (node.bpffs / pins.PROGRAMS / "tc_egress").unlink()
+    assert dataplane.audit().written == 2
+    assert node.dataplane().state() == routes
+    fresh = node.restarted().sync(routes)
+    assert (fresh.written, fresh.removed) == (0, 0)
+
+
 def test_other_maps_are_filled_before_anything_runs_on_them(node: Node) -> None:
     """An upgrade that makes new maps: the old programs serve from the old maps until the rows are in the new ones."""
     routes = table(3)

@@ -175,7 +175,7 @@ class BpfDataplane:
         report = self._started().audit()
         assert self._programs is not None and self._devices is not None
         try:
-            changed = self._programs.attach() + self._devices.audit()
+            changed = self._programs.repin() + self._programs.attach() + self._devices.audit()
         except (EbpflbError, OSError) as error:
             return _with_problem(report, str(error))
         if changed:

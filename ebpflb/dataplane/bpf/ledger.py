@@ -249,8 +249,7 @@ class Ledger:
                 if held is None and room <= 0:
                     raise Exhausted("frontends", self._capacity["frontends"])
                 protocol = frontend.protocol
-                row = self._half(internal, protocol, change, fresh)
-                row += row if external is internal else self._half(external, protocol, change, fresh)
+                row = self._row(internal, external, protocol, change, fresh)
             except (Exhausted, Refused, struct.error, OSError, OverflowError) as error:
                 for made in reversed(fresh):
                     self._forget(made, change)
@@ -265,16 +264,41 @@ class Ledger:
                     room -= 1
         return change
 
-    def _half(
+    def _row(
         self,
-        route: Route | None,
+        internal: Route | None,
+        external: Route | None,
         protocol: Protocol,
         change: Change,
         fresh: list[Service | BackendSlots | Ranges],
     ) -> bytes:
-        """One scope's half of a row. Raises Exhausted or Refused; what was made until then is in `fresh`."""
-        if route is None:
-            return ABSENT
+        """A frontend's row, of both scopes. Raises Exhausted or Refused; what was made until then is in `fresh`."""
+        first = second = ABSENT
+        if internal is not None:
+            numbers = self._numbers(internal, protocol, change, fresh)
+            first = pack_route(internal, *numbers)
+        if external is internal:
+            return first + first
+        if external is not None:
+            alike = (
+                internal is not None
+                and external.backends is internal.backends
+                and external.service == internal.service
+                and external.source_ranges == internal.source_ranges
+            )
+            if not alike:
+                numbers = self._numbers(external, protocol, change, fresh)
+            second = pack_route(external, *numbers)
+        return first + second
+
+    def _numbers(
+        self,
+        route: Route,
+        protocol: Protocol,
+        change: Change,
+        fresh: list[Service | BackendSlots | Ranges],
+    ) -> tuple[int, int, int, int, int]:
+        """What a route's half of a row refers to: service, first slot, active slots, draining slots, ranges."""
         key = (route.service, protocol)
         service = self._services.get(key)
         if service is None:
@@ -294,7 +318,7 @@ class Ledger:
                 known = self._new_ranges(route.source_ranges, change)
                 fresh.append(known)
             ranges = known.id
-        return pack_route(route, service.id, start, count, draining, ranges)
+        return service.id, start, count, draining, ranges
 
     @staticmethod
     def _find(service: Service, backends: tuple[Backend, ...]) -> BackendSlots | None:

@@ -77,6 +77,23 @@ class Programs:
         self._maps.clear()
         self._programs.clear()
 
+    def repin(self) -> int:
+        """Pin again what somebody has unpinned or replaced; how many. Raises ApplyError or UserError."""
+        pins.prepare(self._bpffs)
+        done = 0
+        for kind, held in ((pins.MAPS, self._maps), (pins.PROGRAMS, self._programs)):
+            for name, fd in held.items():
+                path = self._bpffs / kind / name
+                pinned = pins.opened(path)
+                if pinned is not None:
+                    same = _identity(kind, pinned) == _identity(kind, fd)
+                    os.close(pinned)
+                    if same:
+                        continue
+                pins.put(fd, path)
+                done += 1
+        return done
+
     def _refuse_foreign_instance(self) -> None:
         """A network namespace has its own routes: two that share a directory would undo each other's."""
         spec = self._artifact.maps.get("settings")
@@ -239,6 +256,14 @@ def _create(spec: MapSpec) -> int:
         raise ApplyError(
             pins.MAPS, spec.name, error.errno or 0, f"the map {spec.name} cannot be made: {error.strerror}"
         ) from error
+
+
+def _identity(kind: str, fd: int) -> int:
+    """The kernel's id of a map or program; 0 for something else."""
+    try:
+        return syscall.map_info(fd).id if kind == pins.MAPS else syscall.prog_info(fd).id
+    except OSError:
+        return 0
 
 
 def _same(one: int, other: int) -> bool:
