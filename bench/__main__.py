@@ -54,7 +54,7 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
             "plane": lambda here: plane(
                 here, sizes[1:], (sizes[0], sizes[-1]), 2 if quick else 5, 100 if quick else 1000, say
             ),
-            "daemon": lambda here: daemon(here, (sizes[0], sizes[-1]), 2 if quick else 4, say),
+            "daemon": lambda here: daemon(here, (sizes[0], sizes[-1]), 2 if quick else 4, 20 if quick else 200, say),
             "paths": lambda here: paths(here, 4 if quick else 12, say),
         }
         for group in groups:

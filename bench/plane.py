@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,7 +32,8 @@ from ebpflb.source import LocalAddresses, Synced, parse, wire
 from ebpflb.wiring import Intent
 
 ENDPOINTS = 10
-SPARE = "10.255.0."  # addresses that endpoint_ips never gives
+SPARE = tuple(f"10.255.0.{number}" for number in range(1, 251))
+"""Endpoints' addresses that no Service has at first."""
 
 
 def plane(
@@ -59,38 +61,66 @@ def plane(
             "s",
         )
         del services_bytes, slices_bytes
-    medians = []
-    for services in change_sizes:
-        say(f"changes at {services} Services")
-        with _dataplane(lab) as (dataplane, bpffs), _collector_off():
-            intent = _cold(dataplane, *lists(services, ENDPOINTS), services)
-            gc.freeze()
-            gc.enable()
-            times = [seconds * 1000 for seconds in _changes(dataplane, intent, bpffs, services, changes)]
-            gc.unfreeze()
-        medians.append(statistics.median(times))
-        what = f"one endpoint changes at {services:,} Services: event in memory to visible in the map"
-        yield Figure(f"change.{services}.p50", f"{what}, p50", medians[-1], "ms", tuple(times))
-        yield Figure(f"change.{services}.p99", f"{what}, p99", percentile(times, 99), "ms", (), f"of {changes}")
-    if len(medians) > 1:
-        yield Figure(
-            "change.flatness",
-            f"the same, p50 at {change_sizes[-1]:,} ÷ at {change_sizes[0]:,}",
-            medians[-1] / medians[0],
-            "",
-        )
+    yield from _change_figures(lab, change_sizes, changes, say)
+
+
+class _Series(NamedTuple):
+    """Changes that go round over the first `spread` of `services` Services, as milliseconds each."""
+
+    services: int
+    spread: int
+    changer: Iterator[float]
+    times: list[float]
+
+
+def _change_figures(lab: Lab, sizes: tuple[int, ...], changes: int, say: Callable[[str], None]) -> Iterator[Figure]:
+    """Both sizes at once, turn by turn: over as many Services in the large table as there are in the small one, which
+    is what the ratio of the sizes is taken of, and over all Services of the large one, whose rows and objects are then
+    in no cache."""
+    small, large = sizes
+    say(f"changes at {small} and {large} Services")
+    with _dataplane(lab, "client") as one, _dataplane(lab, "server") as other, _collector_off():
+        made = [
+            (dataplane, _cold(dataplane, *lists(services, ENDPOINTS), services), bpffs, services)
+            for (dataplane, bpffs), services in ((one, small), (other, large))
+        ]
+        gc.freeze()
+        gc.enable()
+        series = [
+            _Series(small, small, _changes(*made[0], small), []),
+            _Series(large, small, _changes(*made[1], small), []),
+            _Series(large, large, _changes(*made[1], large), []),
+        ]
+        for _ in range(changes):
+            for each in series:
+                each.times.append(next(each.changer) * 1000)
+        for each in series:
+            each.changer.close()  # type: ignore[attr-defined]
+        gc.unfreeze()
+    for each in series:
+        where = "" if each.spread == each.services else f", always one of the same {each.spread}"
+        what = f"one endpoint changes at {each.services:,} Services{where}: event in memory to visible in the map"
+        id = f"change.{each.services}" + (".same" if where else "")
+        yield Figure(f"{id}.p50", f"{what}, p50", statistics.median(each.times), "ms", tuple(each.times))
+        yield Figure(f"{id}.p99", f"{what}, p99", percentile(each.times, 99), "ms", (), f"of {changes}")
+    medians = [statistics.median(each.times) for each in series]
+    yield Figure(
+        "change.flatness", f"p50 at {large:,} ÷ at {small:,}, the same {small} change", medians[1] / medians[0], ""
+    )
+    yield Figure("change.spread", f"p50 at {large:,} ÷ at {small:,}, all change in turn", medians[2] / medians[0], "")
 
 
 @contextmanager
-def _dataplane(lab: Lab) -> Iterator[tuple[BpfDataplane, Path]]:
+def _dataplane(lab: Lab, place: str = "client") -> Iterator[tuple[BpfDataplane, Path]]:
     """Started, with empty maps, in a namespace without traffic."""
     bpffs = lab.bpffs()
-    with namespaces.inside(lab.namespace("plain", "client")):
-        dataplane = BpfDataplane(bpffs, lab.cgroup)
-        try:
+    dataplane = BpfDataplane(bpffs, lab.cgroup)
+    try:
+        with namespaces.inside(lab.namespace("plain", place)):
             dataplane.start()
-            yield dataplane, bpffs
-        finally:
+        yield dataplane, bpffs
+    finally:
+        with namespaces.inside(lab.namespace("plain", place)):
             dataplane.cleanup()
 
 
@@ -123,42 +153,49 @@ def _cold(dataplane: BpfDataplane, services: bytes, slices: bytes, count: int) -
     return intent
 
 
-def _changes(dataplane: BpfDataplane, intent: Intent, bpffs: Path, services: int, count: int) -> Iterator[float]:
-    """Seconds that each of `count` changes took: one endpoint of one Service is replaced by one never seen before."""
-    slots = syscall.obj_get(str(bpffs / "maps" / "slots"))
-    backends = syscall.obj_get(str(bpffs / "maps" / "backends"))
-    frontends = syscall.obj_get(str(bpffs / "maps" / "frontends"))
-    spare = (f"{SPARE}{number % 250 + 1}" for number in itertools.count())
+def _changes(dataplane: BpfDataplane, intent: Intent, bpffs: Path, services: int, spread: int) -> Iterator[float]:
+    """Seconds that each change takes: one endpoint of one of `spread` Services is replaced by one it did not have."""
+    spare = itertools.cycle(SPARE[spread % 125 :] + SPARE[: spread % 125])  # two series never write the same
     decode = msgspec.json.Decoder(wire.EndpointSlice).decode
-    try:
-        for turn in range(count):
-            number = turn * 7919 % services
+    with View(bpffs) as view:
+        for turn in itertools.count():
+            number = turn % spread * 7919 % services
             fresh = next(spare)
-            addresses = [*endpoint_ips(number, ENDPOINTS)[:-1], fresh]
-            event = bytes_of(endpoint_slice(number, addresses))
-            key = packed(cluster_ip(number)) + b"\x00\x50\x06\x00"
+            event = bytes_of(endpoint_slice(number, [*endpoint_ips(number, ENDPOINTS)[:-1], fresh]))
             begin = time.perf_counter()
             intent.apply(parse.slice_event(decode(event)))
             report = dataplane.sync(intent.routes())
-            visible = _is_visible(frontends, slots, backends, key, packed(fresh))
+            visible = view.leads_to(number, fresh)
             taken = time.perf_counter() - begin
             if not visible or not report.complete:
                 raise EbpflbError(f"a change is not in the maps: {report}")
             yield taken
-    finally:
-        for fd in (slots, backends, frontends):
+
+
+class View:
+    """The pinned maps, as a program sees them."""
+
+    def __init__(self, bpffs: Path) -> None:
+        self._fds = [syscall.obj_get(str(bpffs / "maps" / name)) for name in ("frontends", "slots", "backends")]
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds:
             os.close(fd)
 
-
-def _is_visible(frontends: int, slots: int, backends: int, key: bytes, address: bytes) -> bool:
-    """Whether the frontend's route leads to a backend with this address, by lookups from the row on."""
-    row = syscall.lookup(frontends, key, 64)
-    if row is None:
+    def leads_to(self, number: int, address: str) -> bool:
+        """Whether the route of Service `number` leads to a backend with this address, by lookups from the row on."""
+        frontends, slots, backends = self._fds
+        wanted = packed(address)
+        row = syscall.lookup(frontends, packed(cluster_ip(number)) + b"\x00\x50\x06\x00", 64)
+        if row is None:
+            return False
+        first, count = int.from_bytes(row[8:12], "little"), int.from_bytes(row[12:16], "little")
+        for slot in range(first + count - 1, first - 1, -1):
+            id = syscall.lookup(slots, slot.to_bytes(4, "little"), 4)
+            backend = syscall.lookup(backends, id, 28) if id is not None else None
+            if backend is not None and backend[:16] == wanted:
+                return True
         return False
-    first, count = int.from_bytes(row[8:12], "little"), int.from_bytes(row[12:16], "little")
-    for slot in range(first + count - 1, first - 1, -1):
-        id = syscall.lookup(slots, slot.to_bytes(4, "little"), 4)
-        backend = syscall.lookup(backends, id, 28) if id is not None else None
-        if backend is not None and backend[:16] == address:
-            return True
-    return False
