@@ -25,6 +25,9 @@ ARTIFACTS = CHECKOUT / "artifacts"
 # Markers whose tests touch the kernel.
 KERNEL_MARKERS = ("root", "bpf_load", "box")
 
+# systemd's units come and go by themselves, each with a cgroup and some with programs (sd_…).
+_SYSTEMD_CGROUP = re.compile(r"\.(slice|service|scope|mount|socket)(/|$)")
+
 # How long the kernel may take to free what was released (programs and maps go after a grace period).
 LEAK_PATIENCE_SECONDS = 10.0
 
@@ -129,11 +132,17 @@ def footprint() -> set[str]:
     found = {f"network namespace {name}" for name in _names(Path("/run/netns"))}
     hierarchy = cgroup2()
     if hierarchy:
-        found |= {f"cgroup {path}" for path, _, _ in os.walk(hierarchy)}
+        groups = {path for path, _, _ in os.walk(hierarchy) if not _SYSTEMD_CGROUP.search(path)}
+        found |= {f"cgroup {path}" for path in groups}
         for group in _bpftool("cgroup", "tree", str(hierarchy)):
-            found |= {f"attachment {group['cgroup']} program {each['id']}" for each in group["programs"]}  # type: ignore[attr-defined]
+            if group["cgroup"] in groups:
+                found |= {f"attachment {group['cgroup']} program {each['id']}" for each in group["programs"]}  # type: ignore[attr-defined]
     found |= {f"pin {Path(where, name)}" for where, _, files in os.walk("/sys/fs/bpf") for name in files}
-    found |= {f"program {each['id']} {each.get('name', '')}" for each in _bpftool("prog", "list")}
+    found |= {
+        f"program {each['id']} {each.get('name', '')}"
+        for each in _bpftool("prog", "list")
+        if not str(each.get("name", "")).startswith("sd_")
+    }
     found |= {f"map {each['id']} {each.get('name', '')}" for each in _bpftool("map", "list")}
     found |= {f"link {name}" for name in _names(Path("/sys/class/net"))}
     return found
