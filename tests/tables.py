@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ebpflb.dataplane.bpf.inspect import fields
 from ebpflb.dataplane.bpf.layouts import BACKEND, LAYOUT, SETTINGS, U32
-from ebpflb.dataplane.bpf.tables import NodeFacts
+from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.model import Protocol
 from ebpflb.routes import (
     Algorithm,

@@ -7,18 +7,14 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebpflb.dataplane.bpf.locality import NodeFacts, pack_settings, pack_sources, unpack_facts, unpack_locality
 from ebpflb.dataplane.bpf.tables import (
-    NodeFacts,
     pack_backend,
     pack_frontend,
     pack_name,
     pack_ranges,
-    pack_settings,
-    pack_sources,
     unpack_backend,
-    unpack_facts,
     unpack_frontend,
-    unpack_locality,
     unpack_name,
     unpack_ranges,
 )

@@ -14,7 +14,8 @@ from ebpflb.dataplane.bpf import layouts
 from ebpflb.dataplane.bpf.constants import POD_SOCKETS_IPV4, POD_SOCKETS_IPV6, SOURCE_NODE, SOURCE_POD
 from ebpflb.dataplane.bpf.inspect import Inspector
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, REQUIRED, SIZES, SOURCE_KEY, U32, check_layouts, size_of
-from ebpflb.dataplane.bpf.tables import pack_frontend, pack_name, pack_settings, pack_sources, unpack_network
+from ebpflb.dataplane.bpf.locality import pack_settings, pack_sources
+from ebpflb.dataplane.bpf.tables import pack_frontend, pack_name, unpack_network
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.errors import Unsupported, UserError
 from ebpflb.model import Protocol

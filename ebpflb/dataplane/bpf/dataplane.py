@@ -25,10 +25,11 @@ from ebpflb.dataplane.bpf.devices import Devices
 from ebpflb.dataplane.bpf.flatten import enumerators
 from ebpflb.dataplane.bpf.inspect import Inspector
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, REQUIRED, SIZES, check_layouts, size_of
+from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
+from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.sockets import Orphans
-from ebpflb.dataplane.bpf.tables import NodeFacts, Reading
 from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
 from ebpflb.model import Problem

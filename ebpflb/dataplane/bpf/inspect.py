@@ -26,7 +26,8 @@ from ebpflb.dataplane.bpf.layouts import (
     size_of,
 )
 from ebpflb.dataplane.bpf.maps import Maps
-from ebpflb.dataplane.bpf.tables import Reading, unpack_address, unpack_frontend, unpack_name, unpack_network
+from ebpflb.dataplane.bpf.reading import Reading
+from ebpflb.dataplane.bpf.tables import unpack_address, unpack_frontend, unpack_name, unpack_network
 from ebpflb.dataplane.bpf.writer import read_tables
 from ebpflb.errors import UserError
 from ebpflb.model import Protocol

@@ -19,19 +19,12 @@ from contextlib import contextmanager, nullcontext
 
 from ebpflb.dataplane import Report
 from ebpflb.dataplane.bpf.layouts import BACKEND, SOURCE_KEY, U32
-from ebpflb.dataplane.bpf.ledger import Change, Ledger
+from ebpflb.dataplane.bpf.ledger import Ledger
+from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, interface_fits, pack_settings, pack_sources
 from ebpflb.dataplane.bpf.maps import Maps
-from ebpflb.dataplane.bpf.tables import (
-    ONLY,
-    NodeFacts,
-    RawTables,
-    Reading,
-    interface_fits,
-    pack_frontend,
-    pack_settings,
-    pack_sources,
-    slots_end,
-)
+from ebpflb.dataplane.bpf.reading import RawTables, Reading, slots_end
+from ebpflb.dataplane.bpf.records import Change
+from ebpflb.dataplane.bpf.tables import pack_frontend
 from ebpflb.diff import diff
 from ebpflb.model import Problem
 from ebpflb.routes import Frontend, Locality, RouteTable, Scope

@@ -1,0 +1,87 @@
+"""The records of the ledger: what is in use under which number, and what one sync is to write.
+
+Rules of this file: pure data. Records hold no reference to what holds them: a ledger that is done with goes at once.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from ebpflb.dataplane.bpf.tables import by_slot
+from ebpflb.model import Protocol
+from ebpflb.routes import Backend, Frontend, ServicePortName
+
+ServiceKey = tuple[ServicePortName, Protocol]
+
+UNKNOWN = b""
+"""The held row of a frontend that the kernel has in a form that refers to nothing sound."""
+
+
+class Refused(Exception):
+    """A route that no row can express."""
+
+
+class Service:
+    """A service port and its id; `refs` counts halves of rows."""
+
+    __slots__ = ("id", "key", "refs", "sets")
+
+    def __init__(self, key: ServiceKey, id: int) -> None:
+        self.key = key
+        self.id = id
+        self.refs = 0
+        self.sets: list[BackendSlots] = []
+
+
+class BackendSlots:
+    """A slot range in use by the service of that id: `backends` as in the route, `ids` by slot (4 bytes each), active
+    ones first. It does not hold the Service itself: without a cycle, a ledger that is done with goes at once."""
+
+    __slots__ = ("backends", "count", "ids", "refs", "service", "start")
+
+    def __init__(self, service: int, start: int, count: int, backends: tuple[Backend, ...], ids: bytes) -> None:
+        self.service = service
+        self.start = start
+        self.count = count
+        self.backends = backends
+        self.ids = ids
+        self.refs = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.backends)
+
+    def numbers(self) -> array[int]:
+        """The ids, by slot."""
+        return array("I", self.ids)
+
+    def by_slot(self) -> list[Backend]:
+        """The backends, by slot."""
+        return by_slot(self.backends)
+
+
+class Ranges:
+    """A set of source ranges in use."""
+
+    __slots__ = ("cidrs", "id", "refs")
+
+    def __init__(self, cidrs: tuple[str, ...], id: int) -> None:
+        self.cidrs = cidrs
+        self.id = id
+        self.refs = 0
+
+
+class Change:
+    """What one sync is to write, before the frontends' rows: rows by id. `sets` are the new slot ranges. `puts` are
+    frontends' rows, `removals` frontends that go, `refused` those that cannot be had, each with service and reason."""
+
+    __slots__ = ("backends", "names", "puts", "ranges", "refused", "removals", "sets")
+
+    def __init__(self) -> None:
+        self.backends: dict[int, bytes] = {}
+        self.sets: dict[int, BackendSlots] = {}
+        self.names: dict[int, bytes] = {}
+        self.ranges: dict[int, list[bytes]] = {}
+        self.puts: dict[Frontend, bytes] = {}
+        self.removals: list[Frontend] = []
+        self.refused: list[tuple[Frontend, ServicePortName, str]] = []
