@@ -2,9 +2,9 @@
 /*
  * From bytes to a packet: where its headers lie and what its tuple is.
  *
- * Every parse function takes the bounds, fills in what it finds, and returns GO_ON or a final verdict. All that is not
- * IPv4 or IPv6 with ports, and all that ends inside a header, is PASS: not ours to judge. Each bounds check stands
- * next to its access.
+ * Every parse function takes the bounds, fills in what it finds, and returns GO_ON, TOO_SHORT or a final verdict. All
+ * that is not IPv4 or IPv6 with ports is PASS: not ours to judge. Parsing again with more bytes is harmless. Each
+ * bounds check stands next to its access.
  */
 #ifndef EBPFLB_PARSE_H
 #define EBPFLB_PARSE_H
@@ -24,6 +24,7 @@
 #define PASS 0
 #define DISCARD 1
 #define REDIRECTED 2
+#define TOO_SHORT 3 /* of parse functions only: a header lies beyond the readable bytes, or beyond the packet */
 
 #define WHOLE 0          /* not a fragment */
 #define FIRST_FRAGMENT 1 /* has the ports */
@@ -86,32 +87,26 @@ static inline int has_ports(u8 protocol)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP;
 }
 
-static inline int too_short(void)
-{
-	count(PACKET_TOO_SHORT);
-	return PASS;
-}
-
 static inline int parse_ports(void *data, void *end, struct packet *packet)
 {
 	struct ports *ports = data + packet->l4;
 
 	if ((void *)(ports + 1) > end)
-		return too_short();
+		return TOO_SHORT;
 	packet->key.source_port = ports->source;
 	packet->key.destination_port = ports->destination;
 	if (packet->key.protocol == IPPROTO_TCP) {
 		u8 *flags = data + packet->l4 + 13;
 
 		if ((void *)(flags + 1) > end)
-			return too_short();
+			return TOO_SHORT;
 		packet->tcp_flags = *flags;
 	}
 	if (packet->key.protocol == IPPROTO_UDP) {
 		u16 *checksum = data + packet->l4 + 6;
 
 		if ((void *)(checksum + 1) > end)
-			return too_short();
+			return TOO_SHORT;
 		packet->unsummed = *checksum == 0;
 	}
 	return GO_ON;
@@ -123,7 +118,7 @@ static inline int parse_ipv4(void *data, void *end, struct packet *packet)
 	u16 fragment;
 
 	if ((void *)(ip + 1) > end)
-		return too_short();
+		return TOO_SHORT;
 	if (ip->version != 4 || ip->ihl < 5)
 		return PASS;
 	packet->version = 4;
@@ -154,7 +149,7 @@ static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 	u8 next;
 
 	if ((void *)(ip + 1) > end)
-		return too_short();
+		return TOO_SHORT;
 	if (ip->version != 6)
 		return PASS;
 	packet->version = 6;
@@ -173,7 +168,7 @@ static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 			return PASS;
 		extension = data + offset;
 		if ((void *)(extension + 1) > end)
-			return too_short();
+			return TOO_SHORT;
 		if (next == IPV6_FRAGMENT_HEADER) {
 			packet->fragment_id = extension->id;
 			if (swap16(extension->offset) & IPV6_OFFSET)
@@ -216,17 +211,17 @@ static inline int parse_error4(void *data, void *end, struct packet *packet)
 	struct ports *ports;
 
 	if ((void *)(icmp + 1) > end)
-		return too_short();
+		return TOO_SHORT;
 	if (!is_error4(icmp->type))
 		return PASS;
 	inner = (void *)(icmp + 1);
 	if ((void *)(inner + 1) > end)
-		return PASS;
+		return TOO_SHORT;
 	if (inner->ihl != 5 || !has_ports(inner->protocol) || (swap16(inner->frag_off) & IPV4_OFFSET))
 		return PASS;
 	ports = (void *)(inner + 1);
 	if ((void *)(ports + 1) > end)
-		return PASS;
+		return TOO_SHORT;
 
 	packet->error = 1;
 	packet->inner_l3 = packet->l4 + sizeof(*icmp);
@@ -248,17 +243,17 @@ static inline int parse_error6(void *data, void *end, struct packet *packet)
 	struct ports *ports;
 
 	if ((void *)(icmp + 1) > end)
-		return too_short();
+		return TOO_SHORT;
 	if (!is_error6(icmp->type))
 		return PASS;
 	inner = (void *)(icmp + 1);
 	if ((void *)(inner + 1) > end)
-		return PASS;
+		return TOO_SHORT;
 	if (inner->version != 6 || !has_ports(inner->nexthdr))
 		return PASS;
 	ports = (void *)(inner + 1);
 	if ((void *)(ports + 1) > end)
-		return PASS;
+		return TOO_SHORT;
 
 	packet->error = 1;
 	packet->inner_l3 = packet->l4 + sizeof(*icmp);

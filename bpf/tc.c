@@ -33,29 +33,36 @@ static inline int finish(struct __sk_buff *skb, int verdict)
 	return TC_ACT_UNSPEC; /* the next filter, and where there is none, the stack */
 }
 
+/*
+ * The headers are read in place. Only where they do not lie in the packet's linear part are they pulled there, since
+ * that copies: the payload of what local sockets send is never linear, its headers always are.
+ */
 static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
-	void *data, *end;
-	struct ethhdr *ethernet;
 	u32 headers = skb->len < HEADERS ? skb->len : HEADERS;
+	int verdict = TOO_SHORT;
 
 	if (skb->vlan_present)
 		return PASS;
 	if (skb->protocol != swap16(ETH_P_IP) && skb->protocol != swap16(ETH_P_IPV6))
 		return PASS;
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
-	if (data + headers > end) {
-		if (bpf_skb_pull_data(skb, headers))
+	packet->l3 = sizeof(struct ethhdr);
+#pragma nounroll
+	for (int pulled = 0; pulled < 2; pulled++) {
+		void *data = (void *)(long)skb->data;
+		void *end = (void *)(long)skb->data_end;
+		struct ethhdr *ethernet = data;
+
+		if ((void *)(ethernet + 1) > end)
 			return PASS;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
+		verdict = parse_packet(data, end, ethernet->h_proto, packet);
+		if (verdict != TOO_SHORT || bpf_skb_pull_data(skb, headers))
+			break;
 	}
-	ethernet = data;
-	if ((void *)(ethernet + 1) > end)
-		return PASS;
-	packet->l3 = sizeof(*ethernet);
-	return parse_packet(data, end, ethernet->h_proto, packet);
+	if (verdict != TOO_SHORT)
+		return verdict;
+	count(PACKET_TOO_SHORT);
+	return PASS;
 }
 
 static inline u32 packet_scope(struct __sk_buff *skb, const struct packet *packet, u32 *flags)
