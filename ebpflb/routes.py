@@ -163,7 +163,7 @@ Key: TypeAlias = tuple[Frontend, Scope]
 _T = TypeVar("_T")
 
 
-@lru_cache(maxsize=1 << 18)
+@lru_cache(maxsize=1 << 12)
 def packed(address: Address) -> bytes:
     """An address as 16 bytes, IPv4 as ::ffff:a.b.c.d: the form of every kernel row."""
     if ":" in address:
@@ -174,7 +174,7 @@ def packed(address: Address) -> bytes:
 _MAPPED = packed("0.0.0.0")[:12]
 
 
-@lru_cache(maxsize=1 << 18)
+@lru_cache(maxsize=1 << 12)
 def unpacked(address: bytes) -> Address:
     """The inverse of `packed`."""
     if address[:12] == _MAPPED:
