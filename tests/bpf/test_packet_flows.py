@@ -609,14 +609,17 @@ def test_a_later_fragment_without_its_first_is_untouched(node: Loaded, family: i
 
 @both_families
 def test_fragments_of_two_datagrams_are_kept_apart(node: Loaded, family: int) -> None:
-    """By their identification: the pieces arrive mixed."""
-    for port in (53, 54):
-        node.put_frontend("vip", port, "udp", family, To((("local", 5300 + port),)))
-    pieces = [_fragments(Packet("outside", 40000, "vip", port, "udp", ident=0x1000 + port)) for port in (53, 54)]
+    """By their identification: the pieces of two datagrams to two backends arrive mixed."""
+    backends = {53: "local", 54: "local2"}
+    for port, role in backends.items():
+        node.put_frontend("vip", port, "udp", family, To(((role, 5353),)))
+    datagrams = {
+        port: _fragments(Packet("outside", 40000, "vip", port, "udp", ident=0x1000 + port)) for port in backends
+    }
     for number in range(3):
-        for port, datagram in zip((53, 54), pieces, strict=True):
-            piece = datagram[number]
-            _passes(node, "ingress", piece, piece.but(destination="local", dport=5300 + port), family)
+        for port, role in backends.items():
+            piece = datagrams[port][number]
+            _passes(node, "ingress", piece, piece.but(destination=role, dport=5353), family)
 
 
 @both_families
