@@ -27,6 +27,7 @@ from ebpflb.output import (
     table,
 )
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
+from ebpflb.problems import Found, ProblemLog
 from ebpflb.routes import Key, Route, RouteTable, key_order
 
 # How `kind` of a document spells what `dump` was asked for.
@@ -69,7 +70,8 @@ def _of_service(items: Sequence[Item], service: ServiceName | None) -> Sequence[
 
 
 def wanted(config: Config, parts: Parts) -> RouteTable:
-    """What the sources ask for now. Raises SourceError if they do not say everything at once."""
+    """What the sources ask for now; what is wrong with it goes to the log. Raises SourceError if they do not say
+    everything at once."""
     sources = parts.sources(config)
     try:
         desired = parts.desired(config, sources)
@@ -78,7 +80,11 @@ def wanted(config: Config, parts: Parts) -> RouteTable:
                 desired.apply(event)
         if not desired.synced:
             raise SourceError(f"{config.manifests} is being written; try again")
-        return desired.routes()
+        routes = desired.routes()
+        found = [Found(source.name, *problem) for source in sources for problem in source.problems()]
+        found += [Found("policy", *problem) for remarks in routes.problems.values() for problem in remarks]
+        ProblemLog().tell(found)
+        return routes
     finally:
         for source in sources:
             source.close()

@@ -336,6 +336,15 @@ def test_a_plan_of_one_service(shell: Shell, manifests: str) -> None:
     assert shell(world, "plan", "--manifests", manifests, "--service", "ns/other").status == 5
 
 
+@pytest.mark.parametrize("command", ["plan", "verify"])
+def test_what_was_refused_is_told_beside_the_plan(shell: Shell, world: World, manifests: str, command: str) -> None:
+    """Who asks what a changed manifest would do must hear that it has a typo."""
+    world.source.wrong = (Problem("web.yaml document 2", "kind Servise is unknown"),)
+    said = shell(world, command, "--manifests", manifests)
+    assert said.status == 5
+    assert "manifests: web.yaml document 2: kind Servise is unknown" in said.err
+
+
 def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
     assert "--manifests DIR" in refused(shell(world, "plan"), 2)
 

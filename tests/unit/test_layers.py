@@ -87,7 +87,8 @@ LAYERS = (
     Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
     Layer("parts", (*_SEAMS, "config", "reconcile")),
     Layer(
-        "commands", (*_SEAMS, "decide", "config", "log", "loop", "reconcile", "control", "output", "parts", "commands")
+        "commands",
+        (*_SEAMS, "decide", "config", "log", "loop", "problems", "reconcile", "control", "output", "parts", "commands"),
     ),
     Layer("wiring", ("*",)),
     Layer("cli_options", ()),
