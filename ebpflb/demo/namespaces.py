@@ -108,7 +108,7 @@ def cgroup_root() -> Path:
         _, where, kind, *_ = line.split()
         if kind == "cgroup2":
             return Path(where)
-    raise Unsupported("cgroup2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
+    raise Unsupported("cgroup2 is not mounted: mkdir -p /run/cgroup2; mount -t cgroup2 none /run/cgroup2")
 
 
 def spawn(namespace: str, cgroup: Path | None, argv: Sequence[str], **options: object) -> subprocess.Popen[bytes]:

@@ -276,7 +276,8 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
     (None: the mounted root). `compiled`: the programs are in the cache already, so that no compiler is needed."""
     root = may_administrate()
     mounted = filesystem_of(bpffs)
-    automatic = bpffs.resolve().is_relative_to("/sys/fs/bpf") and Path("/sys/fs/bpf").is_dir()
+    usual = bpffs.resolve().is_relative_to("/sys/fs/bpf")
+    automatic = usual and Path("/sys/fs/bpf").is_dir()
     where = cgroup or cgroup2_root()
     is_cgroup = where is not None and where.is_dir() and filesystem_of(where).type == "cgroup2"
     version = compiler_version()
@@ -306,7 +307,9 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
             "bpffs",
             mounted.type == "bpf" or automatic,
             f"{bpffs} on {mounted.type or 'nothing'}",
-            "mount -t bpf bpf /sys/fs/bpf",
+            "mount -t bpf bpf /sys/fs/bpf"
+            if usual
+            else "--bpffs with a directory of bpffs, such as /sys/fs/bpf/ebpflb",
         ),
         Requirement(
             "cgroup2",

@@ -203,7 +203,7 @@ def cgroup_directory(cgroup: Path | None) -> Path:
     if not directory.is_dir():
         raise UserError(f"--cgroup: {directory} does not exist")
     if filesystem_of(directory).type != "cgroup2":
-        raise UserError(f"--cgroup: {directory} is not in a cgroup2 file system")
+        raise UserError(f"--cgroup: {directory} is not in a cgroup2 file system; give a directory of cgroup2")
     return directory
 
 
