@@ -33,6 +33,7 @@ test-pure: setup
 
 test-root: setup
 	@echo '== tests that load programs, send packets and run clusters of namespaces (root)'
+	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
 	@$(PYTEST) -m '(root or bpf_load or box or slow or fuzz) and not vm and not api' --junitxml=$(ARTIFACTS)/root.xml
 
