@@ -61,7 +61,8 @@ class Daemon:
                     status.kill()
                     raise
         if status.returncode:
-            raise EbpflbError(f"the daemon is not ready: {output.decode().strip()}\n{self.last_words()}")
+            words = filter(None, (output.decode().strip(), self.last_words()))
+            raise EbpflbError("the daemon is not ready: " + "\n".join(words))
 
     def kill(self) -> None:
         """As a crash would end it: nothing is tidied up."""
