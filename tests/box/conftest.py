@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,14 @@ REST = ((Cni.ROUTED, Join.VXLAN), (Cni.BRIDGE, Join.ROUTES))
 
 Topology = tuple[Cni, Join]
 OnFailure = Callable[[str, Callable[[], str]], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def being_ended_is_an_interruption() -> Iterator[None]:
+    """SIGTERM, with which a CI job is cut short, takes boxes down as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def _name(topology: Topology) -> str:

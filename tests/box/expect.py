@@ -155,7 +155,7 @@ class Expectation:
             seen[str(got)] += 1
             if isinstance(got, Nothing) or (sources is not None and got.source not in sources):
                 right = False
-            if isinstance(got, Nothing) and seen[str(got)] == 3:
+            if isinstance(got, Nothing) and seen[str(got)] == 2:
                 break  # it will not get better, and each may cost its whole patience
         names = {words.split()[0] for words in seen}
         return right and names == set(self._servers), _listed(seen)
