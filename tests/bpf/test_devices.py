@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 
-from ebpflb.dataplane.bpf import assembly, syscall
-from ebpflb.dataplane.bpf import netlink as nl
+from ebpflb.dataplane.bpf import assembly, syscall, tc
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
 from ebpflb.dataplane.bpf.devices import Devices, installed
 from ebpflb.routes import packed
+from ebpflb.rtnetlink import Netlink
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
@@ -266,13 +266,13 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) 
     foreign = counting_program(cells)
     ipv4 = socket.htons(0x0800)
     with namespace.entered():
-        other = nl.Netlink()
+        other = Netlink()
     try:
-        assert nl.add_clsact(other, index)
-        nl.put_filter(other, index, nl.INGRESS, 1, 1, foreign, "foreign", replace=False, protocol=ipv4)
+        assert tc.add_clsact(other, index)
+        tc.put_filter(other, index, tc.INGRESS, 1, 1, foreign, "foreign", replace=False, protocol=ipv4)
         before = (namespace.qdiscs(), namespace.filters("eth0", "ingress"), namespace.filters("eth0", "egress"))
         with running(namespace, loaded) as devices:
-            side = [each for each in nl.filters(other, index) if each.parent == nl.INGRESS]
+            side = [each for each in tc.filters(other, index) if each.parent == tc.INGRESS]
             assert [(each.preference, each.name) for each in side] == [(1, "foreign"), (2, "ebpflb_ingress")]
             assert devices.audit() == 0
             # An IPv4 packet that says TCP and ends there: our program counts it as too short.
@@ -302,17 +302,17 @@ def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, loade
     namespace.ip("link add eth0 type veth peer name far")
     terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
     with namespace.entered():
-        other = nl.Netlink()
+        other = Netlink()
     try:
         index = namespace.index("eth0")
-        assert nl.add_clsact(other, index)
-        nl.put_filter(other, index, nl.INGRESS, 1, 1, terminal, "foreign", replace=False)
+        assert tc.add_clsact(other, index)
+        tc.put_filter(other, index, tc.INGRESS, 1, 1, terminal, "foreign", replace=False)
         with running(namespace, loaded):
-            names = [each.name for each in nl.filters(other, index) if each.parent == nl.INGRESS]
+            names = [each.name for each in tc.filters(other, index) if each.parent == tc.INGRESS]
             assert names == ["ebpflb_ingress", "foreign"]
         with namespace.entered():
             installed(loaded.rows(), remove=True)
-        assert [each.name for each in nl.filters(other, index)] == ["foreign"]
+        assert [each.name for each in tc.filters(other, index)] == ["foreign"]
     finally:
         other.close()
         os.close(terminal)
@@ -338,10 +338,10 @@ def test_changed_program_is_replaced_in_place(namespace: Namespace, loaded: Load
     os.close(loaded.ingress)
     loaded.ingress = loaded.load("tc_ingress")
     with namespace.entered():
-        other = nl.Netlink()
+        other = Netlink()
     try:
         with running(namespace, loaded):
-            found = [each for each in nl.filters(other, namespace.index("eth0")) if each.parent == nl.INGRESS]
+            found = [each for each in tc.filters(other, namespace.index("eth0")) if each.parent == tc.INGRESS]
             assert [each.program for each in found] == [syscall.prog_info(loaded.ingress).id]
             assert [(each.preference, each.handle) for each in found] == [(1, 0xEB)]
     finally:

@@ -8,8 +8,9 @@ from ebpflb.dataplane.bpf.device_rows import Row
 from ebpflb.dataplane.bpf.devices import first_preference
 from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
 from ebpflb.dataplane.bpf.facts import free_ports
-from ebpflb.dataplane.bpf.netlink import ALL_PROTOCOLS, INGRESS, Filter, InterfaceAddress, Link
+from ebpflb.dataplane.bpf.tc import ALL_PROTOCOLS, INGRESS, Filter
 from ebpflb.routes import packed
+from ebpflb.rtnetlink import InterfaceAddress, Link
 
 NONE = bytes(16)
 ETHER, LOOPBACK, NO_HEADER = 1, 772, 65534

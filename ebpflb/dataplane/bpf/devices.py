@@ -19,29 +19,26 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import netlink as nl
-from ebpflb.dataplane.bpf import syscall
+from ebpflb import rtnetlink
+from ebpflb.dataplane.bpf import syscall, tc
 from ebpflb.dataplane.bpf.artifact import Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PREFIX, TC_HOOKS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
 from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
 from ebpflb.model import Problem
+from ebpflb.rtnetlink import Netlink
 
 log = logging.getLogger(__name__)
 
 _HANDLE = 0xEB
 _GROUPS = (
-    nl.GROUP_LINK,
-    nl.GROUP_TC,
-    nl.GROUP_IPV4_ADDRESS,
-    nl.GROUP_IPV6_ADDRESS,
-    nl.GROUP_IPV4_ROUTE,
-    nl.GROUP_IPV6_ROUTE,
+    rtnetlink.GROUP_LINK,
+    rtnetlink.GROUP_TC,
+    rtnetlink.GROUP_IPV4_ADDRESS,
+    rtnetlink.GROUP_IPV6_ADDRESS,
+    rtnetlink.GROUP_IPV4_ROUTE,
+    rtnetlink.GROUP_IPV6_ROUTE,
 )
-_LINK_EVENTS = (nl.RTM_NEWLINK, nl.RTM_DELLINK)
-_ADDRESS_EVENTS = (nl.RTM_NEWADDR, nl.RTM_DELADDR)
-_ROUTE_EVENTS = (nl.RTM_NEWROUTE, nl.RTM_DELROUTE)
-_TC_EVENTS = (nl.RTM_NEWQDISC, nl.RTM_DELQDISC, nl.RTM_NEWTFILTER, nl.RTM_DELTFILTER)
 
 
 class Hooked(NamedTuple):
@@ -62,16 +59,16 @@ class Devices:
 
     def __init__(self, ingress: int, egress: int, map: int, layout: Layout, patterns: tuple[str, ...] = ()) -> None:
         self._hooked = (
-            Hooked(nl.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
-            Hooked(nl.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
+            Hooked(tc.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
+            Hooked(tc.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
         )
         self._rows = Rows(map, layout)
         self._patterns = patterns
         self._pod_interface = ""
-        self._events = nl.Netlink(*_GROUPS)
-        self._netlink = nl.Netlink()
-        self._links: dict[int, nl.Link] = {}
-        self._addresses: tuple[nl.InterfaceAddress, ...] = ()
+        self._events = Netlink(*_GROUPS)
+        self._netlink = Netlink()
+        self._links: dict[int, rtnetlink.Link] = {}
+        self._addresses: tuple[rtnetlink.InterfaceAddress, ...] = ()
         self._defaults: dict[int, int] = {}
         self._attached: dict[int, bool] = {}  # ifindex -> whether we made its clsact
         self._failures: dict[int, str] = {}
@@ -111,7 +108,7 @@ class Devices:
         try:
             for type, body in self._events.events(ignore=self._netlink.port):
                 self._notice(type, body)
-        except nl.Overrun:
+        except rtnetlink.Overrun:
             log.warning("the kernel told of more changes of devices than could be read: looking at all of them")
             self._forget()
         if not (self._stale or self._suspects):
@@ -120,13 +117,13 @@ class Devices:
         return True
 
     def _notice(self, type: int, body: bytes) -> None:
-        if type in _LINK_EVENTS or type in _ADDRESS_EVENTS:
+        if type in rtnetlink.LINK_EVENTS or type in rtnetlink.ADDRESS_EVENTS:
             self._stale = True
-        elif type in _ROUTE_EVENTS:
-            if nl.is_default_route(body):
+        elif type in rtnetlink.ROUTE_EVENTS:
+            if rtnetlink.is_default_route(body):
                 self._stale = self._routes_stale = True
-        elif type in _TC_EVENTS and nl.index_of(body) in self._attached:
-            self._suspects.add(nl.index_of(body))
+        elif type in tc.EVENTS and tc.index_of(body) in self._attached:
+            self._suspects.add(tc.index_of(body))
 
     def _forget(self) -> None:
         self._stale = self._routes_stale = True
@@ -151,9 +148,9 @@ class Devices:
         self._stale = False
         if self._routes_stale:
             self._routes_stale = False
-            self._defaults = nl.default_devices(self._netlink)
-        before, self._links = self._links, nl.links(self._netlink)
-        self._addresses = nl.addresses(self._netlink)
+            self._defaults = rtnetlink.default_devices(self._netlink)
+        before, self._links = self._links, rtnetlink.links(self._netlink)
+        self._addresses = rtnetlink.addresses(self._netlink)
         edges = {index for index, link in self._links.items() if is_edge(link, self._patterns)}
         self._failures = {index: why for index, why in self._failures.items() if index in edges}
         written = 0
@@ -186,9 +183,9 @@ class Devices:
 
     def _attach(self, index: int) -> int:
         """Our filters on both sides, whatever was there; how many were written."""
-        created = nl.add_clsact(self._netlink, index)
-        there = nl.filters(self._netlink, index)
-        if not created and not there and nl.side_qdisc(self._netlink, index) == "ingress":
+        created = tc.add_clsact(self._netlink, index)
+        there = tc.filters(self._netlink, index)
+        if not created and not there and tc.side_qdisc(self._netlink, index) == "ingress":
             raise OSError(errno.EEXIST, "its ingress qdisc has no egress side; replace that by clsact")
         made = created or self._attached.get(index, _made_by_us(self._rows.get(index), there))
         written = sum(self._put(index, hooked, there) for hooked in self._hooked)
@@ -197,16 +194,16 @@ class Devices:
         self._attached[index] = made
         return written
 
-    def _put(self, index: int, hooked: Hooked, there: tuple[nl.Filter, ...]) -> int:
+    def _put(self, index: int, hooked: Hooked, there: tuple[tc.Filter, ...]) -> int:
         """One side's filter; whether it had to be written."""
         side = [each for each in there if each.parent == hooked.parent]
         mine = [each for each in side if _is_ours(each)]
         for extra in mine[1:]:
-            nl.remove_filter(self._netlink, index, extra)
+            tc.remove_filter(self._netlink, index, extra)
         if mine and mine[0].program == hooked.id:
             return 0
         preference, handle = (mine[0].preference, mine[0].handle) if mine else (first_preference(side), _HANDLE)
-        nl.put_filter(
+        tc.put_filter(
             self._netlink,
             index,
             hooked.parent,
@@ -235,22 +232,22 @@ class Devices:
         return written
 
 
-def _is_ours(found: nl.Filter) -> bool:
+def _is_ours(found: tc.Filter) -> bool:
     return found.kind == "bpf" and found.name.startswith(PREFIX)
 
 
-def _made_by_us(row: Row | None, there: tuple[nl.Filter, ...]) -> bool:
+def _made_by_us(row: Row | None, there: tuple[tc.Filter, ...]) -> bool:
     """Whether we made a clsact that is there already: the row tells; without one, it holds ours and nobody else's."""
     if row is not None:
         return row.made
     return bool(there) and all(map(_is_ours, there))
 
 
-def first_preference(side: Iterable[nl.Filter]) -> int:
+def first_preference(side: Iterable[tc.Filter]) -> int:
     """The lowest preference where our filter can be: a free one, or among bpf filters for all protocols."""
     taken: dict[int, bool] = {}
     for each in side:
-        shared = each.kind == "bpf" and each.protocol == nl.ALL_PROTOCOLS and each.handle != _HANDLE
+        shared = each.kind == "bpf" and each.protocol == tc.ALL_PROTOCOLS and each.handle != _HANDLE
         taken[each.preference] = taken.get(each.preference, True) and shared
     preference = 1
     while not taken.get(preference, True):
@@ -258,14 +255,14 @@ def first_preference(side: Iterable[nl.Filter]) -> int:
     return preference
 
 
-def _release(netlink: nl.Netlink, index: int, made: bool) -> int:
+def _release(netlink: Netlink, index: int, made: bool) -> int:
     """Remove our filters, and the clsact if we made it and it is empty now; how many filters were removed."""
-    there = nl.filters(netlink, index)
+    there = tc.filters(netlink, index)
     mine = [each for each in there if _is_ours(each)]
     for each in mine:
-        nl.remove_filter(netlink, index, each)
-    if made and len(mine) == len(there) and nl.side_qdisc(netlink, index) == "clsact":
-        nl.remove_clsact(netlink, index)
+        tc.remove_filter(netlink, index, each)
+    if made and len(mine) == len(there) and tc.side_qdisc(netlink, index) == "clsact":
+        tc.remove_clsact(netlink, index)
     return len(mine)
 
 
@@ -275,16 +272,16 @@ def installed(rows: Rows | None = None, *, remove: bool = False) -> tuple[str, .
     `rows`: the `devices` map where it can still be read. Works without a Devices. Raises OSError.
     """
     lines = []
-    netlink = nl.Netlink()
+    netlink = Netlink()
     try:
-        for index, link in sorted(nl.links(netlink).items()):
-            there = nl.filters(netlink, index)
+        for index, link in sorted(rtnetlink.links(netlink).items()):
+            there = tc.filters(netlink, index)
             mine = [each for each in there if _is_ours(each)]
             if not mine:
                 continue
             made = _made_by_us(rows.get(index) if rows else None, there)
             for each in mine:
-                side = "ingress" if each.parent == nl.INGRESS else "egress"
+                side = "ingress" if each.parent == tc.INGRESS else "egress"
                 lines.append(f"filter {each.name} on {link.name} {side} pref {each.preference} handle {each.handle:#x}")
             if made and len(mine) == len(there):
                 lines.append(f"qdisc clsact on {link.name}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 
-from ebpflb.dataplane.bpf.netlink import (
+from ebpflb.rtnetlink import (
     ARPHRD_ETHER,
     IFA_F_DADFAILED,
     IFA_F_DEPRECATED,

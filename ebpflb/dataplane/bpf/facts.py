@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
-from ebpflb.dataplane.bpf import netlink, syscall
+from ebpflb.dataplane.bpf import syscall, tc
 from ebpflb.dataplane.bpf.artifact import compiler_version
 from ebpflb.dataplane.bpf.assembly import EXIT as EXIT
 from ebpflb.dataplane.bpf.assembly import assemble as assemble
@@ -29,6 +29,7 @@ from ebpflb.dataplane.bpf.assembly import cell
 from ebpflb.dataplane.bpf.assembly import instruction as instruction
 from ebpflb.dataplane.bpf.assembly import move as move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS
+from ebpflb.rtnetlink import Netlink
 
 _SO_NETNS_COOKIE = 71
 _CONNECT4 = 10
@@ -224,13 +225,13 @@ def has_clsact() -> bool:
         # The namespace is this thread's alone, and goes with it.
         if libc.unshare(_CLONE_NEWNET) < 0:
             return
-        requests = netlink.Netlink()
+        requests = Netlink()
         try:
             program = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT), "ebpflb_probe")
             try:
-                netlink.add_clsact(requests, _LOOPBACK)
-                for parent in (netlink.INGRESS, netlink.EGRESS):
-                    netlink.put_filter(requests, _LOOPBACK, parent, 1, 1, program, "ebpflb_probe", replace=False)
+                tc.add_clsact(requests, _LOOPBACK)
+                for parent in (tc.INGRESS, tc.EGRESS):
+                    tc.put_filter(requests, _LOOPBACK, parent, 1, 1, program, "ebpflb_probe", replace=False)
             finally:
                 os.close(program)
             found.append(True)
