@@ -61,10 +61,18 @@ def test_a_kept_demo_stands_until_it_is_cleaned(on_failure: OnFailure) -> None:
     assert namespaces.leftovers(NAME) == ()
 
 
+def as_from_a_terminal() -> None:
+    """What runs in a shell's background, as CI may, has SIGINT ignored, and hands that down."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("moment", ["until each server", "mysql: SQL"])
 def test_an_interruption_leaves_nothing(number: signal.Signals, moment: str) -> None:
-    with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=as_from_a_terminal
+    ) as process:
         assert process.stdout is not None
         seen = []
         for line in process.stdout:
