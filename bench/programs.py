@@ -30,14 +30,20 @@ UNSPEC = 0xFFFFFFFF
 EXIT = bytes((0x95, 0, 0, 0, 0, 0, 0, 0))
 CLIENT = "203.0.113.5"
 BEST_OF = 5
+SYN, ACK = 0x02, 0x10
 
 
-def frame(source: str, sport: int, destination: str, dport: int) -> bytes:
-    """A TCP SYN without options; its checksums are nobody's concern here."""
-    tcp = struct.pack("!HHIIBBHHH", sport, dport, 1, 0, 5 << 4, 2, 65535, 0, 0)
+def frame(source: str, sport: int, destination: str, dport: int, flags: int = ACK) -> bytes:
+    """A TCP segment without options; its checksums are nobody's concern here."""
+    tcp = struct.pack("!HHIIBBHHH", sport, dport, 1, 0, 5 << 4, flags, 65535, 0, 0)
     header = struct.pack("!BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0)
     addresses = socket.inet_aton(source) + socket.inet_aton(destination)
     return bytes((2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0)) + header + addresses + tcp
+
+
+def _stranger(flags: int) -> bytes:
+    """To an address that is no Service."""
+    return frame(CLIENT, 40000, "198.51.100.9", 80, flags)
 
 
 def ring(services: int) -> RouteTable:
@@ -61,7 +67,7 @@ def programs(lab: Lab, sizes: tuple[int, ...], repeat: int, say: Callable[[str],
     """All figures of this file. Raises EbpflbError if a program did something else than what is measured."""
     empty_fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT), "empty")
     try:
-        stranger = frame(CLIENT, 40000, "198.51.100.9", 80)
+        stranger = _stranger(ACK)
         empty = _best(empty_fd, stranger, repeat)
         yield Figure("program.empty", "ns/packet: empty tc program", empty, "ns")
         for services in sizes:
@@ -88,13 +94,14 @@ def _at(bpffs: Path, services: int, repeat: int, empty: float, stranger: bytes) 
     try:
         new = _new(ingress, services, repeat)
         start = frame(CLIENT, 39999, cluster_ip(0), 1000)
-        _run(ingress, start, services)  # a lap: every Service now has the flow
+        _run(ingress, frame(CLIENT, 39999, cluster_ip(0), 1000, SYN), services)  # every Service now has the flow
         answer = frame(cluster_ip(0), 1000, CLIENT, 39999)
         measured = {
             "established": ("a known flow's request, all Services evenly", _best(ingress, start, repeat)),
             "reply": ("a known flow's reply, all Services evenly", _best(egress, answer, repeat)),
             "new": ("a new flow, all Services evenly", new),
             "not-ours": ("nobody's packet, entering", _best(ingress, stranger, repeat)),
+            "not-ours-syn": ("nobody's SYN, entering", _best(ingress, _stranger(SYN), repeat)),
             "not-ours-egress": ("nobody's packet, leaving", _best(egress, stranger, repeat)),
         }
         for name, (what, nanoseconds) in measured.items():
@@ -131,7 +138,7 @@ def _new(program: int, services: int, repeat: int) -> float:
     for _ in range(BEST_OF):
         total = 0.0
         for _ in range(laps):
-            packet = frame(CLIENT, port, cluster_ip(0), 1000)
+            packet = frame(CLIENT, port, cluster_ip(0), 1000, SYN)
             after, nanoseconds = _run(program, packet, services)
             if after != packet:
                 raise EbpflbError("a lap over all Services did not come back to the first")
