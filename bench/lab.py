@@ -74,7 +74,12 @@ class Lab:
     def spawn(self, copy: str, place: str, argv: list[str], *, served: bool = False) -> subprocess.Popen[str]:
         """A process in a namespace, inside the cgroup or outside of it."""
         process: subprocess.Popen[str] = namespaces.spawn(  # type: ignore[assignment]
-            self.namespace(copy, place), self.cgroup if served else None, argv, stdout=subprocess.PIPE, text=True
+            self.namespace(copy, place),
+            self.cgroup if served else None,
+            argv,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=CHECKOUT,
         )
         return process
 
