@@ -6,8 +6,10 @@ compares values and prints them when they differ.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from ebpflb.demo.cluster import Place
 from tests.box.sockets import Sockets, family_of
 
 PATIENCE = 3.0
+_FRESH_PORTS = range(36_000, 61_000)  # above the node ports
 
 
 class Target(NamedTuple):
@@ -122,13 +125,22 @@ class Clients:
 
     def __init__(self, sockets: Sockets) -> None:
         self.sockets = sockets
+        self._ports: dict[str, Iterator[int]] = {}
+
+    def fresh_port(self, place: Place) -> int:
+        """A port that nothing of this place has used for long. A datagram from a port of its own is a flow of its own:
+        the kernel's choice now and then repeats one, which then rightly goes on as it was before the last change."""
+        return next(self._ports.setdefault(place.name, itertools.cycle(_FRESH_PORTS)))
 
     def converse(
         self, place: Place, to: Target, protocol: str, *, port: int = 0, patience: float = PATIENCE
     ) -> Conversation:
-        """A conversation from `place`, from its own port `port` if that is not 0. Raises OSError."""
+        """A conversation from `place` and its port `port`; 0: the kernel's choice, or a fresh one for UDP. Raises
+        OSError."""
         made = self.sockets.make(place, family_of(to.address), protocol)
-        if port:
+        if protocol == "UDP":
+            made.bind(("", port or self.fresh_port(place)))
+        elif port:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(("", port))
         return Conversation(made, to, patience)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.box.box import OTHER, TARGET, Box
+from tests.box.box import Box
 from tests.box.objects import Port
+from tests.box.services import OTHER, TARGET
 
 pytestmark = pytest.mark.box
 

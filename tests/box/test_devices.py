@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from tests.box.box import TARGET, Box
+from tests.box.box import Box
 from tests.box.clients import Answer
+from tests.box.services import TARGET
 
 pytestmark = pytest.mark.box
 

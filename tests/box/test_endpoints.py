@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.box.box import OTHER, TARGET, Box, dying, in_family, leaving, unready
+from tests.box.box import Box
 from tests.box.objects import Port, endpoint_slice
+from tests.box.services import OTHER, TARGET, dying, in_family, leaving, unready
 
 pytestmark = pytest.mark.box
 

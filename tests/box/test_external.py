@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.box.box import Box, leaving
+from tests.box.box import Box
+from tests.box.services import leaving
 
 pytestmark = pytest.mark.box
 

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from tests.box.box import SLO, TARGET, Box, ServiceInBox, unready
+from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target, about
+from tests.box.services import TARGET, ServiceInBox, unready
 from tests.box.sockets import family_of
 
 pytestmark = pytest.mark.box

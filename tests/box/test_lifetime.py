@@ -12,10 +12,11 @@ import pytest
 
 from ebpflb.demo.network import Cni, Join
 from ebpflb.routes import RouteTable
-from tests.box.box import NODES, SLO, TARGET, Box, ServiceInBox, leaving
+from tests.box.box import NODES, SLO, Box
 from tests.box.clients import Target
 from tests.box.conftest import OnFailure, tidied
 from tests.box.footprint import footprint_of
+from tests.box.services import TARGET, ServiceInBox, leaving
 from tests.box.traffic import Traffic
 
 pytestmark = pytest.mark.box

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.box.box import Box, ready, unready
+from tests.box.box import Box
 from tests.box.objects import Member
+from tests.box.services import ready, unready
 
 pytestmark = pytest.mark.box
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 
 from ebpflb.demo import namespaces
-from tests.box.box import Box, ServiceInBox
+from tests.box.box import Box
 from tests.box.clients import Answer, Conversation, Target
 from tests.box.servers import pattern
+from tests.box.services import ServiceInBox
 
 pytestmark = pytest.mark.box
 
