@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import gc
 import hashlib
-import logging
 import os
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,8 +27,6 @@ from ebpflb.dataplane.bpf.tables import pack_frontend
 from ebpflb.diff import diff
 from ebpflb.model import Problem
 from ebpflb.routes import Frontend, Locality, RouteTable, Scope
-
-log = logging.getLogger(__name__)
 
 NODE = "node"
 """The subject of problems that concern no Service."""
@@ -153,9 +150,7 @@ class Writer:
             del raw
             with collector_paused():
                 self._write(ledger, routes, {*ledger.held, *(frontend for frontend, _ in routes)}, tally)
-            if tally.written or tally.removed:
-                log.warning("the kernel's tables had been changed: %d rows repaired", tally.written + tally.removed)
-            elif not tally.failed:
+            if not (tally.written or tally.removed or tally.failed):
                 self._sound = digest
         return tally.report(self._clock() - started)
 
