@@ -90,7 +90,7 @@ def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> Result
     """The daemon, in the foreground; logs to stderr.
 
     Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With
-    --once: 0 synced, 1 something was refused.
+    --once: 0 synced, 1 something was refused, by the kernel or in the manifests.
     """
     from ebpflb.commands.cleanup import cleanup
     from ebpflb.commands.daemon import run_daemon
@@ -132,7 +132,7 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
 def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
     """What a sync would change, as additions, changes and removals; changes nothing.
 
-    Exit status: 0 nothing to do, 5 there are changes.
+    What is wrong with the manifests is said on stderr. Exit status: 0 nothing to do, 5 there are changes.
     """
     return _compare(parts, "Change", service, output, typed)
 
@@ -145,7 +145,7 @@ def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any)
 def verify(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
     """The manifests against the kernel: every entry that differs, by name.
 
-    Exit status: 0 all agree, 5 drift.
+    What is wrong with the manifests is said on stderr. Exit status: 0 all agree, 5 drift.
     """
     return _compare(parts, "Difference", service, output, typed)
 
@@ -257,15 +257,14 @@ def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> C
 
 
 def _service(text: str | None) -> Any:
-    """`NAMESPACE/NAME`, or NAME in the namespace default."""
     from ebpflb.model import ServiceName
 
     if text is None:
         return None
-    namespace, separator, name = text.rpartition("/")
-    if not name or "/" in namespace or (separator and not namespace):
+    namespace, _, name = text.partition("/")
+    if not namespace or not name or "/" in name:
         raise UserError(f"--service {text}: write NAMESPACE/NAME")
-    return ServiceName(namespace or "default", name)
+    return ServiceName(namespace, name)
 
 
 def _format(text: str) -> Format:

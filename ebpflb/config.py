@@ -101,7 +101,7 @@ def configure(options: Options, *, hostname: str, need_source: bool = True) -> C
         node_name=_node_name(options.node_name, hostname),
         dataplane=_dataplane(options.dataplane, options.proxy_mode),
         cgroup=_directory("--cgroup", options.cgroup, "the cgroup2 directory whose processes are to be served"),
-        bpffs=_absolute("--bpffs", options.bpffs),
+        bpffs=_bpffs(options.bpffs),
         devices=_devices(options.devices),
         proxy=proxy,
         log_format=_choice("--log-format", options.log_format, LogFormat),
@@ -155,10 +155,12 @@ def _directory(option: str, path: str | None, meaning: str) -> str:
     return os.path.abspath(path)
 
 
-def _absolute(option: str, path: str) -> str:
-    if not path:
-        raise UserError(f"{option} is empty; give a directory in a bpf file system, such as {DEFAULT_BPFFS}")
-    return os.path.abspath(path)
+def _bpffs(path: str) -> str:
+    # Not made absolute: nobody stands in a BPF file system, so a relative path is a slip.
+    if not os.path.isabs(path):
+        what = f"{path} is a relative path" if path else "is empty"
+        raise UserError(f"--bpffs {what}; give a directory in a BPF file system, such as {DEFAULT_BPFFS}")
+    return os.path.normpath(path)
 
 
 def _node_name(given: str | None, hostname: str) -> str:

@@ -70,11 +70,13 @@ class _Retry(msgspec.Struct, frozen=True):
 
 
 class Overview(msgspec.Struct, frozen=True):
-    """How it goes. Ages are seconds, None for "never". `complete`: the kernel holds the whole of the last table."""
+    """How it goes. Ages are seconds, None for "never". `complete`: the kernel holds the whole of the last table;
+    `sound`: the sources could be read, and hold nothing that was refused."""
 
     synced_sources: bool
     first_sync: bool
     complete: bool
+    sound: bool
     pending_for: float | None
     last_sync_age: float | None
     last_audit_age: float | None
@@ -316,13 +318,8 @@ class Reconciler:
 
     def problems(self) -> tuple[Found, ...]:
         """Everything that is wrong now, in a stable order."""
-        found: set[Found] = set()
-        for source in self._sources:
-            found.update(Found(source.name, *problem) for problem in source.problems())
+        found = found_in(self._sources, self._routes)
         found.update(Found(name, *unread.problem) for name, unread in self._unread.items())
-        if self._routes is not None:
-            for remarks in self._routes.problems.values():
-                found.update(Found("policy", *problem) for problem in remarks)
         for what, refused in self._refused.items():
             found.update(Found(what, *problem) for problem in refused)
         found.update(Found("devices", *problem) for problem in self._device_problems())
@@ -339,6 +336,7 @@ class Reconciler:
             synced_sources=self._desired.synced,
             first_sync=self._first_sync,
             complete=self._first_sync and not self._failing,
+            sound=not self._unread and not any(source.problems() for source in self._sources),
             pending_for=pending,
             last_sync_age=None if self._last_sync is None else now - self._last_sync,
             last_audit_age=None if self._last_audit is None else now - self._last_audit,
@@ -346,6 +344,14 @@ class Reconciler:
             routes=self._routes,
             problems=self.problems(),
         )
+
+
+def found_in(sources: Iterable[Source], routes: RouteTable | None) -> set[Found]:
+    """What is wrong with what the sources say, and with what comes of it."""
+    found = {Found(source.name, *problem) for source in sources for problem in source.problems()}
+    if routes is not None:
+        found.update(Found("policy", *problem) for remarks in routes.problems.values() for problem in remarks)
+    return found
 
 
 def _unexpected(error: Exception) -> str:

@@ -72,7 +72,8 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
         if not once or stop.asked:
             log.info("stopping: the kernel keeps serving what it holds")
             return Result(status=OK)
-        return Result(status=OK if reconciler.overview().complete else REFUSED)
+        overview = reconciler.overview()
+        return Result(status=OK if overview.complete and overview.sound else REFUSED)
 
 
 def _reconciler(

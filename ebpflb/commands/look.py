@@ -5,6 +5,7 @@ Rules of this file: whatever is said about the kernel has just been read from it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
@@ -27,8 +28,11 @@ from ebpflb.output import (
     table,
 )
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
-from ebpflb.problems import Found, ProblemLog
+from ebpflb.problems import in_order
+from ebpflb.reconcile import found_in
 from ebpflb.routes import Key, Route, RouteTable, key_order
+
+log = logging.getLogger("ebpflb.look")
 
 # How `kind` of a document spells what `dump` was asked for.
 _KINDS = {
@@ -81,9 +85,8 @@ def wanted(config: Config, parts: Parts) -> RouteTable:
         if not desired.synced:
             raise SourceError(f"{config.manifests} is being written; try again")
         routes = desired.routes()
-        found = [Found(source.name, *problem) for source in sources for problem in source.problems()]
-        found += [Found("policy", *problem) for remarks in routes.problems.values() for problem in remarks]
-        ProblemLog().tell(found)
+        for problem in in_order(found_in(sources, routes)):
+            log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
         return routes
     finally:
         for source in sources:

@@ -19,6 +19,7 @@ from ebpflb.errors import EbpflbError, UserError
 from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, document, table
 from ebpflb.parts import Parts
+from ebpflb.problems import Found
 from ebpflb.reconcile import Overview
 from ebpflb.routes import Backend, RouteTable, ServicePortName
 
@@ -49,12 +50,6 @@ class Fill(msgspec.Struct, frozen=True):
     max: int
 
 
-class Trouble(msgspec.Struct, frozen=True):
-    part: str
-    subject: str
-    reason: str
-
-
 class Status(msgspec.Struct, frozen=True, rename="camel"):
     """One item of kind Status. Ages in seconds, null for never."""
 
@@ -72,7 +67,7 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
     failed_attempts: int
     counts: Counts
     maps: tuple[Fill, ...]
-    problems: tuple[Trouble, ...]
+    problems: tuple[Found, ...]
 
 
 class _Envelope(msgspec.Struct, frozen=True):
@@ -100,14 +95,14 @@ def count(routes: RouteTable | None) -> Counts:
 
 def status_document(identity: Identity, dataplane: Dataplane, overview: Overview) -> bytes:
     """The daemon's answer: a published document of one item."""
-    troubles = [Trouble(problem.part, problem.subject, problem.reason) for problem in overview.problems]
+    troubles = list(overview.problems)
     fills: tuple[Fill, ...] = ()
     try:
         fills = msgspec.convert(dataplane.tables("fill"), tuple[Fill, ...])
     except UserError:
         pass  # a dataplane without tables of a fixed size
     except EbpflbError as error:
-        troubles.append(Trouble("status", dataplane.name, str(error)))
+        troubles.append(Found("status", dataplane.name, str(error)))
     status = Status(
         node=identity.node,
         dataplane=identity.dataplane,

@@ -282,7 +282,7 @@ def test_a_program_that_tolerates_no_other_is_named(place: Place, small: Artifac
 
 
 def test_directory_that_is_no_bpf_file_system(tmp_path: Path, small: Artifact) -> None:
-    with pytest.raises(UserError, match=f"mount -t bpf bpf {tmp_path}"):
+    with pytest.raises(UserError, match=f"--bpffs: {tmp_path} is not in a BPF file system; give a directory in one"):
         Programs(small, tmp_path).open()
 
 

@@ -272,6 +272,7 @@ def test_a_row_that_somebody_removes_comes_back_with_the_next_audit(place: Place
     assert place.ebpflb("dump", "-o", "json").out != before
     until("repaired", lambda: place.ebpflb("dump", "-o", "json").out == before)
     until("told", lambda: "audit: the kernel differed and was repaired" in daemon.log)
+    assert len([line for line in daemon.log.splitlines() if "repaired" in line]) == 1
 
 
 def test_a_filter_that_somebody_removes_comes_back_at_once(place: Place) -> None:
@@ -315,6 +316,7 @@ def test_a_manifest_with_a_typo(place: Place) -> None:
     said = place.ebpflb("status")
     assert said.status == 0
     (line,) = [line for line in said.out.splitlines() if "typo.yaml" in line]
+    assert "typo.yaml" in place.ebpflb("plan").err
     assert "Servise" in line
     assert len([line for line in daemon.log.splitlines() if "typo.yaml" in line]) == 1
     place.write("typo.yaml", REST.replace("empty", "other").split("---")[0].replace("10.96.0.81", "10.96.0.83"))
@@ -335,11 +337,12 @@ def test_check_without_root_says_so(place: Place) -> None:
 
 
 def test_no_bpf_file_system(place: Place) -> None:
-    said = place.ebpflb("run", "--bpffs", str(place.directory / "pins"))
-    assert said.status in (2, 3)
-    last = said.err.splitlines()[-1]
-    assert "mount -t bpf" in last
-    assert "Traceback" not in said.err
+    for command in ("run", "check", "dump", "plan", "cleanup"):
+        said = place.ebpflb(command, "--bpffs", str(place.directory))
+        assert said.status == 2, (command, said)
+        last = said.err.splitlines()[-1]
+        assert f"--bpffs: {place.directory} is not in a BPF file system; give a directory in one" in last
+    assert place.manifests.is_dir()
 
 
 def test_no_cgroup2(place: Place) -> None:

@@ -24,7 +24,7 @@ from ebpflb.cli import main
 from ebpflb.control import listen
 from ebpflb.dataplane import Requirement
 from ebpflb.errors import ApplyError, Unsupported
-from ebpflb.model import Problem, ProxyOptions
+from ebpflb.model import Problem, ProxyOptions, ServiceName
 from ebpflb.parts import Parts
 from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
 from tests.fakes import World, both, routes, row
@@ -103,6 +103,23 @@ def test_run_once_says_when_something_was_refused(shell: Shell, world: World, ma
     said = shell(world, "run", "--once", "--manifests", manifests)
     assert said.status == 1
     assert "frontends: no room (ENOSPC)" in said.err
+
+
+def test_run_once_says_when_a_manifest_was_refused(shell: Shell, world: World, manifests: str) -> None:
+    """The rest is served, and whoever waits for the exit status hears of it."""
+    world.source.wrong = (Problem("web.yaml document 2", "kind Servise is unknown"),)
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert said.status == 1
+    assert "manifests: web.yaml document 2: kind Servise is unknown" in said.err
+    assert world.dataplane.held == world.desired.want
+
+
+def test_run_once_minds_no_remark_of_the_policy(shell: Shell, manifests: str) -> None:
+    name = ServiceName("ns", "web")
+    world = World(want=routes(*both(), problems={name: (Problem("ns/web", "a remark"),)}))
+    said = shell(world, "run", "--once", "--manifests", manifests)
+    assert said.status == 0
+    assert "policy: ns/web: a remark" in said.err
 
 
 def test_run_without_a_source_says_which_option_to_give(shell: Shell, world: World) -> None:
@@ -248,15 +265,13 @@ def test_dump_needs_root(shell: Shell, world: World) -> None:
     assert "sudo" in refused(shell(world.but(privileged=lambda: False), "dump"), 2)
 
 
-@pytest.mark.parametrize(
-    ("service", "number"), [("ns/web", 2), ("ns/other", 0), ("web", 0)], ids=["own", "absent", "default namespace"]
-)
+@pytest.mark.parametrize(("service", "number"), [("ns/web", 2), ("ns/other", 0)], ids=["own", "absent"])
 def test_dump_of_one_service(shell: Shell, service: str, number: int) -> None:
     said = shell(World(held=routes(*both())), "dump", "-o", "json", "--service", service)
     assert len(said.items) == number
 
 
-@pytest.mark.parametrize("text", ["a/b/c", "/web", "ns/", ""])
+@pytest.mark.parametrize("text", ["web", "a/b/c", "/web", "ns/", ""])
 def test_a_service_has_a_namespace_and_a_name(shell: Shell, text: str) -> None:
     assert "NAMESPACE/NAME" in refused(shell(World(held=routes()), "dump", "--service", text), 2)
 
@@ -343,6 +358,13 @@ def test_what_was_refused_is_told_beside_the_plan(shell: Shell, world: World, ma
     said = shell(world, command, "--manifests", manifests)
     assert said.status == 5
     assert "manifests: web.yaml document 2: kind Servise is unknown" in said.err
+
+
+def test_all_that_was_refused_is_told_beside_the_plan(shell: Shell, world: World, manifests: str) -> None:
+    world.source.wrong = tuple(Problem(f"{number}.yaml", "no YAML") for number in range(100))
+    said = shell(world, "plan", "--manifests", manifests, "-o", "json")
+    assert len([line for line in said.err.splitlines() if "no YAML" in line]) == 100
+    assert len(said.items) == 2
 
 
 def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
@@ -549,13 +571,6 @@ def test_a_closed_pipe_is_quiet() -> None:
     os.close(writer)
     assert done.stderr == ""
     assert done.returncode == 0
-
-
-def test_problems_are_told_while_the_rest_is_served(shell: Shell, world: World, manifests: str) -> None:
-    world.source.wrong = (Problem("web.yaml document 2", "kind Servise is unknown"),)
-    said = shell(world, "run", "--once", "--manifests", manifests)
-    assert said.status == 0
-    assert "manifests: web.yaml document 2: kind Servise is unknown" in said.err
 
 
 def test_the_words_of_the_vocabulary() -> None:

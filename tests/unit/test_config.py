@@ -227,3 +227,12 @@ def test_periods_are_sane(options: dict[str, Any]) -> None:
 
 def test_an_empty_bpffs_is_refused() -> None:
     assert "--bpffs is empty" in refusal(bpffs="")
+
+
+@pytest.mark.parametrize("path", ["pins", "./pins", "sys/fs/bpf/ebpflb"])
+def test_a_relative_bpffs_is_refused(path: str) -> None:
+    assert refusal(bpffs=path).startswith(f"--bpffs {path} is a relative path; give a directory in a BPF file system")
+
+
+def test_bpffs_in_its_shortest_form() -> None:
+    assert config(bpffs="/sys/fs/bpf/../bpf/x/").bpffs == "/sys/fs/bpf/x"

@@ -196,6 +196,7 @@ def overview(**changes: object) -> Overview:
         "synced_sources": True,
         "first_sync": True,
         "complete": True,
+        "sound": True,
         "pending_for": None,
         "last_sync_age": 1.23456,
         "last_audit_age": None,

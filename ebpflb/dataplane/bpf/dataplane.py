@@ -85,7 +85,8 @@ class BpfDataplane:
         return facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None)
 
     def check(self) -> None:
-        """Raises Unsupported with all that is missing, and UserError for a cgroup that is none."""
+        """Raises Unsupported with all that is missing, and UserError for a cgroup or a pin directory that is none."""
+        pins.require_place(self._bpffs)
         if self._cgroup is not None:
             cgroup_directory(self._cgroup)
         missing = [
@@ -179,8 +180,7 @@ class BpfDataplane:
             changed = self._programs.repin() + self._programs.attach() + self._devices.audit()
         except (EbpflbError, OSError) as error:
             return _with_problem(report, str(error))
-        if changed:
-            log.warning("programs had been detached or devices changed: %d repaired", changed)
+        log.debug("audit: %d of what was repaired is programs, filters and devices", changed)
         return Report(report.written + changed, report.removed, report.failed, report.seconds, report.problems)
 
     def _started(self) -> Writer:
@@ -258,7 +258,8 @@ class BpfDataplane:
                 )
 
     def inventory(self) -> tuple[str, ...]:
-        """Everything of ours that is installed here."""
+        """Everything of ours that is installed here. Raises UserError for a pin directory that cannot be one."""
+        pins.require_place(self._bpffs)
         return (*pins.inventory(self._bpffs), *self._on_devices(remove=False))
 
     def cleanup(self) -> None:

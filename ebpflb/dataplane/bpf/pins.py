@@ -41,17 +41,24 @@ class Pin(NamedTuple):
     id: int
 
 
+def require_place(bpffs: Path) -> None:
+    """Raises UserError unless `bpffs` is on a BPF file system, or would be if one were mounted at its usual place."""
+    if filesystem_of(bpffs).type != "bpf" and not bpffs.resolve().is_relative_to(_USUAL):
+        raise UserError(
+            f"--bpffs: {bpffs} is not in a BPF file system; give a directory in one, such as {_USUAL / 'ebpflb'}"
+        )
+
+
 def prepare(bpffs: Path) -> None:
     """Make the three directories, on a BPF file system that is mounted first if it is only missing at its usual place.
 
-    Raises UserError with the command that helps.
+    Raises UserError with what helps.
     """
+    require_place(bpffs)
     if filesystem_of(bpffs).type != "bpf":
-        usual = bpffs.resolve().is_relative_to(_USUAL)
-        where = _USUAL if usual else bpffs
-        remedy = f"mount -t bpf bpf {where}"
+        remedy = f"mount -t bpf bpf {_USUAL}"
         try:
-            if not usual or not _USUAL.is_dir() or any(_USUAL.iterdir()):
+            if not _USUAL.is_dir() or any(_USUAL.iterdir()):
                 raise UserError(f"{bpffs} is not on a BPF file system: {remedy}")
             _mount(_USUAL)
         except OSError as error:
