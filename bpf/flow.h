@@ -145,6 +145,8 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
 	key.hook = HOOK_EGRESS;
 	*client_port = packet->key.source_port;
 
+	if (!flows.insert(&key, reply))
+		return GO_ON;
 	other = flows.lookup(&key);
 	if (!other || other->action != FLOW_UNDNAT || is_over(other, key.protocol, node, now) ||
 	    (other->port == reply->port && other->other_port == reply->other_port &&
