@@ -3,7 +3,7 @@
 Invariant: whatever arrives, the verdict is one of three, what no row speaks of comes back byte-identical, what is
 translated changes nothing but addresses, ports and checksums, and no counter moves that the rows make impossible.
 
-EBPFLB_FUZZ sets how many packets a family gets (default 500,000: a million in all), EBPFLB_FUZZ_SEED which ones.
+EBPFLB_FUZZ sets how many packets there are, half of them in each family (default: a million), EBPFLB_FUZZ_SEED which.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.packets import Packet, arp, icmp_error, packed
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load, pytest.mark.fuzz, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-COUNT = int(os.environ.get("EBPFLB_FUZZ", "500000"))
+COUNT = int(os.environ.get("EBPFLB_FUZZ", "1000000")) // 2
 SEED = int(os.environ.get("EBPFLB_FUZZ_SEED", "20260101"))
 
 IMPOSSIBLE = {

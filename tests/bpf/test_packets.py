@@ -230,7 +230,7 @@ def test_truncated_at_every_length(node: Loaded, family: int, protocol: str) -> 
     port = 9 if protocol == "sctp" else 80
     whole = Packet("outside", 40000, "vip", port, protocol, payload=bytes(100)).frame(family)
     header = ETHERNET + (20 if family == 4 else 40) + {"tcp": 14, "udp": 4, "sctp": 4, "echo": 0}[protocol]
-    for length in range(ETHERNET + 1, min(128, len(whole)) + 1):
+    for length in range(ETHERNET, min(128, len(whole)) + 1):
         frame = whole[:length]
         try:
             result = node.ingress(frame, family)
