@@ -21,6 +21,7 @@
 #include "lookup.h"
 #include "parse.h"
 #include "flow.h"
+#include "masquerade.h"
 #include "nat.h"
 #include "reject.h"
 
