@@ -29,7 +29,7 @@ from ebpflb.demo import namespaces
 from ebpflb.errors import EbpflbError
 from ebpflb.model import ProxyOptions
 from ebpflb.routes import packed
-from ebpflb.source import LocalAddresses, Synced, parse, wire
+from ebpflb.source import LocalAddresses, PutService, PutSlice, Synced, parse, wire
 from ebpflb.wiring import Intent
 
 ENDPOINTS = 10
@@ -155,6 +155,18 @@ def _collector_off() -> Iterator[None]:
         gc.enable()
 
 
+def _put_service(object: wire.Service) -> PutService:
+    found = parse.service(object)
+    assert found is not None, "all Services of bench.clusters are ours to serve"
+    return PutService(found)
+
+
+def _put_slice(object: wire.EndpointSlice) -> PutSlice:
+    found = parse.endpoint_slice(object)
+    assert found is not None
+    return PutSlice(found)
+
+
 def _apply(intent: Intent, events: Iterable[object]) -> None:
     for event in events:
         intent.apply(event)  # type: ignore[arg-type]
@@ -164,8 +176,8 @@ def _cold(dataplane: BpfDataplane, services: bytes, slices: bytes, count: int) -
     """From the lists to a complete sync. Raises EbpflbError if something is not in."""
     intent = Intent("node-0", ProxyOptions(), ["lists"])
     intent.apply(LocalAddresses(("192.168.0.2",), ("192.168.0.2",)))
-    _apply(intent, map(parse.service_event, msgspec.json.decode(services, type=wire.ServiceList).items or ()))
-    _apply(intent, map(parse.slice_event, msgspec.json.decode(slices, type=wire.EndpointSliceList).items or ()))
+    _apply(intent, map(_put_service, msgspec.json.decode(services, type=wire.ServiceList).items or ()))
+    _apply(intent, map(_put_slice, msgspec.json.decode(slices, type=wire.EndpointSliceList).items or ()))
     intent.apply(Synced("lists"))
     routes = intent.routes()
     report = dataplane.sync(routes)
@@ -184,7 +196,7 @@ def _changes(dataplane: BpfDataplane, intent: Intent, bpffs: Path, services: int
             fresh = next(spare)
             event = bytes_of(endpoint_slice(number, [*endpoint_ips(number, ENDPOINTS)[:-1], fresh]))
             begin = time.perf_counter()
-            intent.apply(parse.slice_event(decode(event)))
+            intent.apply(_put_slice(decode(event)))
             report = dataplane.sync(intent.routes())
             visible = view.leads_to(number, fresh)
             taken = time.perf_counter() - begin

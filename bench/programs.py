@@ -18,9 +18,9 @@ from bench.clusters import cluster_ip
 from bench.lab import Lab
 from bench.report import Figure
 from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.assembly import assemble, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
-from ebpflb.dataplane.bpf.facts import assemble, move
 from ebpflb.demo import namespaces
 from ebpflb.errors import EbpflbError
 from ebpflb.model import Protocol
