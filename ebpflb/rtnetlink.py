@@ -76,11 +76,13 @@ class Overrun(Exception):
 
 
 class Netlink:
-    """One rtnetlink socket of the network namespace that the thread is in. Use one for requests and another, with
-    `groups`, for events."""
+    """One netlink socket of the network namespace that the thread is in. Use one for requests and another, with
+    `groups`, for events. `protocol` is NETLINK_…; an answer that takes longer than `timeout` seconds (None: it always
+    comes) is a TimeoutError."""
 
-    def __init__(self, *groups: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, *groups: int, protocol: int = socket.NETLINK_ROUTE, timeout: float | None = None) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        self._socket.settimeout(timeout)
         self._sequence = 0
         self._interrupted = False
         try:

@@ -11,6 +11,7 @@ names as ours, by the kernel's cookie, are ended. What goes wrong is logged for 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.layouts import SOCKET_KEY, SOCKET_VALUE
 from ebpflb.model import Protocol
+from ebpflb.rtnetlink import Netlink
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,6 @@ _REVERSE = 1
 
 _NETLINK_SOCK_DIAG = 4
 _DIAG_BY_FAMILY, _DESTROY = 20, 21
-_REQUEST, _ACK, _DUMP = 0x001, 0x004, 0x300
-_ERROR, _DONE = 2, 3
-_HEADER = struct.Struct("=IHHII")
-_DIAG_REQUEST = struct.Struct("=BBBBI48s")
 _ESTABLISHED = 1 << 1
 _ID_AT, _ID_SIZE, _COOKIE_AT = 4, 48, 40
 _TIMEOUT_SECONDS = 2.0
@@ -120,46 +118,36 @@ def _end_in(namespace: int, cookies: set[int]) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     ended = 0
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as diag:
-        diag.settimeout(_TIMEOUT_SECONDS)
+    with contextlib.closing(Netlink(protocol=_NETLINK_SOCK_DIAG, timeout=_TIMEOUT_SECONDS)) as diag:
         for family in (socket.AF_INET, socket.AF_INET6):
-            for identity in list(_connected(diag, family)):
+            for identity in _connected(diag, family):
                 if int.from_bytes(identity[_COOKIE_AT:], "little") in cookies:
                     ended += _destroy(diag, family, identity)
     return ended
 
 
-def _connected(diag: socket.socket, family: int) -> Iterator[bytes]:
-    """The kernel's identities (`struct inet_diag_sockid`) of all connected UDP sockets here."""
-    request = _DIAG_REQUEST.pack(family, socket.IPPROTO_UDP, 0, 0, _ESTABLISHED, bytes(_ID_SIZE))
-    for type, body in _exchange(diag, _DIAG_BY_FAMILY, _DUMP, request):
-        if type == _DIAG_BY_FAMILY:
-            yield body[_ID_AT : _ID_AT + _ID_SIZE]
+def _connected(diag: Netlink, family: int) -> list[bytes]:
+    """The kernel's identities (`struct inet_diag_sockid`) of all connected UDP sockets here; none where it cannot tell
+    of this family's."""
+    try:
+        found = diag.dump(_DIAG_BY_FAMILY, _request(family, bytes(_ID_SIZE)))
+    except FileNotFoundError:
+        return []
+    return [body[_ID_AT : _ID_AT + _ID_SIZE] for body in found]
 
 
-def _destroy(diag: socket.socket, family: int, identity: bytes) -> bool:
+def _destroy(diag: Netlink, family: int, identity: bytes) -> bool:
     """End one socket; False where it has gone or the kernel cannot."""
-    request = _DIAG_REQUEST.pack(family, socket.IPPROTO_UDP, 0, 0, _ESTABLISHED, identity)
-    for type, body in _exchange(diag, _DESTROY, _ACK, request):
-        if type == _ERROR:
-            (error,) = struct.unpack_from("=i", body)
-            if error:
-                log.debug("a connected UDP socket cannot be ended: %s", os.strerror(-error))
-            return not error
-    return False
+    try:
+        diag.request(_DESTROY, 0, _request(family, identity))
+    except TimeoutError:
+        raise
+    except OSError as error:
+        log.debug("a connected UDP socket cannot be ended: %s", error.strerror)
+        return False
+    return True
 
 
-def _exchange(diag: socket.socket, type: int, flags: int, request: bytes) -> Iterator[tuple[int, bytes]]:
-    """Send one message; the answers' (type, body), up to the one that ends them."""
-    diag.send(_HEADER.pack(_HEADER.size + len(request), type, _REQUEST | flags, 1, 0) + request)
-    while True:
-        data = diag.recv(1 << 18)
-        at = 0
-        while at + _HEADER.size <= len(data):
-            length, answer, _, _, _ = _HEADER.unpack_from(data, at)
-            if answer == _DONE:
-                return
-            yield answer, data[at + _HEADER.size : at + length]
-            if answer == _ERROR:
-                return
-            at += (length + 3) & ~3
+def _request(family: int, identity: bytes) -> bytes:
+    """A `struct inet_diag_req_v2`."""
+    return struct.pack("=BBBBI48s", family, socket.IPPROTO_UDP, 0, 0, _ESTABLISHED, identity)
