@@ -29,7 +29,7 @@ from ebpflb.model import (
     TrafficPolicy,
     family_of,
 )
-from ebpflb.source import DropService, DropSlice, PutService, PutSlice, wire
+from ebpflb.source import wire
 
 SERVICE_PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
@@ -279,18 +279,3 @@ def node(obj: wire.Node) -> Node:
         known=True,
         deleting=bool(meta.deletion_timestamp) or any(taint.key == TO_BE_DELETED for taint in spec.taints or ()),
     )
-
-
-# ---- Events ----
-
-
-def service_event(obj: wire.Service) -> PutService | DropService:
-    """What a Service that was added or changed means."""
-    found = service(obj)
-    return PutService(found) if found is not None else DropService(service_name(obj.metadata))
-
-
-def slice_event(obj: wire.EndpointSlice) -> PutSlice | DropSlice:
-    """What an EndpointSlice that was added or changed means."""
-    found = endpoint_slice(obj)
-    return PutSlice(found) if found is not None else DropSlice(service_name(obj.metadata))

@@ -342,7 +342,7 @@ class _Timer:
 
     def drain(self) -> None:
         """Become unreadable."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):  # it is unreadable already
             os.read(self.fd, 8)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import facts, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
+from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PROG_TYPE_CGROUP_SOCK_ADDR, Sizes
 from ebpflb.dataplane.bpf.programs import Programs, open_maps
 from ebpflb.errors import Unsupported, UserError
@@ -229,7 +230,7 @@ def test_another_cgroup_is_taken_up(place: Place, small: Artifact) -> None:
 
 
 def test_another_program_that_tolerates_others_keeps_running(place: Place, small: Artifact) -> None:
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, facts.move(0, 1) + facts.EXIT, "foreign", 10)
+    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
     cgroup = os.open(place.cgroup, os.O_RDONLY)
     link = syscall.link_create(foreign, cgroup, 10)
     try:
@@ -245,7 +246,7 @@ def test_another_program_that_tolerates_others_keeps_running(place: Place, small
 
 def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place: Place, small: Artifact) -> None:
     """One such at a cgroup inside ours: both run for the processes there."""
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, facts.move(0, 1) + facts.EXIT, "foreign", 10)
+    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
     number = syscall.prog_info(foreign).id
     inner = place.cgroup / "inner"
     inner.mkdir()
@@ -263,7 +264,7 @@ def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place
 
 @pytest.mark.parametrize("where", ["at the cgroup", "above it"])
 def test_a_program_that_tolerates_no_other_is_named(place: Place, small: Artifact, where: str) -> None:
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, facts.move(0, 1) + facts.EXIT, "foreign", 10)
+    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
     number = syscall.prog_info(foreign).id
     inner = place.cgroup / "inner"
     inner.mkdir()
@@ -325,7 +326,7 @@ def test_cgroup_that_is_none(place: Place, small: Artifact, tmp_path: Path) -> N
 
 
 def test_program_that_the_kernel_refuses(place: Place, small: Artifact) -> None:
-    broken = msgspec.structs.replace(small.programs["connect4"], code=facts.EXIT, relocations=())
+    broken = msgspec.structs.replace(small.programs["connect4"], code=EXIT, relocations=())
     other = msgspec.structs.replace(small, programs={"connect4": broken})
     with pytest.raises(Unsupported, match=r"refuses the program connect4: .*R0 !read_ok"):
         place.loaded(other)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ebpflb.dataplane.bpf import facts, syscall
+from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -124,7 +125,7 @@ def test_array(make: Make) -> None:
 def test_a_map_type_without_batches_is_served_one_by_one(make: Make) -> None:
     """An array of programs, which no kernel so far does in batches: descriptors go in, ids come out."""
     fd = make(MAP_PROG_ARRAY, 4, 4, 8)
-    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.move(0, 0) + facts.EXIT, "test_batch")
+    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, move(0, 0) + EXIT, "test_batch")
     try:
         keys = struct.pack("=3I", 1, 4, 6)
         syscall.update_batch(fd, keys, struct.pack("=I", program) * 3, 3)
@@ -152,7 +153,7 @@ def test_percpu_values_have_a_cell_for_each_cpu(make: Make) -> None:
 
 @pytest.mark.parametrize("type", [PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP])
 def test_program_runs_on_a_packet(type: int) -> None:
-    fd = syscall.prog_load(type, facts.move(0, 2) + facts.EXIT, "test_run")
+    fd = syscall.prog_load(type, move(0, 2) + EXIT, "test_run")
     try:
         packet = bytes(range(64))
         ran = syscall.prog_test_run(fd, packet, repeat=3)
@@ -166,7 +167,7 @@ def test_program_runs_on_a_packet(type: int) -> None:
 
 def test_refused_program_says_why() -> None:
     with pytest.raises(syscall.VerifierError) as refused:
-        syscall.prog_load(PROG_TYPE_SCHED_CLS, facts.EXIT, "no_result")
+        syscall.prog_load(PROG_TYPE_SCHED_CLS, EXIT, "no_result")
     assert refused.value.errno == errno.EACCES
     assert "R0 !read_ok" in str(refused.value)
     assert "R0 !read_ok" in refused.value.log
@@ -199,4 +200,4 @@ def test_facts_of_this_kernel() -> None:
     assert 1024 <= low < high <= 65535
     assert facts.has_bpf() and facts.has_socket_programs() and facts.has_clsact()
     assert facts.may_administrate()
-    assert not facts.loads(PROG_TYPE_CGROUP_SOCK_ADDR, facts.EXIT, 10)
+    assert not facts.loads(PROG_TYPE_CGROUP_SOCK_ADDR, EXIT, 10)

@@ -45,7 +45,7 @@ LAYERS = (
     Layer("diff", ("model", "routes"), pure=True),
     Layer("source", ("model", "errors", "=source")),
     Layer("source.documents", ("model", "errors", "source.parse", "source.validate", "source.wire")),
-    Layer("source.parse", ("model", "=source", "source.wire"), pure=True),
+    Layer("source.parse", ("model", "source.wire"), pure=True),
     Layer("source.wire", ("model",), pure=True),
     Layer("source.validate", ("model", "source.wire", "source.parse"), pure=True),
     Layer("source.store", ("model", "=source"), pure=True),

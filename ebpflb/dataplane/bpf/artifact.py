@@ -268,7 +268,7 @@ def _write(path: Path, artifact: Artifact) -> None:
             CACHE_ENVIRONMENT,
         )
         if temporary is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the same trouble, of which one line is enough
                 os.unlink(temporary)
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from ebpflb.dataplane import Report, Requirement
 from ebpflb.dataplane.bpf import devices, facts, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, load_artifact, read_sources, source_directory
-from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call
-from ebpflb.dataplane.bpf.constants import PROG_TYPE_SCHED_CLS, Sizes
+from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows
 from ebpflb.dataplane.bpf.devices import Devices
 from ebpflb.dataplane.bpf.flatten import enumerators
@@ -42,8 +41,6 @@ FLOW_IDLE_SECONDS = 120
 
 REFRESH_SECONDS = 1
 """How exactly a flow's last use is known."""
-
-_HELPER_JIFFIES = 118
 
 
 class BpfDataplane:
@@ -227,7 +224,7 @@ class BpfDataplane:
             if maps is None:
                 return []
             with _readable():
-                return Inspector(maps, _counter_names(), _jiffies).tables(what)
+                return Inspector(maps, _counter_names(), facts.jiffies).tables(what)
 
     @contextmanager
     def _maps(self) -> Iterator[KernelMaps | None]:
@@ -320,13 +317,3 @@ def _device_layout() -> Layout:
 def _counter_names() -> tuple[str, ...]:
     """As `bpf/maps.h` has them."""
     return enumerators(read_sources(source_directory())["maps.h"], "counter")[:-1]
-
-
-def _jiffies() -> int:
-    """The lower 32 bits of the kernel's jiffies: nothing but a program can ask for them."""
-    code = assemble(call(_HELPER_JIFFIES), EXIT)
-    fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "ebpflb_jiffies")
-    try:
-        return syscall.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
-    finally:
-        os.close(fd)

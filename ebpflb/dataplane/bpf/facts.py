@@ -22,12 +22,7 @@ from typing import NamedTuple
 from ebpflb.dataplane import Requirement
 from ebpflb.dataplane.bpf import syscall, tc
 from ebpflb.dataplane.bpf.artifact import compiler_version
-from ebpflb.dataplane.bpf.assembly import EXIT as EXIT
-from ebpflb.dataplane.bpf.assembly import assemble as assemble
-from ebpflb.dataplane.bpf.assembly import call as call
-from ebpflb.dataplane.bpf.assembly import cell
-from ebpflb.dataplane.bpf.assembly import instruction as instruction
-from ebpflb.dataplane.bpf.assembly import move as move
+from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, cell, instruction, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS
 from ebpflb.rtnetlink import Netlink
 
@@ -159,17 +154,21 @@ def _configured_hz() -> int | None:
 
 
 def _measured_hz() -> int:
-    """The known rate that is nearest to what bpf_jiffies64 counts in a tenth of a second."""
+    """The known rate that is nearest to what is counted in a tenth of a second."""
+    first, began = jiffies(), time.monotonic()
+    time.sleep(0.1)
+    last, ended = jiffies(), time.monotonic()
+    rate = ((last - first) & 0xFFFFFFFF) / (ended - began)
+    return min(_KNOWN_HZ, key=lambda hz: abs(hz - rate))
+
+
+def jiffies() -> int:
+    """The lower 32 bits of the kernel's jiffies: nothing but a program can ask for them. Raises OSError."""
     fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(call(_HELPER_JIFFIES), EXIT), "ebpflb_jiffies")
     try:
-        first = syscall.prog_test_run(fd, bytes(14)).verdict
-        began = time.monotonic()
-        time.sleep(0.1)
-        last = syscall.prog_test_run(fd, bytes(14)).verdict
-        rate = ((last - first) & 0xFFFFFFFF) / (time.monotonic() - began)
+        return syscall.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
     finally:
         os.close(fd)
-    return min(_KNOWN_HZ, key=lambda hz: abs(hz - rate))
 
 
 def snat_ports() -> tuple[int, int]:

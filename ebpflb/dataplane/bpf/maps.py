@@ -7,7 +7,7 @@ success. Only what makes reading impossible raises (OSError).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ebpflb.dataplane.bpf import syscall
@@ -18,7 +18,7 @@ _BATCH = 4096
 
 
 class Maps(Protocol):
-    """Maps by name, with rows of the sizes in `tables.SIZES`."""
+    """Maps by name, with rows of the sizes in `layouts.SIZES`."""
 
     @property
     def capacity(self) -> Mapping[str, int]:
@@ -51,36 +51,20 @@ class KernelMaps:
     def put(self, table: str, keys: bytes, values: bytes) -> Mapping[int, int]:
         fd = self._descriptors[table]
         width, size = SIZES[table]
-        refused: dict[int, int] = {}
-        count = len(keys) // width
-        at = 0
-        while at < count:
-            end = min(count, at + _BATCH)
-            try:
-                syscall.update_batch(fd, keys[at * width : end * width], values[at * size : end * size], end - at)
-                at = end
-            except syscall.BatchError as error:
-                at += error.done
-                refused[at] = error.errno or 0
-                at += 1
-        return refused
+
+        def update(at: int, end: int) -> None:
+            syscall.update_batch(fd, keys[at * width : end * width], values[at * size : end * size], end - at)
+
+        return _in_batches(len(keys) // width, update)
 
     def remove(self, table: str, keys: bytes) -> Mapping[int, int]:
         fd = self._descriptors[table]
         width, _ = SIZES[table]
-        refused: dict[int, int] = {}
-        count = len(keys) // width
-        at = 0
-        while at < count:
-            end = min(count, at + _BATCH)
-            try:
-                syscall.delete_batch(fd, keys[at * width : end * width], end - at)
-                at = end
-            except syscall.BatchError as error:
-                at += error.done
-                refused[at] = error.errno or 0
-                at += 1
-        return refused
+
+        def delete(at: int, end: int) -> None:
+            syscall.delete_batch(fd, keys[at * width : end * width], end - at)
+
+        return _in_batches(len(keys) // width, delete)
 
     def read(self, table: str) -> tuple[bytes, bytes]:
         keys, values, _ = syscall.lookup_all(self._descriptors[table], self._infos[table])
@@ -88,3 +72,19 @@ class KernelMaps:
 
     def read_array(self, table: str, start: int, count: int) -> bytes:
         return syscall.lookup_range(self._descriptors[table], start, count, self._infos[table])[1]
+
+
+def _in_batches(count: int, act: Callable[[int, int], None]) -> dict[int, int]:
+    """Do `act(start, end)` to all rows 0 … `count`; what was refused, as errno by index."""
+    refused: dict[int, int] = {}
+    at = 0
+    while at < count:
+        end = min(count, at + _BATCH)
+        try:
+            act(at, end)
+            at = end
+        except syscall.BatchError as error:
+            at += error.done
+            refused[at] = error.errno or 0
+            at += 1
+    return refused

@@ -43,7 +43,7 @@ _ARRAYS = (MAP_ARRAY, MAP_PERCPU_ARRAY)
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _TEST_RUN, _PROG_NEXT_ID, _MAP_NEXT_ID, _PROG_BY_ID, _MAP_BY_ID, _INFO, _PROG_QUERY = range(10, 17)
-_LOOKUP_BATCH, _, _UPDATE_BATCH, _DELETE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_BY_ID, _LINK_NEXT_ID = range(24, 32)
+_LOOKUP_BATCH, _, _UPDATE_BATCH, _DELETE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_BY_ID = range(24, 31)
 _LINK_DETACH = 34
 
 _LOG_BYTES = 1 << 20
@@ -457,11 +457,6 @@ def map_ids() -> Iterator[int]:
 def program_ids() -> Iterator[int]:
     """The ids of all programs of this machine."""
     return _ids(_PROG_NEXT_ID)
-
-
-def link_ids() -> Iterator[int]:
-    """The ids of all links of this machine."""
-    return _ids(_LINK_NEXT_ID)
 
 
 def map_by_id(id: int) -> int:
