@@ -138,11 +138,11 @@ class Clients:
         """A conversation from `place` and its port `port`; 0: the kernel's choice, or a fresh one for UDP. Raises
         OSError."""
         made = self.sockets.make(place, family_of(to.address), protocol)
-        if protocol == "UDP":
-            made.bind(("", port or self.fresh_port(place)))
-        elif port:
+        if port:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(("", port))
+        elif protocol == "UDP":
+            made.bind(("", self.fresh_port(place)))
         return Conversation(made, to, patience)
 
     def ask(
