@@ -1,4 +1,5 @@
-"""rtnetlink, by which the kernel tells of a network namespace's devices, addresses and routes, as far as we need it.
+"""rtnetlink, as far as we need it: the kernel's account of a network namespace's devices, addresses and routes; and the
+socket, on which other protocols of netlink are spoken too.
 
 Rules of this file: it encodes, sends, reads and decodes, and decides nothing. A refusal is an OSError with the kernel's
 own sentence where it gives one. Messages are read with `struct`: for the same questions pyroute2 0.9 takes 21 MB and

@@ -1,7 +1,7 @@
 """What this kernel and this network namespace are like, as the BPF dataplane must know it.
 
 Rules of this file: it asks and never changes anything that outlives the call. A fact that cannot be had is None or
-False, not an exception; who asked decides what that means.
+False, not an exception, and who asked decides what that means; only what nothing works without raises OSError.
 """
 
 from __future__ import annotations
@@ -276,8 +276,7 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
     (None: the mounted root). `compiled`: the programs are in the cache already, so that no compiler is needed."""
     root = may_administrate()
     mounted = filesystem_of(bpffs)
-    usual = bpffs.resolve().is_relative_to("/sys/fs/bpf")
-    automatic = usual and Path("/sys/fs/bpf").is_dir()
+    automatic = bpffs.resolve().is_relative_to("/sys/fs/bpf") and Path("/sys/fs/bpf").is_dir()
     where = cgroup or cgroup2_root()
     is_cgroup = where is not None and where.is_dir() and filesystem_of(where).type == "cgroup2"
     version = compiler_version()
@@ -307,9 +306,7 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
             "bpffs",
             mounted.type == "bpf" or automatic,
             f"{bpffs} on {mounted.type or 'nothing'}",
-            "mount -t bpf bpf /sys/fs/bpf"
-            if usual
-            else "--bpffs with a directory of bpffs, such as /sys/fs/bpf/ebpflb",
+            "mount -t bpf bpf /sys/fs/bpf",
         ),
         Requirement(
             "cgroup2",
