@@ -138,11 +138,15 @@ class Clients:
         """A conversation from `place` and its port `port`; 0: the kernel's choice, or a fresh one for UDP. Raises
         OSError."""
         made = self.sockets.make(place, family_of(to.address), protocol)
-        if port:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(("", port))
-        elif protocol == "UDP":
-            made.bind(("", self.fresh_port(place)))
+        try:
+            if port:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                made.bind(("", port))
+            elif protocol == "UDP":
+                made.bind(("", self.fresh_port(place)))
+        except BaseException:
+            made.close()
+            raise
         return Conversation(made, to, patience)
 
     def ask(
