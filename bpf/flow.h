@@ -5,7 +5,7 @@
  * A flow begins where its request enters, with the rows DNAT and UNDNAT, and SNAT where it is masqueraded. The port of
  * the masquerade is found where the request leaves, since only there is the leaving device known; that writes UNSNAT.
  * All rows of a flow are written before its first packet goes on, and every row can be evicted at any time: what is
- * gone is made anew by the next request.
+ * gone is made anew by the next request. Most packets are nobody's: a mark tells so before any row is looked for.
  */
 #ifndef EBPFLB_FLOW_H
 #define EBPFLB_FLOW_H
@@ -15,6 +15,51 @@
 
 /* How often another port is tried before a flow is given up. */
 #define PORT_TRIES 12
+
+/* The number of a mark: any even spread will do, since a clash costs a lookup only. */
+static inline u32 mark_number(u32 kind, const struct address *address, u16 port)
+{
+	u32 hash = (kind << 16 | port) * 0x9e3779b1;
+
+	hash = (hash ^ address->word[0] ^ address->word[2]) * 0x85ebca6b;
+	hash = (hash ^ address->word[1] ^ hash >> 15) * 0xc2b2ae35;
+	hash = (hash ^ address->word[3] ^ hash >> 13) * 0x27d4eb2f;
+	return (hash ^ hash >> 16) % (MARK_CELLS * 8);
+}
+
+static inline void set_mark(u32 kind, const struct address *address, u16 port)
+{
+	u32 number = mark_number(kind, address, port);
+	u32 cell = number / 8;
+	struct mark *mark = marks.lookup(&cell);
+
+	if (mark && !mark->set[number % 8])
+		mark->set[number % 8] = 1;
+}
+
+static inline int is_marked(u32 kind, const struct address *address, u16 port)
+{
+	u32 number = mark_number(kind, address, port);
+	u32 cell = number / 8;
+	struct mark *mark = marks.lookup(&cell);
+
+	return !mark || mark->set[number % 8];
+}
+
+/* The row of a packet that enters. */
+static inline struct flow *entering_flow(struct flow_key *key)
+{
+	return is_marked(MARK_ENTERS, &key->destination, 0) ? flows.lookup(key) : 0;
+}
+
+/* The row of a packet that leaves. */
+static inline struct flow *leaving_flow(struct flow_key *key)
+{
+	if (!is_marked(MARK_FROM, &key->source, key->source_port) &&
+	    !is_marked(MARK_TO, &key->destination, key->destination_port))
+		return 0;
+	return flows.lookup(key);
+}
 
 /* What the packet's tuple becomes by a row. */
 static inline void translated(const struct flow_key *key, const struct flow *flow, struct flow_key *to)
@@ -144,6 +189,7 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
 	key.protocol = packet->key.protocol;
 	key.hook = HOOK_EGRESS;
 	*client_port = packet->key.source_port;
+	set_mark(MARK_FROM, &key.source, key.source_port);
 
 	if (!flows.insert(&key, reply))
 		return GO_ON;
@@ -215,6 +261,7 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 		row.address = packet->key.source;
 		row.port = client_port;
 		row.other_port = backend->port;
+		set_mark(MARK_TO, &key.destination, key.destination_port);
 		if (flows.update(&key, &row)) {
 			count(PACKET_NO_ROOM);
 			return DISCARD;
@@ -229,6 +276,7 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	row.address = backend->address;
 	row.port = backend->port;
 	row.other_port = client_port;
+	set_mark(MARK_ENTERS, &packet->key.destination, 0);
 	if (flows.update(&packet->key, &row)) {
 		count(PACKET_NO_ROOM);
 		return DISCARD;
@@ -256,7 +304,7 @@ static inline int pass_by(struct packet *packet, const struct settings *node, u6
 	key.destination_port = packet->key.source_port;
 	key.protocol = packet->key.protocol;
 	key.hook = HOOK_EGRESS;
-	reply = flows.lookup(&key);
+	reply = leaving_flow(&key);
 	if (!reply || reply->action != FLOW_UNDNAT)
 		return PASS;
 	if (!is_over(reply, key.protocol, node, now)) {

@@ -221,6 +221,22 @@ struct socket_value {
 };
 _Static_assert(sizeof(struct socket_value) == 40, "struct socket_value");
 
+/*
+ * Hints where `flows` may have rows, so that packets which are nobody's need not look: a byte for each of many hash
+ * values of an address, set before the row is written and never cleared. A false hint costs one lookup.
+ */
+struct mark {
+	u8 set[8]; /* bytes, not bits: two CPUs may set neighbours at once */
+};
+_Static_assert(sizeof(struct mark) == 8, "struct mark");
+
+#define MARK_CELLS 65536
+
+#define MARK_ENTERS 1 /* rows of ingress, by the destination's address */
+#define MARK_FROM 2   /* rows UNDNAT, by the source */
+#define MARK_TO 3     /* rows SNAT, by the destination */
+
+BPF_TABLE("array", u32, struct mark, marks, MARK_CELLS);
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_FLOWS);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, MAX_FRAGMENTS);
 BPF_TABLE("lru_hash", struct socket_key, struct socket_value, sockets, MAX_SOCKETS);

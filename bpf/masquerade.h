@@ -75,6 +75,7 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
 	row.backend = flow->backend;
 	row.seen = now;
 	row.created = now;
+	set_mark(MARK_ENTERS, &key.destination, 0);
 
 #pragma nounroll
 	for (int i = 0; i < PORT_TRIES; i++) {

@@ -168,7 +168,7 @@ int tc_ingress(struct __sk_buff *skb)
 		return finish(skb, PASS);
 	now = bpf_jiffies64();
 
-	flow = flows.lookup(&packet.key);
+	flow = entering_flow(&packet.key);
 	if (flow && !packet.error && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
 		count(FLOW_STALE);
 		flow = 0;
@@ -197,7 +197,7 @@ int tc_egress(struct __sk_buff *skb)
 	verdict = read_packet(skb, &packet);
 	if (verdict != GO_ON)
 		return finish(skb, verdict);
-	flow = flows.lookup(&packet.key);
+	flow = leaving_flow(&packet.key);
 	if (!flow)
 		return finish(skb, PASS);
 	node = node_settings();

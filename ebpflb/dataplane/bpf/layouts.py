@@ -37,6 +37,7 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
     "source_key": (("prefix", 4), ("address", 16)),
     "source": (("flags", 4),),
     "range_key": (("prefix", 4), ("ranges", 4), ("address", 16)),
+    "mark": (("set", 8),),
     "device": (("ipv4", 16), ("ipv6", 16), ("flags", 4), ("pad", 4)),
     "settings": (
         ("netns", 8),
@@ -99,6 +100,7 @@ KEY_VALUE: dict[str, tuple[str, str]] = {
     "flows": ("flow_key", "flow"),
     "fragments": ("fragment_key", "fragment"),
     "sockets": ("socket_key", "socket_value"),
+    "marks": ("u32", "mark"),
     "counters": ("u32", "u64"),
 }
 """The maps that this dataplane's control plane reads or writes, with the types of their rows."""
