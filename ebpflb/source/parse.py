@@ -109,7 +109,9 @@ def _masked(family: int, packed: bytes, bits: int) -> Address:
 
 def _addresses(texts: Iterable[str | None] | None) -> tuple[Address, ...]:
     """Canonical, in order, without repetition; what is no address is left out."""
-    return tuple(dict.fromkeys(found for text in texts or () if text and (found := address(text))))
+    if not texts:
+        return ()
+    return tuple(dict.fromkeys([found for text in texts if text and (found := address(text))]))
 
 
 # ---- Services ----
@@ -131,7 +133,7 @@ def service(obj: wire.Service) -> Service | None:
     cluster_ips = _cluster_ips(spec)
     if kind is None or not cluster_ips:
         return None
-    ports = tuple(_service_ports(spec.ports))
+    ports = tuple(_service_ports(spec.ports or ()))
     external = TrafficPolicy.LOCAL if spec.external_traffic_policy == "Local" else TrafficPolicy.CLUSTER
     wants_health_check = kind is ServiceType.LOAD_BALANCER and external is TrafficPolicy.LOCAL
     return Service(
@@ -156,11 +158,13 @@ def _cluster_ips(spec: wire.ServiceSpec) -> tuple[Address, ...]:
     if not spec.cluster_ip or spec.cluster_ip == "None":
         return ()
     found = _addresses(spec.cluster_ips or (spec.cluster_ip,))
+    if len(found) < 2:
+        return found
     return tuple({family_of(each): each for each in reversed(found)}.values())[::-1]
 
 
-def _service_ports(ports: list[wire.ServicePort] | None) -> Iterable[ServicePort]:
-    for port in ports or ():
+def _service_ports(ports: Iterable[wire.ServicePort]) -> Iterable[ServicePort]:
+    for port in ports:
         protocol = _PROTOCOLS.get(port.protocol or "")
         if protocol is not None and _is_port(port.port):
             node_port = port.node_port if _is_port(port.node_port) else 0
@@ -173,9 +177,9 @@ def _is_port(number: int | None) -> TypeGuard[int]:
 
 def _load_balancer_ips(status: wire.ServiceStatus | None) -> tuple[Address, ...]:
     """Those that packets reach with their destination unchanged: ipMode VIP, the default."""
-    if status is None or status.load_balancer is None:
+    if status is None or status.load_balancer is None or not status.load_balancer.ingress:
         return ()
-    return _addresses(each.ip for each in status.load_balancer.ingress or () if (each.ip_mode or "VIP") == "VIP")
+    return _addresses(each.ip for each in status.load_balancer.ingress if (each.ip_mode or "VIP") == "VIP")
 
 
 def _affinity_seconds(spec: wire.ServiceSpec) -> int:
@@ -187,7 +191,9 @@ def _affinity_seconds(spec: wire.ServiceSpec) -> int:
 
 
 def _source_ranges(texts: list[str] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(found for text in texts or () if (found := cidr(text.strip()))))
+    if not texts:
+        return ()
+    return tuple(dict.fromkeys([found for text in texts if (found := cidr(text.strip()))]))
 
 
 def _annotations(annotations: wire.Labels | None) -> tuple[tuple[str, str], ...]:

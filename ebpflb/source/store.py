@@ -38,8 +38,9 @@ class Store:
     """What was said so far. `node_name` is this node; `sources` are the names to hear `Synced` from."""
 
     def __init__(self, node_name: str, sources: Iterable[str]) -> None:
-        self._services: immutables.Map[ServiceName, Service] = immutables.Map()
-        self._slices: immutables.Map[ServiceName, tuple[EndpointSlice, ...]] = immutables.Map()
+        # The maps of the next Snapshot, still open: many events between two Snapshots change them in place.
+        self._services = immutables.Map[ServiceName, Service]().mutate()
+        self._slices = immutables.Map[ServiceName, tuple[EndpointSlice, ...]]().mutate()
         self._by_name: dict[ServiceName, EndpointSlice] = {}
         self._waiting = set(sources)
         self._said: Node | None = None
@@ -58,10 +59,10 @@ class Store:
         match event:
             case PutSlice(slice=found):
                 return self._set_slice(found.name, found)
-            case DropSlice(name=name):
-                return self._set_slice(name, None)
             case PutService(service=service):
                 return self._set_service(service.name, service)
+            case DropSlice(name=name):
+                return self._set_slice(name, None)
             case DropService(name=name):
                 return self._set_service(name, None)
             case PutNode(node=node):
@@ -78,7 +79,9 @@ class Store:
 
     def snapshot(self) -> Snapshot:
         """All that was said so far, complete or not."""
-        return Snapshot(self._services, self._slices, self._node)
+        services, slices = self._services.finish(), self._slices.finish()
+        self._services, self._slices = services.mutate(), slices.mutate()
+        return Snapshot(services, slices, self._node)
 
     def take(self) -> Change | None:
         """What is new since the last call; None if nothing is, or before every source has said all."""
@@ -94,7 +97,10 @@ class Store:
     def _set_service(self, name: ServiceName, service: Service | None) -> bool:
         if self._services.get(name) == service:
             return False
-        self._services = self._services.delete(name) if service is None else self._services.set(name, service)
+        if service is None:
+            del self._services[name]
+        else:
+            self._services[name] = service
         self._touch(name)
         return True
 
@@ -117,8 +123,12 @@ class Store:
         kept = [each for each in self._slices.get(service, ()) if each.name != name]
         if found is not None:
             kept.append(found)
-            kept.sort(key=lambda each: each.name)
-        self._slices = self._slices.set(service, tuple(kept)) if kept else self._slices.delete(service)
+            if len(kept) > 1:
+                kept.sort(key=lambda each: each.name)
+        if kept:
+            self._slices[service] = tuple(kept)
+        else:
+            del self._slices[service]
         self._touch(service)
 
     def _set_node(self, said: Node | None, local: LocalAddresses) -> bool:
