@@ -60,12 +60,12 @@ class IdPool:
 
     def take_many(self, count: int) -> list[int]:
         """`count` free ids, or none at all. Raises Exhausted."""
-        if count > self.available:
-            raise Exhausted(self.what, self.capacity)
         if not self._free and self._next + count <= self.capacity + 1:
             first = self._next
             self._next += count
             return list(range(first, self._next))
+        if count > self.available:
+            raise Exhausted(self.what, self.capacity)
         return [self.take() for _ in range(count)]
 
     def give(self, number: int) -> None:
@@ -117,9 +117,17 @@ class SlotPool:
         if at == len(self._by_size):
             raise Exhausted(self.what, self.capacity)
         size, start = self._by_size[at]
+        left = size - length
+        if left and (not at or self._by_size[at - 1] < (left, start)):
+            # What is left of the hole keeps its place in the order: it is the one hole, or far larger than the next.
+            del self._by_start[start]
+            self._by_start[start + length] = left
+            self._by_end[start + size] = start + length
+            self._by_size[at] = (left, start + length)
+            return start
         self._remove(start, size)
-        if size > length:
-            self._insert(start + length, size - length)
+        if left:
+            self._insert(start + length, left)
         return start
 
     def give(self, start: int, length: int) -> None:

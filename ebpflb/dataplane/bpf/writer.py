@@ -369,9 +369,12 @@ def _parts(routes: RouteTable, frontends: Collection[Frontend], size: int) -> It
     if len(frontends) <= size:
         yield frontends
         return
-    gone = [key for key in frontends if (key, Scope.INTERNAL) not in routes and (key, Scope.EXTERNAL) not in routes]
-    stay = set(frontends).difference(gone)
-    for listed in (gone, list(stay)):
+    internal, external = Scope.INTERNAL, Scope.EXTERNAL
+    gone: list[Frontend] = []
+    stay: list[Frontend] = []
+    for key in frontends:
+        (stay if (key, internal) in routes or (key, external) in routes else gone).append(key)
+    for listed in (gone, stay):
         for at in range(0, len(listed), size):
             yield listed[at : at + size]
 
