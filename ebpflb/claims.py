@@ -144,11 +144,10 @@ def _cluster_ip(
     internal, external = (_NOT_POD, _ALWAYS) if detector else (_NEVER, _NEVER)
     if masquerade_all:
         internal = external = _ALWAYS
-    kind = Kind.CLUSTER_IP
-    return (
-        _route(kind, name, backends, chosen.exists, internal, (), settings),
-        _route(kind, name, backends, chosen.exists, external, (), settings),
-    )
+    route = _route(Kind.CLUSTER_IP, name, backends, chosen.exists, internal, (), settings)
+    if internal == external:
+        return route, route
+    return route, _route(Kind.CLUSTER_IP, name, backends, chosen.exists, external, (), settings)
 
 
 def _external(

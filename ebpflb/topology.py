@@ -47,11 +47,12 @@ def select(
     by_port = endpoints_by_port(slices, family, name, protocol)
     if len(by_port) == 1:
         ((port, found),) = by_port.items()
-        ready = [endpoint for endpoint in found if endpoint.ready]
-        if len(ready) == len(found) and not (found[0].zone_hints or found[0].node_hints):
-            cluster = _active([endpoint.address for endpoint in ready], port, family)
-            here = [endpoint.address for endpoint in ready if endpoint.node == node]
-            return Selection(cluster, _active(here, port, family) if here else (), True)
+        addresses = [endpoint.address for endpoint in found if endpoint.ready]
+        if len(addresses) == len(found) and not (found[0].zone_hints or found[0].node_hints):
+            cluster = _active(addresses, port, family)
+            here = {endpoint.address for endpoint in found if endpoint.node == node}
+            local = tuple([backend for backend in cluster if backend.address in here]) if here else ()
+            return Selection(cluster, local, True)
     return _select([(endpoint, port) for port, found in by_port.items() for endpoint in found], node, zone)
 
 
