@@ -137,7 +137,7 @@ class Cluster:
             if node.daemon is not None:
                 node.daemon.kill()
         for process in self._processes:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # gone by itself
                 process.kill()
         for process in self._processes:
             process.wait()

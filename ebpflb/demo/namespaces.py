@@ -44,7 +44,7 @@ def create(namespace: str) -> None:
 def delete(namespace: str) -> None:
     """Kill whatever runs in a network namespace, and remove it; a missing one is no error."""
     for process in _processes(namespace):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # gone by itself
             os.kill(process, signal.SIGKILL)
     _quietly("ip", "netns", "delete", namespace)
 
@@ -72,7 +72,7 @@ def _feed(argv: Sequence[str], namespace: str | None, lines: Sequence[str]) -> N
     if not lines:
         return
     text = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run(argv, input=text, text=True, capture_output=True, start_new_session=True, check=False)
+    done = _run(argv, text)
     if done.returncode:
         words = " ".join(done.stderr.split())
         raise UserError(f"cannot set up the network of {namespace or 'the cluster'}: {words}{_as_root()}")
@@ -121,8 +121,7 @@ def spawn(namespace: str, cgroup: Path | None, argv: Sequence[str], **options: o
 def mount_bpffs(directory: Path) -> None:
     """A bpf file system of the cluster's own: what it pins is gone with its mount, and nobody else's is near."""
     directory.mkdir(parents=True, exist_ok=True)
-    argv = ["mount", "-t", "bpf", "none", str(directory)]
-    done = subprocess.run(argv, text=True, capture_output=True, start_new_session=True, check=False)
+    done = _run(["mount", "-t", "bpf", "none", str(directory)])
     if done.returncode:
         raise UserError(f"cannot mount a bpf file system: {' '.join(done.stderr.split())}{_as_root()}")
 
@@ -146,7 +145,7 @@ def remove(name: str) -> tuple[str, ...]:
     """Remove everything that bears a cluster's name; returns what would not go. Ctrl-C waits until it is done."""
     with _uninterrupted():
         for cgroup in _cgroups(name):
-            with suppress(OSError):
+            with suppress(OSError):  # before 5.14 there is no such file; the namespaces' processes are killed anyway
                 (cgroup / "cgroup.kill").write_text("1")
         for namespace in _namespaces(name):
             delete(namespace)
@@ -163,16 +162,23 @@ def _remove_cgroups(name: str) -> None:
     deadline = time.monotonic() + 5
     while (found := _cgroups(name)) and time.monotonic() < deadline:
         for cgroup in found:
-            with suppress(OSError):
+            with suppress(OSError):  # not empty yet
                 cgroup.rmdir()
         if _cgroups(name):
-            with suppress(ChildProcessError):
+            with suppress(ChildProcessError):  # none of them was ours
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             time.sleep(0.005)
 
 
+def _run(argv: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    """Ctrl-C waits for the command: one that was given up would go on making what is being removed already."""
+    with _uninterrupted():
+        return subprocess.run(argv, input=text, text=True, capture_output=True, start_new_session=True, check=False)
+
+
 def _quietly(*argv: str) -> None:
-    subprocess.run(argv, capture_output=True, start_new_session=True, check=False)
+    """What it was to remove is looked for again afterwards, by name."""
+    _run(argv)
 
 
 def _namespaces(name: str) -> list[str]:
@@ -180,8 +186,7 @@ def _namespaces(name: str) -> list[str]:
 
 
 def _processes(namespace: str) -> list[int]:
-    argv = ["ip", "netns", "pids", namespace]
-    done = subprocess.run(argv, text=True, capture_output=True, start_new_session=True, check=False)
+    done = _run(["ip", "netns", "pids", namespace])
     return [process for word in done.stdout.split() if (process := int(word)) != os.getpid()]
 
 

@@ -78,7 +78,9 @@ def test_a_name_that_is_taken_is_left_alone() -> None:
 def test_an_interruption_at_any_moment_leaves_nothing(moment: float) -> None:
     name = f"ebpflb-interrupted-{os.getpid()}"
     program = (
-        "import time; from ebpflb.demo.cluster import Cluster; print(flush=True)\n"
+        "import signal, time; from ebpflb.demo.cluster import Cluster\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job\n"
+        "print(flush=True)\n"
         f"with Cluster(('node1', 'node2', 'node3'), name={name!r}) as cluster:\n"
         " for number in range(20): cluster.add_pod('node2', f'p{number}')\n"
         " time.sleep(60)\n"
