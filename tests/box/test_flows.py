@@ -161,8 +161,10 @@ def test_should_be_able_to_preserve_udp_traffic_through_a_new_socket_with_the_sa
 
 
 def test_a_connected_datagram_socket_whose_backend_goes(box: Box, family: str, pod: str) -> None:
-    """On the way of packets its flow moves on by itself. At a socket it is connected to the backend, as TCP would be:
-    it is served for as long as that answers, hears of it when nobody listens there, and connects anew."""
+    """On the way of packets its flow moves on by itself. At a socket it is connected to the backend: where the daemon
+    cannot end it (it looks in the namespaces of the cgroup's processes, and the process that asks here is in none), it
+    is served for as long as that answers, hears of it when nobody listens there, and connects anew. Sockets that the
+    daemon can end: tests/bpf/test_orphans.py."""
     web = box.service("b2")
     with box.clients.converse(box.place(pod), web.cluster_ip(family), "UDP") as conversation:
         assert conversation.ask().server == "b2"
