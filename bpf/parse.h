@@ -204,6 +204,18 @@ static inline int is_error6(u8 type)
  * An ICMP error speaks of a packet that went the other way. Its inner tuple, turned round, is that of a packet which
  * would meet the same row of `flows` at this hook.
  */
+static inline void enter_error(struct packet *packet, u16 inner_header, u8 protocol, const struct ports *ports)
+{
+	packet->error = 1;
+	packet->inner_l3 = packet->l4 + sizeof(struct icmp_header);
+	packet->inner_l4 = packet->inner_l3 + inner_header;
+	packet->outer_source = packet->key.source;
+	packet->outer_destination = packet->key.destination;
+	packet->key.protocol = protocol;
+	packet->key.source_port = ports->destination;
+	packet->key.destination_port = ports->source;
+}
+
 static inline int parse_error4(void *data, void *end, struct packet *packet)
 {
 	struct icmp_header *icmp = data + packet->l4;
@@ -223,16 +235,9 @@ static inline int parse_error4(void *data, void *end, struct packet *packet)
 	if ((void *)(ports + 1) > end)
 		return TOO_SHORT;
 
-	packet->error = 1;
-	packet->inner_l3 = packet->l4 + sizeof(*icmp);
-	packet->inner_l4 = packet->inner_l3 + sizeof(*inner);
-	packet->outer_source = packet->key.source;
-	packet->outer_destination = packet->key.destination;
-	packet->key.protocol = inner->protocol;
+	enter_error(packet, sizeof(*inner), inner->protocol, ports);
 	set_ipv4(&packet->key.source, inner->daddr);
 	set_ipv4(&packet->key.destination, inner->saddr);
-	packet->key.source_port = ports->destination;
-	packet->key.destination_port = ports->source;
 	return GO_ON;
 }
 
@@ -255,16 +260,9 @@ static inline int parse_error6(void *data, void *end, struct packet *packet)
 	if ((void *)(ports + 1) > end)
 		return TOO_SHORT;
 
-	packet->error = 1;
-	packet->inner_l3 = packet->l4 + sizeof(*icmp);
-	packet->inner_l4 = packet->inner_l3 + sizeof(*inner);
-	packet->outer_source = packet->key.source;
-	packet->outer_destination = packet->key.destination;
-	packet->key.protocol = inner->nexthdr;
+	enter_error(packet, sizeof(*inner), inner->nexthdr, ports);
 	__builtin_memcpy(&packet->key.source, &inner->daddr, 16);
 	__builtin_memcpy(&packet->key.destination, &inner->saddr, 16);
-	packet->key.source_port = ports->destination;
-	packet->key.destination_port = ports->source;
 	return GO_ON;
 }
 
