@@ -159,9 +159,10 @@ class Ledger:
         """What makes the rows of `frontends` those of `want`. Reserves numbers; costs those frontends only."""
         change = Change()
         wanted: list[tuple[Frontend, Route | None, Route | None]] = []
+        inside, outside = Scope.INTERNAL, Scope.EXTERNAL
         for frontend in frontends:
-            internal = want.get((frontend, Scope.INTERNAL))
-            external = want.get((frontend, Scope.EXTERNAL))
+            internal = want.get((frontend, inside))
+            external = want.get((frontend, outside))
             if internal is None and external is None:
                 if frontend in self.held:
                     change.removals.append(frontend)

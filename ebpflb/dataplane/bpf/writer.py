@@ -14,6 +14,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 
 from ebpflb.dataplane import Report
@@ -120,13 +121,13 @@ class Writer:
                 return tally.report(self._clock() - started)
             target = None
         if target is None:
-            frontends = {frontend for frontend, _ in routes}
-            frontends.update(self._ledger.held)
+            frontends = dict.fromkeys([frontend for frontend, _ in routes.changed_from(RouteTable())])
+            frontends.update(dict.fromkeys(self._ledger.held))
         else:
-            frontends = {frontend for frontend, _ in routes.changed_from(target)}
-            frontends.update(self._retry)
+            frontends = dict.fromkeys([frontend for frontend, _ in routes.changed_from(target)])
+            frontends.update(dict.fromkeys(self._retry))
         with nullcontext() if len(frontends) < _COLD else collector_paused(freeze=first):
-            self._write(self._ledger, routes, frontends, tally)
+            self._write(self._ledger, routes, frontends.keys(), tally)
         return tally.report(self._clock() - started)
 
     def audit(self) -> Report:
@@ -170,7 +171,7 @@ class Writer:
 
     # ---- One sync, step by step
 
-    def _write(self, ledger: Ledger, routes: RouteTable, frontends: Collection[Frontend], tally: Tally) -> None:
+    def _write(self, ledger: Ledger, routes: RouteTable, frontends: AbstractSet[Frontend], tally: Tally) -> None:
         try:
             self._write_steps(ledger, routes, frontends, tally)
         except BaseException:
@@ -180,7 +181,7 @@ class Writer:
         if tally.written or tally.removed or tally.failed:
             self._sound = b""
 
-    def _write_steps(self, ledger: Ledger, routes: RouteTable, frontends: Collection[Frontend], tally: Tally) -> None:
+    def _write_steps(self, ledger: Ledger, routes: RouteTable, frontends: AbstractSet[Frontend], tally: Tally) -> None:
         self._retry = set()
         self._write_locality(routes.locality, tally)
         for part in _parts(routes, frontends, self._part):
@@ -363,7 +364,7 @@ class Writer:
         return f"the kernel refused a row of the map {table}: {os.strerror(error)}"
 
 
-def _parts(routes: RouteTable, frontends: Collection[Frontend], size: int) -> Iterator[Collection[Frontend]]:
+def _parts(routes: RouteTable, frontends: AbstractSet[Frontend], size: int) -> Iterator[Collection[Frontend]]:
     """`frontends` in parts of at most `size`; where there are several, those that go come first, since
     a full map needs their room."""
     if len(frontends) <= size:
