@@ -210,6 +210,8 @@ def _of(family: Family, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
     if not addresses:
         return addresses
     version6 = family is Family.IPV6
+    if len(addresses) == 1:
+        return addresses if (":" in addresses[0]) == version6 else ()
     return tuple([address for address in addresses if (":" in address) == version6])
 
 

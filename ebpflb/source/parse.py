@@ -224,17 +224,21 @@ def endpoint_slice(obj: wire.EndpointSlice) -> EndpointSlice | None:
         name=name,
         service=ServiceName(name.namespace, _one(owner)),
         family=family,
-        ports=tuple(_slice_ports(obj.ports)),
+        ports=_slice_ports(obj.ports),
         endpoints=tuple(_endpoints(obj.endpoints, family)),
     )
 
 
-def _slice_ports(ports: list[wire.EndpointPort] | None) -> Iterable[SlicePort]:
-    """A nil port means all ports, which no proxy can serve; a nil name is what the API server makes ""."""
-    for port in ports or ():
-        protocol = _PROTOCOLS.get(port.protocol or "")
-        if protocol is not None and _is_port(port.port):
-            yield SlicePort(_one(port.name or ""), protocol, port.port)
+def _slice_ports(ports: list[wire.EndpointPort] | None) -> tuple[SlicePort, ...]:
+    return tuple([found for port in ports or () if (found := _slice_port(port.name, port.protocol, port.port))])
+
+
+@lru_cache(maxsize=4096)
+def _slice_port(name: str | None, protocol: str | None, number: int | None) -> SlicePort | None:
+    """One object for the many slices of equal ports. A nil port means all ports, which no proxy can serve; a nil name
+    is what the API server makes ""."""
+    known = _PROTOCOLS.get(protocol or "")
+    return SlicePort(name or "", known, number) if known is not None and _is_port(number) else None
 
 
 def _endpoints(endpoints: list[wire.Endpoint] | None, family: Family) -> Iterable[Endpoint]:
