@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ from ebpflb.model import ProxyOptions
 from ebpflb.routes import packed
 from ebpflb.source import LocalAddresses, PutService, PutSlice, Synced, parse, wire
 from ebpflb.wiring import Intent
+
+_T = TypeVar("_T")
 
 ENDPOINTS = 10
 SPARE = tuple(f"10.255.0.{number}" for number in range(1, 251))
@@ -172,12 +174,17 @@ def _apply(intent: Intent, events: Iterable[object]) -> None:
         intent.apply(event)  # type: ignore[arg-type]
 
 
+def _items(content: bytes, type: type[_T]) -> Iterator[_T]:
+    """A List's items, each decoded when its turn comes, as `source.documents` does."""
+    return map(msgspec.json.Decoder(type).decode, msgspec.json.decode(content, type=wire.RawList).items or ())
+
+
 def _cold(dataplane: BpfDataplane, services: bytes, slices: bytes, count: int) -> Intent:
     """From the lists to a complete sync. Raises EbpflbError if something is not in."""
     intent = Intent("node-0", ProxyOptions(), ["lists"])
     intent.apply(LocalAddresses(("192.168.0.2",), ("192.168.0.2",)))
-    _apply(intent, map(_put_service, msgspec.json.decode(services, type=wire.ServiceList).items or ()))
-    _apply(intent, map(_put_slice, msgspec.json.decode(slices, type=wire.EndpointSliceList).items or ()))
+    _apply(intent, map(_put_service, _items(services, wire.Service)))
+    _apply(intent, map(_put_slice, _items(slices, wire.EndpointSlice)))
     intent.apply(Synced("lists"))
     routes = intent.routes()
     report = dataplane.sync(routes)

@@ -232,27 +232,6 @@ class RawList(msgspec.Struct, frozen=True, gc=False):
     items: list[msgspec.Raw] | None = None
 
 
-class ServiceList(msgspec.Struct, frozen=True, gc=False):
-    """v1 ServiceList."""
-
-    metadata: Meta | None = None
-    items: list[Service] | None = None
-
-
-class EndpointSliceList(msgspec.Struct, frozen=True, gc=False):
-    """discovery.k8s.io/v1 EndpointSliceList."""
-
-    metadata: Meta | None = None
-    items: list[EndpointSlice] | None = None
-
-
-class NodeList(msgspec.Struct, frozen=True, gc=False):
-    """v1 NodeList."""
-
-    metadata: Meta | None = None
-    items: list[Node] | None = None
-
-
 def strict(type_: type[_T]) -> type[_T]:
     """A subclass of a Struct here whose decoders refuse fields that the API does not know, at every depth."""
     twin: type[_T] = _twin(typing.cast(Any, type_))
