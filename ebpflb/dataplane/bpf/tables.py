@@ -15,7 +15,6 @@ from ebpflb.dataplane.bpf.layouts import (
     NAME,
     RANGE_KEY,
     ROUTE,
-    U32,
 )
 from ebpflb.model import Protocol
 from ebpflb.routes import (
@@ -34,8 +33,6 @@ ABSENT = bytes(ROUTE.size)
 FREE = BACKEND.pack(bytes(16), 0, 0, BACKEND_FREE, 0)
 """The row of a backend that belongs to nobody."""
 
-PRESENT = U32.pack(1)
-"""The value of a `ranges` row."""
 
 NAME_LIMIT = 63
 """Bytes of a name that fit beside its NUL."""
