@@ -33,6 +33,7 @@ from ebpflb.routes import (
     Backend,
     Forwarding,
     Frontend,
+    HealthCheck,
     Kind,
     Masquerade,
     Route,
@@ -41,7 +42,7 @@ from ebpflb.routes import (
     cidr_order,
     in_cidr,
 )
-from ebpflb.topology import Selection, select
+from ebpflb.topology import Selection, health_counts, select
 
 RoutePair: TypeAlias = tuple[Route, Route]  # indexed by Scope: INTERNAL, EXTERNAL
 
@@ -60,12 +61,14 @@ _T = TypeVar("_T")
 
 
 class Claims(msgspec.Struct, frozen=True):
-    """What one Service asks for, and what it was worked out from. `problems` are those that it has all by itself."""
+    """What one Service asks for, and what it was worked out from. `problems` are those that it has all by itself,
+    `health` the health checks to be answered for it."""
 
     service: Service
     slices: tuple[EndpointSlice, ...]
     frontends: dict[Frontend, RoutePair]
     problems: tuple[Problem, ...] = ()
+    health: tuple[HealthCheck, ...] = ()
 
     @property
     def rank(self) -> tuple[bool, str, ServiceName]:
@@ -116,7 +119,18 @@ def claims_of(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts)
             if port.node_port:
                 outside = _external(Kind.NODE_PORT, name, service, chosen, settings, detector)
                 claim(_of(family, facts.nodeport_addresses), port.node_port, port.protocol, outside)
-    return Claims(service, slices, frontends, tuple(problems))
+    return Claims(service, slices, frontends, tuple(problems), _health(service, slices, facts))
+
+
+def _health(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts) -> tuple[HealthCheck, ...]:
+    """The health checks to answer for this Service; none where node ports are confined to nothing."""
+    if not service.health_check_node_port:
+        return ()
+    return tuple(
+        HealthCheck(service.name, family, service.health_check_node_port, addresses, count)
+        for family, count in health_counts(service, slices, facts.node).items()
+        if (addresses := facts.health_addresses[family == Family.IPV6]) is not None
+    )
 
 
 def source_ranges(service: Service, address: Address, facts: Facts) -> tuple[str, ...]:
@@ -201,7 +215,11 @@ def _prefer(frontend: Frontend, held: RoutePair, pair: RoutePair, problems: list
     if first[0].service != second[0].service:
         winner, loser = (f"{each[0].kind.label} of its port {each[0].service.port!r}" for each in (first, second))
         problems.append(
-            Problem(str(first[0].service.service), f"{frontend} is claimed twice: {winner} is served, {loser} is not")
+            Problem(
+                str(first[0].service.service),
+                f"{frontend} is claimed twice: {winner} is served, {loser} is not",
+                "FrontendClaimedTwice",
+            )
         )
     return first
 
@@ -233,6 +251,10 @@ def _annotated(service: Service, key: str, values: Mapping[str, _T], default: _T
     if text not in values:
         known = ", ".join(values)
         problems.append(
-            Problem(str(service.name), f"annotation ebpflb/{key}: {text!r} is unknown (known: {known}); default used")
+            Problem(
+                str(service.name),
+                f"annotation ebpflb/{key}: {text!r} is unknown (known: {known}); default used",
+                "UnknownAnnotationValue",
+            )
         )
     return values.get(text, default)

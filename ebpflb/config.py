@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 import ipaddress
 import os
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -74,9 +74,43 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     audit_period: float = DEFAULT_AUDIT_SECONDS
 
 
+class ApiServer(msgspec.Struct, frozen=True, kw_only=True):
+    """How to find and reach the API server. `kubeconfig` is "" for in-cluster (or, with `addresses` and no service
+    account, for nobody in particular). `addresses` are URLs that are tried in turn instead of the configured one.
+    `qps` and `burst` bound what is written (Events)."""
+
+    kubeconfig: str = ""
+    addresses: tuple[str, ...] = ()
+    qps: float = 5.0
+    burst: int = 10
+
+
+class Bind(NamedTuple):
+    """Where a server listens: a canonical address ("0.0.0.0" and "::" are all of IPv4, all of both) and a port."""
+
+    address: str
+    port: int
+
+
+class Conntrack(msgspec.Struct, frozen=True, kw_only=True):
+    """kube-proxy's conntrack settings; None or 0 leaves the kernel's own. Times are seconds."""
+
+    max_per_core: int = 32768
+    least: int = 131072
+    tcp_established: int | None = 86400
+    tcp_close_wait: int | None = 3600
+    tcp_be_liberal: bool = False
+    udp: int | None = None
+    udp_stream: int | None = None
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator asked for, checked. `manifests` is "" for a command that needs no source; `cgroup` is "" for
-    "find the mounted cgroup2 root". Periods are seconds. `warnings` are sentences to log once."""
+    """What the operator asked for, checked. Exactly one of `manifests` and `api` is given for a command that needs a
+    source, neither for one that does not; `cgroup` is "" for "find the mounted cgroup2 root", `state_dir` "" for
+    "remember nothing". `healthz` and `metrics` are None for "no such server". `conntrack` and `oom_score_adj` are None
+    for "leave the kernel's". `service_metrics` is how many Services may have metrics of their own, 0 for none.
+    `file` is the absolute path of `--config`, "" without; `document` is what /configz shows. Periods are seconds.
+    `warnings` are sentences to log once."""
 
     manifests: str
     node_name: str
@@ -89,6 +123,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel
     min_sync_period: float
     audit_period: float
+    api: ApiServer | None = None
+    state_dir: str = ""
+    healthz: Bind | None = None
+    metrics: Bind | None = None
+    bind_hard_fail: bool = False
+    health_timeout: float = 60.0
+    conntrack: Conntrack | None = None
+    oom_score_adj: int | None = None
+    service_metrics: int = 0
+    file: str = ""
+    document: Mapping[str, object] = {}
     warnings: tuple[str, ...] = ()
 
 

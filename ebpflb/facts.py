@@ -14,7 +14,8 @@ from ebpflb.routes import Locality, address_order, cidr_order, in_cidr
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
     """`nodeport_addresses` are sorted; `detectors` are the families in which pods are told from others; `node_ips` has
-    this node's main address of either family (loopback where it has none, as kube-proxy)."""
+    this node's main address of either family (loopback where it has none, as kube-proxy). `health_addresses` are those
+    that answer health checks, by family: () is all, None is none."""
 
     node: str
     zone: str
@@ -24,6 +25,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     masquerade_all: bool
     default_algorithm: str
     locality: Locality
+    health_addresses: tuple[tuple[Address, ...] | None, tuple[Address, ...] | None] = ((), ())
 
     def concern(self, service: Service, slices: tuple[EndpointSlice, ...], before: Facts) -> bool:
         """Whether the routes of `service` may differ under these facts from those under the facts `before`."""
@@ -37,6 +39,8 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
         if self.nodeport_addresses != before.nodeport_addresses and any(port.node_port for port in service.ports):
             return True
         if self.node_ips != before.node_ips and service.source_ranges:
+            return True
+        if self.health_addresses != before.health_addresses and service.health_check_node_port:
             return True
         return self.zone != before.zone and any(endpoint.zone_hints for each in slices for endpoint in each.endpoints)
 
@@ -58,6 +62,7 @@ def facts_of(node: Node, options: ProxyOptions) -> Facts:
         masquerade_all=options.masquerade_all,
         default_algorithm=options.default_algorithm,
         locality=locality,
+        health_addresses=(_health_addresses(node, options, Family.IPV4), _health_addresses(node, options, Family.IPV6)),
     )
 
 
@@ -105,3 +110,13 @@ def nodeport_addresses(node: Node, options: ProxyOptions) -> tuple[Address, ...]
 
 def _primary(node: Node, family: Family, otherwise: Address) -> Address:
     return next((address for address in node.primary if family_of(address) == family), otherwise)
+
+
+def _health_addresses(node: Node, options: ProxyOptions, family: Family) -> tuple[Address, ...] | None:
+    """Where health checks are answered: everywhere, unless node ports are confined in this family; then where they
+    are, and nowhere if that is nowhere."""
+    cidrs = [cidr for cidr in options.nodeport_addresses if family_of(cidr) is family]
+    confined = options.nodeport_primary or (cidrs and not any(cidr.endswith("/0") for cidr in cidrs))
+    if not confined:
+        return ()
+    return tuple(address for address in nodeport_addresses(node, options) if family_of(address) is family) or None

@@ -156,10 +156,12 @@ class Node(msgspec.Struct, frozen=True, gc=False):
 
 class Problem(NamedTuple):
     """Something that an operator should know and the daemon survived: `subject` names the object ("default/web",
-    "web.yaml document 2"), `reason` is one sentence."""
+    "web.yaml document 2"), `reason` is one sentence, `code` its kind in one CamelCase word for machines ("" for
+    none), as the `reason` of a Kubernetes Event has it."""
 
     subject: str
     reason: str
+    code: str = ""
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from ebpflb.claims import Claims, claims_of
 from ebpflb.facts import Facts, facts_of
 from ebpflb.model import Address, Problem, Protocol, ProxyOptions, ServiceName, Snapshot
-from ebpflb.routes import Frontend, Key, Kind, Route, RouteTable, Scope, address_order
+from ebpflb.routes import Frontend, HealthCheck, HealthKey, Key, Kind, Route, RouteTable, Scope, address_order
 from ebpflb.topology import health_counts
 
 __all__ = ["Router", "health_counts", "routes"]
@@ -57,9 +57,10 @@ class Router:
         self.recomputed = 0
         affected: list[Frontend] = []
         remarked: set[ServiceName] = set()
+        checks: dict[HealthKey, HealthCheck | None] = {}
         for name in names | concerned:
-            self._reconsider(name, snapshot, facts, name in concerned, affected, remarked)
-        return self._evolve(facts, affected, remarked)
+            self._reconsider(name, snapshot, facts, name in concerned, affected, remarked, checks)
+        return self._evolve(facts, affected, remarked, checks)
 
     def _reconsider(
         self,
@@ -69,9 +70,10 @@ class Router:
         concerned: bool,
         affected: list[Frontend],
         remarked: set[ServiceName],
+        checks: dict[HealthKey, HealthCheck | None],
     ) -> None:
         """Bring one Service's claims up to date. Adds the frontends whose rows, and the Services whose problems, may
-        have changed thereby."""
+        have changed thereby, and the health checks that have."""
         service = snapshot.services.get(name)
         old = self._claims.get(name)
         if service is None:
@@ -89,6 +91,9 @@ class Router:
             gone = old.frontends.keys() - new.frontends.keys() if old else set()
         if (old and old.problems) or (new and new.problems):
             remarked.add(name)
+        if (old.health if old else ()) != (new.health if new else ()):
+            checks.update({(name, check.family): None for check in (old.health if old else ())})
+            checks.update({(name, check.family): check for check in (new.health if new else ())})
         claimants = self._claimants
         for frontend in gone:
             held = claimants[frontend]
@@ -107,7 +112,13 @@ class Router:
                     claimants[frontend] = tuple(sorted(both, key=lambda each: self._claims[each].rank))
             affected += new.frontends
 
-    def _evolve(self, facts: Facts, affected: list[Frontend], remarked: set[ServiceName]) -> RouteTable:
+    def _evolve(
+        self,
+        facts: Facts,
+        affected: list[Frontend],
+        remarked: set[ServiceName],
+        checks: dict[HealthKey, HealthCheck | None],
+    ) -> RouteTable:
         """The next table: the affected frontends as their first claimants want them."""
         table = self._table
         put: dict[Key, Route] = {}
@@ -123,8 +134,8 @@ class Router:
             if table.get(key := (frontend, _EXTERNAL)) != external:
                 put[key] = external
         problems = {name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())}
-        if put or drop or problems or facts.locality != table.locality:
-            self._table = table.evolve(put, drop, locality=facts.locality, problems=problems)
+        if put or drop or problems or checks or facts.locality != table.locality:
+            self._table = table.evolve(put, drop, locality=facts.locality, problems=problems, health=checks)
         return self._table
 
     def _problems(self, name: ServiceName) -> tuple[Problem, ...]:
@@ -142,6 +153,7 @@ class Router:
                 str(name),
                 f"{kind.label} port {port}/{protocol.name} on {', '.join(sorted(addresses, key=address_order))} belongs"
                 f" to {winner}, which comes first (the older Service, then by name); it is not served for this one",
+                "FrontendTaken",
             )
             for (kind, port, protocol, winner), addresses in sorted(lost.items())
         )

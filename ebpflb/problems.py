@@ -22,6 +22,7 @@ class Found(msgspec.Struct, frozen=True):
     part: str
     subject: str
     reason: str
+    code: str = ""
 
 
 def in_order(problems: Iterable[Found]) -> tuple[Found, ...]:
@@ -35,8 +36,8 @@ class ProblemLog:
     def __init__(self) -> None:
         self._known: frozenset[Found] = frozenset()
 
-    def tell(self, problems: Iterable[Found]) -> None:
-        """`problems` are all that there are now."""
+    def tell(self, problems: Iterable[Found]) -> tuple[tuple[Found, ...], tuple[Found, ...]]:
+        """`problems` are all that there are now. Returns what has come and what has gone."""
         now = frozenset(problems)
         come, gone = in_order(now - self._known), in_order(self._known - now)
         self._known = now
@@ -47,3 +48,4 @@ class ProblemLog:
         for word, number in (("more problems", len(come)), ("more problems resolved", len(gone))):
             if number > _MOST_LINES:
                 log.warning("%d %s: `ebpflb status -o wide` has them all", number - _MOST_LINES, word)
+        return come, gone

@@ -2,7 +2,8 @@
 
 Rules of this file: it knows the Source and Dataplane protocols and no concrete one. It holds no clock, descriptor or
 thread of its own: the clock and the randomness are passed in, `loop` says when to call. Nothing reaches the dataplane
-before every source has said that its first list is complete. Whatever a source or the kernel refuses is reported and
+before every source has said that its first list is complete, or what it remembers; and as long as some of it is
+remembered only, what the kernel holds stays as it is and is added to. Whatever a source or the kernel refuses is reported and
 retried; only Unsupported and UserError, raised by `start`, leave here.
 
 When a sync happens: the first change after a quiet time at once (a lone change waits for nothing), the next ones not
@@ -12,7 +13,7 @@ sooner than `min_interval` after the end of the last sync, so that a storm of ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,9 +21,10 @@ import msgspec
 from ebpflb.dataplane import Dataplane, Report
 from ebpflb.errors import EbpflbError, SourceError, Unsupported, UserError
 from ebpflb.model import Problem
+from ebpflb.observer import Attempt, Observer, Observers, Trigger
 from ebpflb.problems import Found, ProblemLog, in_order
 from ebpflb.routes import RouteTable
-from ebpflb.source import Event, Source
+from ebpflb.source import Condition, Event, PutSlice, Source
 
 log = logging.getLogger("ebpflb.reconcile")
 
@@ -39,6 +41,14 @@ class Desired(Protocol):
     @property
     def synced(self) -> bool:
         """Whether every source has said that its first list is complete."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every source has said all, or at least what it remembers of an earlier run."""
+
+    @property
+    def remembered(self) -> float | None:
+        """When the oldest of what is remembered only was saved, in seconds since the epoch; None if nothing is."""
 
     def routes(self) -> RouteTable:
         """What this node must do, by all that was said so far; evolved from the table returned before."""
@@ -71,9 +81,11 @@ class _Retry(msgspec.Struct, frozen=True):
 
 class Overview(msgspec.Struct, frozen=True):
     """How it goes. Ages are seconds, None for "never". `complete`: the kernel holds the whole of the last table;
-    `sound`: the sources could be read, and hold nothing that was refused."""
+    `sound`: the sources could be read, and hold nothing that was refused. `remembered`: while what is served is
+    what a source remembers, when that was saved (seconds since the epoch)."""
 
     synced_sources: bool
+    remembered: float | None
     first_sync: bool
     complete: bool
     sound: bool
@@ -83,6 +95,7 @@ class Overview(msgspec.Struct, frozen=True):
     failures: int
     routes: RouteTable | None
     problems: tuple[Found, ...]
+    sources: Mapping[str, Condition]
 
     @property
     def healthy(self) -> bool:
@@ -103,6 +116,7 @@ class Reconciler:
         timing: Timing | None = None,
         device_problems: Callable[[], Iterable[Problem]] = tuple,
         after_whole_tables: Callable[[], None] = lambda: None,
+        observer: Observer | None = None,
     ) -> None:
         self._desired = desired
         self._sources = tuple(sources)
@@ -112,8 +126,13 @@ class Reconciler:
         self._timing = timing or Timing()
         self._device_problems = device_problems
         self._after_whole_tables = after_whole_tables
+        self._observer = observer or Observers()
         self._started = False
         self._routes: RouteTable | None = None
+        self._held: RouteTable | None = None  # what the kernel held when we began with what is remembered
+        self._queued_at: float | None = None  # of the attempt that is going on
+        self._triggers: list[Trigger] = []  # of changes that are not yet whole in the kernel
+        self._changed = 0
         self._changed_at: float | None = None  # when the oldest change came that no sync has seen
         self._not_before = clock()
         self._retry: _Retry | None = None
@@ -136,8 +155,8 @@ class Reconciler:
         """Take in all that `source` has to say."""
         try:
             for event in source.read():
-                if self._desired.apply(event) and self._changed_at is None:
-                    self._changed_at = self._clock()
+                if self._desired.apply(event):
+                    self._note(event)
             news = self._unread.pop(source.name, None) is not None
         except SourceError as error:
             news = self._read_again(source, str(error))
@@ -148,6 +167,15 @@ class Reconciler:
         if news or wrong != self._wrong.get(source.name):
             self._wrong[source.name] = wrong
             self._log_problems()
+
+    def _note(self, event: Event) -> None:
+        """Something new: a sync is due, and whoever watches is told."""
+        if self._changed_at is None:
+            self._changed_at = self._clock()
+            self._observer.queued(self._changed_at)
+        if isinstance(event, PutSlice) and event.triggered:
+            self._triggers.append(Trigger(event.slice.family, event.triggered))
+        self._observer.event(event)
 
     def _read_again(self, source: Source, reason: str) -> bool:
         # Its descriptor may have been drained by the attempt: nothing else would wake us.
@@ -178,7 +206,7 @@ class Reconciler:
     def due(self) -> float | None:
         """The clock's time at which `work` next has something to do; None if it only waits for events."""
         times = [unread.again for unread in self._unread.values()]
-        if not self._desired.synced:
+        if not self._desired.ready:
             return min(times, default=None)
         if self._changed_at is not None:
             times.append(self._not_before)
@@ -194,7 +222,7 @@ class Reconciler:
         for unread in list(self._unread.values()):
             if now >= unread.again:
                 self.read(unread.source)
-        if not self._desired.synced:
+        if not self._desired.ready:
             return
         if self._changed_at is not None and now >= self._not_before:
             self._attempt("sync")
@@ -214,6 +242,8 @@ class Reconciler:
 
     def _attempt(self, what: str) -> None:
         """Run a `sync` or an `audit`; whatever goes wrong becomes a problem and a time to try again."""
+        began = self._clock()
+        self._queued_at, self._changed = None, 0
         if not self._started and not self._start():
             return
         act = self._sync if what == "sync" else self._audit
@@ -226,10 +256,27 @@ class Reconciler:
             # A fault of ours must not take the node's Services down with it: the kernel goes on with what it holds.
             log.error("%s failed unexpectedly: %s", what, error, exc_info=log.isEnabledFor(logging.DEBUG))
             report = self._refusal(_unexpected(error))
+        first = not self._first_sync
         self._settle(what, report)
+        self._tell(what, began, report, first and self._first_sync)
         if what == "audit" or not self._has_synced:
             self._has_synced = True
             self._after_whole_tables()
+
+    def _tell(self, what: str, began: float, report: Report, first: bool) -> None:
+        """Tell whoever watches how an attempt went. A failed one has settled nothing, its triggers go on waiting."""
+        triggers: tuple[Trigger, ...] = ()
+        if report.complete:
+            triggers = tuple(self._triggers)
+            self._triggers.clear()
+        self._observer.attempted(
+            Attempt(
+                what, began, self._clock(), self._queued_at, self._routes or RouteTable(), self._changed, report,
+                triggers, first,
+            )
+        )  # fmt: skip
+        if not report.complete and self._queued_at is not None:
+            self._observer.queued(self._queued_at)
 
     def _start(self) -> bool:
         """Start the dataplane. Lets Unsupported and UserError through: no later attempt can do better."""
@@ -276,14 +323,14 @@ class Reconciler:
 
     def _sync(self) -> Report:
         began = self._clock()
-        self._changed_at = None
-        routes = self._desired.routes()
+        self._queued_at, self._changed_at = self._changed_at, None
+        routes = self._with_held(self._desired.routes())
         older, self._routes = self._routes, routes
         report = self._dataplane.sync(routes)
         ended = self._clock()
         if report.complete:
             self._last_sync = ended
-        changed = len(routes) if older is None else len(routes.changed_from(older))
+        changed = self._changed = len(routes) if older is None else len(routes.changed_from(older))
         log.info(
             "sync: %d of %d routes changed; %d rows written, %d removed, %d failed; %.1f ms",
             changed, len(routes), report.written, report.removed, report.failed, (ended - began) * 1e3,
@@ -293,6 +340,16 @@ class Reconciler:
             }},
         )  # fmt: skip
         return report
+
+    def _with_held(self, routes: RouteTable) -> RouteTable:
+        """Until all is live, what the kernel held at the start stands: it is at least as new as what is remembered, and
+        what is remembered may lack what was made since."""
+        if self._desired.synced:
+            self._held = None
+            return routes
+        if self._held is None:
+            self._held = self._dataplane.state()
+        return routes.evolve({key: route for key, route in self._held.items() if routes.get(key) != route})
 
     def _audit(self) -> Report:
         began = self._clock()
@@ -326,7 +383,9 @@ class Reconciler:
         return in_order(found)
 
     def _log_problems(self) -> None:
-        self._problem_log.tell(self.problems())
+        come, gone = self._problem_log.tell(self.problems())
+        if come or gone:
+            self._observer.problems(come, gone)
 
     def overview(self) -> Overview:
         """How it goes, now."""
@@ -334,6 +393,7 @@ class Reconciler:
         pending = None if self._changed_at is None else now - self._changed_at
         return Overview(
             synced_sources=self._desired.synced,
+            remembered=self._desired.remembered,
             first_sync=self._first_sync,
             complete=self._first_sync and not self._failing,
             sound=not self._unread and not any(source.problems() for source in self._sources),
@@ -343,6 +403,7 @@ class Reconciler:
             failures=self._failures,
             routes=self._routes,
             problems=self.problems(),
+            sources={source.name: source.condition() for source in self._sources},
         )
 
 

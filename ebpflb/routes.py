@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias, TypeVar, overload
 import immutables
 import msgspec
 
-from ebpflb.model import Address, Problem, Protocol, ServiceName
+from ebpflb.model import Address, Family, Problem, Protocol, ServiceName
 
 
 class Scope(enum.IntEnum):
@@ -159,6 +159,19 @@ class Locality(msgspec.Struct, frozen=True, gc=False):
     pod_interface: str = ""
 
 
+class HealthCheck(NamedTuple):
+    """A healthCheckNodePort to answer on, in one family (KEP-3836's contract with load balancers): the Service, the
+    port, the addresses to listen on (() for all), and how many distinct ready endpoints this node has."""
+
+    service: ServiceName
+    family: Family
+    port: int
+    addresses: tuple[Address, ...]
+    local_endpoints: int
+
+
+HealthKey: TypeAlias = tuple[ServiceName, Family]
+
 Key: TypeAlias = tuple[Frontend, Scope]
 
 _T = TypeVar("_T")
@@ -226,17 +239,19 @@ _NO_ROWS = object()
 class RouteTable(Mapping[Key, Route]):
     """The whole of what this node must do. Every frontend has a row for each scope.
 
-    Equality is that of rows and locality; problems are remarks and do not count. A table made by `evolve` remembers
+    `health` are the health checks to answer, by Service and family; `problems` are remarks by Service. Equality is that
+    of rows and locality, which the kernel holds; the other two do not count. A table made by `evolve` remembers
     which keys it changed, so that `changed_from(parent)` costs the change.
     """
 
-    __slots__ = ("_base", "_delta", "_rows", "_token", "locality", "problems")
+    __slots__ = ("_base", "_delta", "_rows", "_token", "health", "locality", "problems")
 
     def __init__(
         self,
         rows: Mapping[Key, Route] | None = None,
         locality: Locality | None = None,
         problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
+        health: Mapping[HealthKey, HealthCheck] | None = None,
     ) -> None:
         self._rows: immutables.Map[Key, Route] = (
             rows if isinstance(rows, immutables.Map) else immutables.Map(rows or {})
@@ -244,6 +259,9 @@ class RouteTable(Mapping[Key, Route]):
         self.locality = locality or Locality()
         self.problems: immutables.Map[ServiceName, tuple[Problem, ...]] = (
             problems if isinstance(problems, immutables.Map) else immutables.Map(problems or {})
+        )
+        self.health: immutables.Map[HealthKey, HealthCheck] = (
+            health if isinstance(health, immutables.Map) else immutables.Map(health or {})
         )
         self._token = object() if self._rows else _NO_ROWS
         self._base: object | None = None
@@ -286,9 +304,10 @@ class RouteTable(Mapping[Key, Route]):
         *,
         locality: Locality | None = None,
         problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
+        health: Mapping[HealthKey, HealthCheck | None] | None = None,
     ) -> RouteTable:
-        """The next table: `drop` removed (a missing key is no error), then `put` set. Costs the change. A problem
-        mapped to () is removed."""
+        """The next table: `drop` removed (a missing key is no error), then `put` set. Costs the change. Problems
+        mapped to () are removed, health checks mapped to None too."""
         delta = dict.fromkeys(put)
         with self._rows.mutate() as rows:
             for key in drop:
@@ -305,7 +324,16 @@ class RouteTable(Mapping[Key, Route]):
                     else:
                         mutation.pop(name, None)
                 remarks = mutation.finish()
-        table = RouteTable(fresh, locality or self.locality, remarks)
+        checks = self.health
+        if health:
+            with checks.mutate() as checking:
+                for where, check in health.items():
+                    if check is not None:
+                        checking[where] = check
+                    else:
+                        checking.pop(where, None)
+                checks = checking.finish()
+        table = RouteTable(fresh, locality or self.locality, remarks, checks)
         table._base = self._token
         table._delta = delta.keys()
         return table

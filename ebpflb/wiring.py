@@ -49,6 +49,14 @@ class Intent:
     def synced(self) -> bool:
         return self._store.synced
 
+    @property
+    def ready(self) -> bool:
+        return self._store.ready
+
+    @property
+    def remembered(self) -> float | None:
+        return self._store.remembered
+
     def routes(self) -> RouteTable:
         change = self._store.take()
         if change is None and not self._torn:

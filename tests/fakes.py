@@ -30,7 +30,7 @@ from ebpflb.routes import (
     ServicePortName,
     Verdict,
 )
-from ebpflb.source import DropService, Event, Source, Synced
+from ebpflb.source import LIVE, Condition, DropService, Event, Remembered, Source, Synced
 
 Row = tuple[Key, Route]
 
@@ -148,6 +148,7 @@ class FakeSource:
     def __init__(self, name: str = "manifests") -> None:
         self.name = name
         self.wrong: tuple[Problem, ...] = ()
+        self.state = LIVE
         self.raises: Exception | None = None
         self.closed = False
         self._events: list[Event] = []
@@ -186,6 +187,9 @@ class FakeSource:
     def problems(self) -> tuple[Problem, ...]:
         return self.wrong
 
+    def condition(self) -> Condition:
+        return self.state
+
     def close(self) -> None:
         self.closed = True
         for end in self._ends or ():
@@ -202,15 +206,26 @@ class FakeDesired:
         self.news = True
         self.raises: Exception | None = None
         self._missing = set(sources)
+        self._remembered: dict[str, float] = {}
 
     @property
     def synced(self) -> bool:
         return not self._missing
 
+    @property
+    def ready(self) -> bool:
+        return self._missing <= self._remembered.keys()
+
+    @property
+    def remembered(self) -> float | None:
+        return min((saved for source, saved in self._remembered.items() if source in self._missing), default=None)
+
     def apply(self, event: Event) -> bool:
         self.events.append(event)
         if isinstance(event, Synced):
             self._missing.discard(event.source)
+        if isinstance(event, Remembered):
+            self._remembered[event.source] = event.saved
         return self.news
 
     def routes(self) -> RouteTable:

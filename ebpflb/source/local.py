@@ -15,7 +15,7 @@ from ebpflb import rtnetlink
 from ebpflb.errors import SourceError
 from ebpflb.model import Problem
 from ebpflb.rtnetlink import IFA_F_DADFAILED, SCOPE_GLOBAL, SCOPE_LINK, Netlink, Overrun
-from ebpflb.source import Event, LocalAddresses, Synced
+from ebpflb.source import LIVE, Condition, Event, LocalAddresses, Synced
 
 _GROUPS = (
     rtnetlink.GROUP_IPV4_ADDRESS,
@@ -46,6 +46,10 @@ class LocalSource:
     def problems(self) -> tuple[Problem, ...]:
         """None: what cannot be read is raised."""
         return ()
+
+    def condition(self) -> Condition:
+        """Live: the kernel is always there."""
+        return LIVE
 
     def read(self) -> list[Event]:
         """LocalAddresses if they are new. Raises SourceError."""

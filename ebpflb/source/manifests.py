@@ -16,7 +16,20 @@ from collections.abc import Callable, Iterable
 
 from ebpflb.errors import SourceError
 from ebpflb.model import EndpointSlice, Node, Problem, Service
-from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutService, PutSlice, Synced, documents
+from ebpflb.source import (
+    LIVE,
+    Condition,
+    DropNode,
+    DropService,
+    DropSlice,
+    Event,
+    PutNode,
+    PutService,
+    PutSlice,
+    SourceState,
+    Synced,
+    documents,
+)
 from ebpflb.source.documents import Content, Entry, Key, Value
 from ebpflb.source.tree import Changes, Tree, printable
 
@@ -67,6 +80,10 @@ class ManifestSource:
                     found.extend(problems)
             self._problems = tuple(sorted(found))
         return self._problems
+
+    def condition(self) -> Condition:
+        """Live as soon as the first list is complete."""
+        return LIVE if self._synced else Condition(SourceState.STARTING)
 
     def read(self) -> list[Event]:
         """All that is new, of whole files only; never blocks for what others write."""

@@ -2,7 +2,7 @@
 
 Rules of this file: pure, and level-triggered: the end state depends on the last event about each object, never on the
 order among objects. Taking the next Snapshot costs the change since the last one. Nothing is given out before every
-source that was named at the start has said that its first list is complete.
+source that was named at the start has said that its first list is complete, or that what it said is what it remembers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ebpflb.source import (
     PutNode,
     PutService,
     PutSlice,
+    Remembered,
     Synced,
 )
 
@@ -43,6 +44,7 @@ class Store:
         self._slices = immutables.Map[ServiceName, tuple[EndpointSlice, ...]]().mutate()
         self._by_name: dict[ServiceName, EndpointSlice] = {}
         self._waiting = set(sources)
+        self._remembered: dict[str, float] = {}
         self._said: Node | None = None
         self._local = LocalAddresses((), ())
         self._node = Node(node_name)
@@ -53,6 +55,17 @@ class Store:
     def synced(self) -> bool:
         """Whether every source has said that its first list is complete."""
         return not self._waiting
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to serve: every source has said all, or at least what it remembers."""
+        return self._waiting <= self._remembered.keys()
+
+    @property
+    def remembered(self) -> float | None:
+        """While something of what is given out is remembered only: when the oldest of it was saved (seconds since the
+        epoch)."""
+        return min((self._remembered[source] for source in self._waiting & self._remembered.keys()), default=None)
 
     def apply(self, event: Event) -> bool:
         """Take one event in; whether it says anything new."""
@@ -71,6 +84,10 @@ class Store:
                 return self._set_node(None, self._local)
             case LocalAddresses():
                 return self._set_node(self._said, event)
+            case Remembered(source=source, saved=saved):
+                news = source in self._waiting and source not in self._remembered
+                self._remembered.setdefault(source, saved)
+                return news
             case Synced(source=source):
                 # The last one changes what `take` answers, even where nothing exists.
                 news = source in self._waiting
@@ -84,8 +101,8 @@ class Store:
         return Snapshot(services, slices, self._node)
 
     def take(self) -> Change | None:
-        """What is new since the last call; None if nothing is, or before every source has said all."""
-        if self._waiting or not self._changed:
+        """What is new since the last call; None if nothing is, or before there is something to serve."""
+        if not self.ready or not self._changed:
             return None
         change = Change(self.snapshot(), None if self._touched is None else frozenset(self._touched))
         self._touched = set()

@@ -194,6 +194,7 @@ def test_clients_are_bounded_in_number(server: Server, name: str) -> None:
 def overview(**changes: object) -> Overview:
     fields: dict[str, object] = {
         "synced_sources": True,
+        "remembered": None,
         "first_sync": True,
         "complete": True,
         "sound": True,
@@ -203,6 +204,7 @@ def overview(**changes: object) -> Overview:
         "failures": 0,
         "routes": routes(*both(), *both("172.30.0.42"), *both("fd00::1", name="other", backends=("fd00:10::1",))),
         "problems": (),
+        "sources": {},
         **changes,
     }
     return Overview(**fields)  # type: ignore[arg-type]
@@ -243,7 +245,7 @@ def test_the_status_document() -> None:
     assert item["lastAuditSeconds"] is None
     assert item["counts"] == {"services": 2, "frontends": 3, "routes": 6, "backends": 2}
     assert item["maps"] == [{"name": "frontends", "entries": 1, "max": 10}]
-    assert item["problems"] == [{"part": "manifests", "subject": "web.yaml", "reason": "a typo"}]
+    assert item["problems"] == [{"part": "manifests", "subject": "web.yaml", "reason": "a typo", "code": ""}]
 
 
 def test_a_backend_counts_once_per_service_port() -> None:

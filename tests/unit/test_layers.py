@@ -82,7 +82,8 @@ LAYERS = (
     Layer("log", ("config",)),
     Layer("loop", ("errors",)),
     Layer("problems", ()),
-    Layer("reconcile", (*_SEAMS, "problems", "loop")),
+    Layer("observer", (*_SEAMS, "problems")),
+    Layer("reconcile", (*_SEAMS, "problems", "loop", "observer")),
     Layer("control", (*_SEAMS, "loop", "reconcile")),
     Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
     Layer("parts", (*_SEAMS, "config", "reconcile")),
@@ -103,7 +104,7 @@ UNIMPORTABLE = {"cli", "__main__"}
 # Who imports these at all, by file; nobody else may.
 CONFINED = {
     "bcc": {"dataplane.bpf.compile"},  # it costs 75 MB: only a child process may
-    "kubernetes": {"source.kube"},
+    "kubernetes": {"source.kube.credentials"},  # it costs 30 MB: only a child process may
     "pyroute2": set(),  # see the top of rtnetlink
     "subprocess": {
         "dataplane.bpf.artifact",
