@@ -3,8 +3,8 @@
 Rules of this file: it knows the Source and Dataplane protocols and no concrete one. It holds no clock, descriptor or
 thread of its own: the clock and the randomness are passed in, `loop` says when to call. Nothing reaches the dataplane
 before every source has said that its first list is complete, or what it remembers; and as long as some of it is
-remembered only, what the kernel holds stays as it is and is added to. Whatever a source or the kernel refuses is reported and
-retried; only Unsupported and UserError, raised by `start`, leave here.
+remembered only, what the kernel holds stays as it is and is added to. Whatever a source or the kernel refuses is
+reported and retried; only Unsupported and UserError, raised by `start`, leave here.
 
 When a sync happens: the first change after a quiet time at once (a lone change waits for nothing), the next ones not
 sooner than `min_interval` after the end of the last sync, so that a storm of changes costs a bounded number of syncs.
