@@ -51,6 +51,7 @@ LAYERS = (
     Layer("source.store", ("model", "=source"), pure=True),
     Layer("source.local", ("model", "errors", "=source", "rtnetlink")),
     Layer("source.manifests", ("model", "errors", "source")),
+    Layer("source.kube", ("model", "errors", "=source", "source.parse", "source.validate", "source.wire", "source.kube")),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
