@@ -107,4 +107,9 @@
 #error "HAVE_SET_RETVAL is not defined"
 #endif
 
+/* Whether what each Service carries is counted. */
+#ifndef COUNT_TRAFFIC
+#error "COUNT_TRAFFIC is not defined"
+#endif
+
 #endif

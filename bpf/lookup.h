@@ -18,6 +18,21 @@ static inline void count(u32 counter)
 		*cell += 1;
 }
 
+/* Add to what a Service port has carried, where that is counted at all. */
+static inline void count_traffic(u32 service, u64 connections, u64 packets, u64 bytes)
+{
+#if COUNT_TRAFFIC
+	struct traffic none = {};
+	struct traffic *row = traffic.lookup_or_try_init(&service, &none);
+
+	if (!row)
+		return;
+	row->connections += connections;
+	row->packets += packets;
+	row->bytes += bytes;
+#endif
+}
+
 /* What holds for this node; none before the control plane has written it, or if another version did. */
 static inline struct settings *node_settings(void)
 {

@@ -270,4 +270,17 @@ enum counter {
 
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTERS);
 
+/*
+ * What a Service port has carried, by its key in `names`. The programs make a row with the first packet, the control
+ * plane removes it when the key is given up. Packets of the socket path are not seen, connections are.
+ */
+struct traffic {
+	u64 connections;
+	u64 packets; /* both ways */
+	u64 bytes;   /* of those packets, from the link layer up */
+};
+_Static_assert(sizeof(struct traffic) == 24, "struct traffic");
+
+BPF_F_TABLE("percpu_hash", u32, struct traffic, traffic, MAX_SERVICES, BPF_F_NO_PREALLOC);
+
 #endif

@@ -139,6 +139,7 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 	chosen = backend->address;
 	chosen_port = backend->port;
 	count(SOCKET_FORWARDED);
+	count_traffic(route->service, 1, 0, 0);
 	if (sticky)
 		remember(&key, &chosen, chosen_port, route->service, id, now);
 reverse:

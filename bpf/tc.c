@@ -139,6 +139,7 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 	if (verdict != GO_ON)
 		return verdict;
 	count(PACKET_FORWARDED);
+	count_traffic(route->service, 1, 1, skb->len);
 	return GO_ON;
 }
 
@@ -148,6 +149,13 @@ static inline int carry_out(struct __sk_buff *skb, const struct packet *packet, 
 	if (packet->fragment == FIRST_FRAGMENT)
 		remember_ports(packet);
 	return rewrite(skb, packet, to) == DISCARD ? DISCARD : PASS;
+}
+
+/* A packet of a Service's flow, where it meets the client's side: once on its way, whatever else happens to it. */
+static inline void count_packet(struct __sk_buff *skb, const struct flow *flow)
+{
+	if (!(flow->flags & FLOW_DIRECT))
+		count_traffic(flow->service, 0, 1, skb->len);
 }
 
 int tc_ingress(struct __sk_buff *skb)
@@ -175,6 +183,8 @@ int tc_ingress(struct __sk_buff *skb)
 	}
 	if (flow) {
 		use_flow(&packet, flow, node, now);
+		if (flow->action == FLOW_DNAT)
+			count_packet(skb, flow);
 		translated(&packet.key, flow, &to);
 	} else {
 		verdict = new_flow(skb, &packet, node, now, &to);
@@ -213,6 +223,8 @@ int tc_egress(struct __sk_buff *skb)
 			return finish(skb, verdict);
 	}
 	use_flow(&packet, flow, node, now);
+	if (flow->action == FLOW_UNDNAT)
+		count_packet(skb, flow);
 	translated(&packet.key, flow, &to);
 	return finish(skb, carry_out(skb, &packet, &to));
 }

@@ -112,7 +112,14 @@ def _sources(config: Config) -> Sequence[Source]:
 def _dataplanes(config: Config) -> Sequence[Dataplane]:
     from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 
-    return (BpfDataplane(Path(config.bpffs), Path(config.cgroup) if config.cgroup else None, config.devices),)
+    return (
+        BpfDataplane(
+            Path(config.bpffs),
+            Path(config.cgroup) if config.cgroup else None,
+            config.devices,
+            count_traffic=config.service_metrics > 0,
+        ),
+    )
 
 
 def _watches(dataplane: Dataplane) -> Sequence[Watch]:

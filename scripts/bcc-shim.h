@@ -10,6 +10,7 @@
 #define BPF_F_TABLE(kind, key_type, leaf_type, table, entries, flags)                                                  \
 	struct {                                                                                                       \
 		leaf_type *(*lookup)(const key_type *);                                                                \
+		leaf_type *(*lookup_or_try_init)(const key_type *, const leaf_type *);                                 \
 		int (*update)(const key_type *, const leaf_type *);                                                    \
 		int (*insert)(const key_type *, const leaf_type *);                                                    \
 		int (*delete)(const key_type *);                                                                       \

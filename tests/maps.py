@@ -13,7 +13,7 @@ from ebpflb.dataplane.bpf.layouts import SIZES, U32
 from ebpflb.dataplane.bpf.maps import Maps
 
 ARRAYS = ("slots", "backends", "settings")
-TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings", "flows")
+TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings", "flows", "traffic")
 
 CAPACITY = {
     "frontends": 1000,
@@ -24,6 +24,7 @@ CAPACITY = {
     "ranges": 200,
     "settings": 1,
     "flows": 100,
+    "traffic": 100,
 }
 
 

@@ -43,6 +43,7 @@ _KINDS = {
     "sources": "Source",
     "maglev": "Maglev",
     "counters": "Counter",
+    "traffic": "Traffic",
     "raw": "Raw",
 }
 WHATS = ("routes", *_KINDS)

@@ -187,7 +187,7 @@ class Loaded:
 
     def clear(self) -> None:
         """As new: no rows, no flows, counters at zero as `counters` sees them; settings of `put_settings`."""
-        for name in ("frontends", "flows", "fragments", "sockets", "sources", "ranges", "devices", "names"):
+        for name in ("frontends", "flows", "fragments", "sockets", "sources", "ranges", "devices", "names", "traffic"):
             fd = self.maps[name]
             keys, _, count = syscall.lookup_all(fd)
             syscall.delete_batch(fd, keys, count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -340,6 +341,52 @@ def test_tables_speak_of_services(node: Node) -> None:
     assert {row["map"] for row in reader.tables("raw")} >= {"frontends", "slots", "backends", "names", "settings"}
     assert {"cidr": "10.180.0.0/24", "node": False, "pod": True} in reader.tables("sources")
     assert reader.tables("flows") == []
+
+
+def carried(node: Node, id: int, *cells: int) -> None:
+    """Write what the first CPU would have counted for a Service."""
+    fd = syscall.obj_get(str(node.bpffs / pins.MAPS / "traffic"))
+    try:
+        syscall.update(fd, U32.pack(id), struct.pack("=3Q", *cells).ljust(syscall.percpu_size(24), b"\0"))
+    finally:
+        os.close(fd)
+
+
+def test_what_a_service_carried_goes_with_its_name(node: Node) -> None:
+    """Whoever gets the number next begins at nothing; who stays goes on counting, over a restart too."""
+    dataplane = node.started()
+    dataplane.sync(table(2))
+    assert dataplane.tables("traffic") == []
+    ids = {row["service"]["name"]: row["id"] for row in dataplane.tables("services")}  # type: ignore[index]
+    for name, cells in (("s0", (1, 10, 100)), ("s1", (2, 20, 200))):
+        carried(node, int(ids[name]), *cells)  # type: ignore[call-overload]
+    first, second = dataplane.tables("traffic")
+    assert first == {
+        "service": {"namespace": "default", "name": "s0", "port": "http"},
+        "connections": 1,
+        "packets": 10,
+        "bytes": 100,
+        "id": ids["s0"],
+    }
+    fresh = node.restarted()
+    fresh.sync(RouteTable(rows(1), LOCALITY))
+    assert fresh.tables("traffic") == [second]
+    fresh.sync(table(2))
+    assert fresh.tables("traffic") == [second]
+
+
+def test_counting_can_be_had_later_without_new_maps(node: Node) -> None:
+    """Programs are replaced; rows and flows stay."""
+    plain = node.started()
+    plain.sync(table(2))
+    plain.close()
+    before = {pin.path.name: pin.id for pin in pins.ours(node.bpffs) if pin.kind == pins.MAPS}
+    counting = BpfDataplane(node.bpffs, node.cgroup, sizes=SIZES, count_traffic=True)
+    node.made.append(counting)
+    counting.start()
+    report = counting.sync(table(2))
+    assert (report.written, report.removed, report.failed) == (0, 0, 0)
+    assert {pin.path.name: pin.id for pin in pins.ours(node.bpffs) if pin.kind == pins.MAPS} == before
 
 
 def test_cleanup_leaves_nothing(node: Node, namespace: Namespace) -> None:

@@ -96,9 +96,9 @@ def hook(function: str) -> Hook:
     raise KeyError(function)
 
 
-def definitions(sizes: Sizes, *, set_retval: bool) -> dict[str, int]:
+def definitions(sizes: Sizes, *, set_retval: bool, count_traffic: bool = False) -> dict[str, int]:
     """Everything that `bpf/config.h` asks for, in its order. `set_retval`: the kernel has bpf_set_retval for sock_addr
-    programs."""
+    programs. `count_traffic`: what each Service carries is counted, which costs a look-up for each packet."""
     made = {f"MAX_{field.name.upper()}": getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     made |= {f"VERDICT_{verdict.name}": int(verdict) for verdict in Verdict}
     made |= {f"MASQUERADE_{masquerade.name}": int(masquerade) for masquerade in Masquerade}
@@ -106,5 +106,5 @@ def definitions(sizes: Sizes, *, set_retval: bool) -> dict[str, int]:
     made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE, "DEVICE_POD": DEVICE_POD}
     made |= {"POD_SOCKETS_IPV4": POD_SOCKETS_IPV4, "POD_SOCKETS_IPV6": POD_SOCKETS_IPV6}
     made |= {f"BACKEND_{state.name}": int(state) for state in BackendState}
-    made |= {"BACKEND_FREE": BACKEND_FREE, "HAVE_SET_RETVAL": int(set_retval)}
+    made |= {"BACKEND_FREE": BACKEND_FREE, "HAVE_SET_RETVAL": int(set_retval), "COUNT_TRAFFIC": int(count_traffic)}
     return made

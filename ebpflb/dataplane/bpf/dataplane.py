@@ -47,7 +47,8 @@ class BpfDataplane:
     """See `ebpflb.dataplane.Dataplane`.
 
     `bpffs`: the pin directory. `cgroup`: whose processes' sockets are served; None for the mounted root. `patterns`:
-    those of --devices, () for all. `cache`: where compiled programs are kept; None for the usual place.
+    those of --devices, () for all. `count_traffic`: whether to count what each Service carries. `cache`: where compiled
+    programs are kept; None for the usual place.
     """
 
     name = "bpf"
@@ -58,6 +59,7 @@ class BpfDataplane:
         cgroup: Path | None = None,
         patterns: tuple[str, ...] = (),
         *,
+        count_traffic: bool = False,
         sizes: Sizes | None = None,
         cache: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -65,6 +67,7 @@ class BpfDataplane:
         self._bpffs = bpffs
         self._cgroup = cgroup
         self._patterns = patterns
+        self._count_traffic = count_traffic
         self._sizes = sizes
         self._cache = cache
         self._clock = clock
@@ -101,7 +104,9 @@ class BpfDataplane:
 
     def _load_artifact(self) -> Artifact:
         if self._artifact is None:
-            artifact = load_artifact(self._sizes, self._cache, set_retval=facts.has_set_retval())
+            artifact = load_artifact(
+                self._sizes, self._cache, set_retval=facts.has_set_retval(), count_traffic=self._count_traffic
+            )
             check_layouts(artifact.maps)
             if artifact.numbers.get("LAYOUT") != LAYOUT:
                 raise Unsupported(

@@ -6,6 +6,7 @@ row that is not there is shown as null or by its number. Items are sorted, so th
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from socket import ntohs
 from typing import TypeAlias
@@ -62,6 +63,7 @@ class Inspector:
             "flows": self._flows,
             "sources": self._sources,
             "counters": self._counter_cells,
+            "traffic": self._traffic,
             "raw": self._raw,
         }
         if what == "fill":
@@ -200,6 +202,25 @@ class Inspector:
             for at in range(count)
         ]
 
+    def _traffic(self) -> list[Item]:
+        """What each Service port has carried since its name came into the kernel; none where it is not counted."""
+        names = self._names()
+        items: list[Item] = [
+            {"service": _service(names[id]), **cells, "id": id} for id, cells in self._traffic_cells() if id in names
+        ]
+        return sorted(items, key=_by_service)
+
+    def _traffic_cells(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """The rows of `traffic`, summed over the CPUs."""
+        keys, values = self._maps.read("traffic")
+        members = [name for name, _ in REQUIRED["traffic"]]
+        ids = [id for (id,) in U32.iter_unpack(keys)]
+        if not ids:
+            return
+        for id, cells in zip(ids, _rows(values, len(values) // len(ids)), strict=True):
+            numbers = struct.unpack(f"={len(cells) // 8}Q", cells)
+            yield id, {name: sum(numbers[at :: len(members)]) for at, name in enumerate(members)}
+
     def _raw(self) -> list[Item]:
         """Every row of every map, field by field; of the arrays, the rows that were ever used."""
         items: list[Item] = []
@@ -208,6 +229,9 @@ class Inspector:
                 items += [
                     {"map": table, "key": item["counter"], "value": item["value"]} for item in self._counter_cells()
                 ]
+                continue
+            if table == "traffic":
+                items += [{"map": table, "key": id, "value": cells} for id, cells in sorted(self._traffic_cells())]
                 continue
             keys, values = self._read(table)
             width, size = SIZES[table]

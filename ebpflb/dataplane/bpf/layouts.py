@@ -85,6 +85,7 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("pad2", 4),
         ("seen", 8),
     ),
+    "traffic": (("connections", 8), ("packets", 8), ("bytes", 8)),
 }
 """The members of each row in order, with their sizes in bytes; no gaps."""
 
@@ -102,6 +103,7 @@ KEY_VALUE: dict[str, tuple[str, str]] = {
     "sockets": ("socket_key", "socket_value"),
     "marks": ("u32", "mark"),
     "counters": ("u32", "u64"),
+    "traffic": ("u32", "traffic"),
 }
 """The maps that this dataplane's control plane reads or writes, with the types of their rows."""
 

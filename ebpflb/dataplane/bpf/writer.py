@@ -305,6 +305,8 @@ class Writer:
         if ledger.stale_names:
             names = [U32.pack(id) for id in ledger.stale_names]
             refused = self._remove("names", names, tally)
+            # A row that stays would begin the count of whoever gets the number next; it costs nothing else.
+            self._maps.remove("traffic", b"".join(names))
             for key in names:
                 if key not in refused:
                     ledger.freed_name(U32.unpack(key)[0])
