@@ -84,6 +84,7 @@ LAYERS = (
     Layer("loop", ("errors",)),
     Layer("problems", ()),
     Layer("observer", (*_SEAMS, "problems")),
+    Layer("httpd", ("model",)),
     Layer("reconcile", (*_SEAMS, "problems", "loop", "observer")),
     Layer("control", (*_SEAMS, "loop", "reconcile")),
     Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
