@@ -16,11 +16,14 @@ import pytest
 from ebpflb.dataplane import Report
 from ebpflb.errors import ApplyError, SourceError, Unsupported, UserError
 from ebpflb.loop import run, stop_on_signals
-from ebpflb.model import Problem, ServiceName
+from ebpflb.model import Family, Problem, ServiceName
+from ebpflb.observer import Attempt, Trigger
 from ebpflb.problems import Found
 from ebpflb.reconcile import Reconciler, Timing
 from ebpflb.routes import RouteTable
+from ebpflb.source import Event, PutSlice, Remembered
 from tests.fakes import FakeClock, FakeDataplane, FakeDesired, FakeSelector, FakeSource, both, routes, row
+from tests.world import endpoint_slice
 
 Step = tuple[float, Callable[[], object]]
 TIMING = Timing(min_interval=0.01, audit_period=30.0, retry_first=0.1, retry_most=30.0)
@@ -44,6 +47,28 @@ class TimedDataplane(FakeDataplane):
         return [at for name, at in self.at if name == what]
 
 
+class Watching:
+    """An observer that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.queues: list[float] = []
+        self.attempts: list[Attempt] = []
+        self.found: list[tuple[tuple[Found, ...], tuple[Found, ...]]] = []
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def queued(self, at: float) -> None:
+        self.queues.append(at - 1000.0)
+
+    def attempted(self, attempt: Attempt) -> None:
+        self.attempts.append(attempt)
+
+    def problems(self, come: tuple[Found, ...], gone: tuple[Found, ...]) -> None:
+        self.found.append((come, gone))
+
+
 class Bench:
     """A reconciler among fakes, with its loop."""
 
@@ -55,6 +80,7 @@ class Bench:
         self.desired = FakeDesired(routes(*both()), sources)
         self.device_problems: tuple[Problem, ...] = ()
         self.released: list[float] = []
+        self.watching = Watching()
         self.reconciler = Reconciler(
             desired=self.desired,
             sources=self.sources,
@@ -64,6 +90,7 @@ class Bench:
             timing=TIMING,
             device_problems=lambda: self.device_problems,
             after_whole_tables=lambda: self.released.append(self.clock.now - 1000.0),
+            observer=self.watching,
         )
 
     def run(self, *script: Step, until: float) -> None:
@@ -466,3 +493,128 @@ def test_a_signal_ends_the_loop(bench: Bench, number: signal.Signals) -> None:
 def test_a_report_knows_whether_it_is_complete() -> None:
     assert Report(written=3).complete
     assert not Report(written=3, failed=1).complete
+
+
+# ---- What is remembered of an earlier run ----
+
+OLD, NEW = both("172.30.0.41"), both("172.30.0.42", name="new")
+
+
+def remember(bench: Bench) -> None:
+    bench.source.say(Remembered("manifests", 900.0))
+
+
+def test_a_node_that_boots_without_its_source_serves_what_is_remembered(bench: Bench) -> None:
+    bench.run((1.0, lambda: remember(bench)), until=2.0)
+    assert bench.dataplane.held == bench.desired.want
+    overview = bench.reconciler.overview()
+    assert overview.healthy and overview.remembered == 900.0 and not overview.synced_sources
+
+
+def test_nothing_held_is_taken_away_for_not_being_remembered(bench: Bench) -> None:
+    """The kernel outlived the daemon, and knows of a Service that was made after the last saving."""
+    bench.dataplane.held = routes(*NEW)
+    bench.desired.want = routes(*OLD)
+    bench.run((1.0, lambda: remember(bench)), until=2.0)
+    assert bench.dataplane.held == routes(*OLD, *NEW)
+
+
+def test_what_is_held_is_newer_than_what_is_remembered(bench: Bench) -> None:
+    held = both("172.30.0.41", backends=("10.180.0.7",))
+    bench.dataplane.held = routes(*held)
+    bench.desired.want = routes(*OLD)
+    bench.run((1.0, lambda: remember(bench)), until=2.0)
+    assert bench.dataplane.held == routes(*held)
+
+
+def test_what_is_held_goes_when_the_truth_lacks_it(bench: Bench) -> None:
+    bench.dataplane.held = routes(*NEW)
+    bench.desired.want = routes(*OLD)
+    bench.run((1.0, lambda: remember(bench)), (5.0, bench.source.synced), until=6.0)
+    assert bench.dataplane.held == routes(*OLD)
+    assert bench.reconciler.overview().remembered is None
+
+
+def test_an_audit_meanwhile_takes_nothing_away_either(bench: Bench) -> None:
+    bench.dataplane.held = routes(*NEW)
+    bench.desired.want = routes(*OLD)
+    bench.run((1.0, lambda: remember(bench)), until=70.0)
+    assert bench.dataplane.times("audit")
+    assert bench.dataplane.held == routes(*OLD, *NEW)
+
+
+# ---- Who watches ----
+
+
+def trigger(at: float) -> PutSlice:
+    return PutSlice(endpoint_slice("10.0.1.1"), at)
+
+
+def test_watchers_hear_of_what_is_new_and_of_each_attempt(bench: Bench) -> None:
+    bench.source.synced()
+    bench.run((3.0, bench.source.change), until=4.0)
+    told = bench.watching
+    assert [type(event).__name__ for event in told.events] == ["Synced", "DropService"]
+    assert told.queues == [0.0, 3.0]
+    first, second = told.attempts
+    assert (first.what, first.first, first.queued, first.changed) == ("sync", True, 1000.0, 2)
+    assert (second.what, second.first, second.queued, second.changed) == ("sync", False, 1003.0, 0)
+    assert first.routes == bench.desired.want
+
+
+def test_news_that_says_nothing_is_not_told(bench: Bench) -> None:
+    bench.desired.news = False
+    bench.source.change()
+    bench.run(until=1.0)
+    assert bench.watching.events == [] and bench.watching.queues == []
+
+
+def test_a_pods_change_is_over_when_the_kernel_holds_it(bench: Bench) -> None:
+    """A refused sync settles nothing; the one that succeeds settles all that waited."""
+    ready(bench)
+
+    def refused() -> None:
+        bench.dataplane.fail_next = 2
+        bench.source.say(trigger(500.0))
+
+    bench.run((1.0, refused), (1.05, lambda: bench.source.say(trigger(501.0))), until=2.0)
+    settled = [attempt.triggers for attempt in bench.watching.attempts]
+    assert settled[:3] == [(), (), ()]
+    assert settled[3] == (Trigger(Family.IPV4, 500.0), Trigger(Family.IPV4, 501.0))
+    assert not any(settled[4:])
+
+
+def test_a_refused_change_goes_on_waiting(bench: Bench) -> None:
+    """Health must not think that all is applied."""
+    ready(bench)
+
+    def refused() -> None:
+        bench.dataplane.fail_next = 1
+        bench.source.change()
+
+    bench.run((1.0, refused), until=1.01)
+    assert [attempt.report.complete for attempt in bench.watching.attempts] == [True, False]
+    assert bench.watching.queues == [0.0, 1.0, 1.0]
+
+
+def test_an_audit_is_told_as_such(bench: Bench) -> None:
+    ready(bench)
+    bench.run(until=31.0)
+    audit = bench.watching.attempts[-1]
+    assert (audit.what, audit.queued, audit.first) == ("audit", None, False)
+
+
+def test_problems_are_told_as_they_come_and_go(bench: Bench) -> None:
+    ready(bench)
+    typo = Found("manifests", "web.yaml", "a typo", "")
+
+    def wrong() -> None:
+        bench.source.wrong = (Problem("web.yaml", "a typo"),)
+        bench.source.change()
+
+    def right() -> None:
+        bench.source.wrong = ()
+        bench.source.change()
+
+    bench.run((1.0, wrong), (2.0, bench.source.change), (3.0, right), until=4.0)
+    assert bench.watching.found == [((typo,), ()), ((), (typo,))]

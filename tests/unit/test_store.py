@@ -15,6 +15,7 @@ from ebpflb.source import (
     PutNode,
     PutService,
     PutSlice,
+    Remembered,
     Synced,
 )
 from ebpflb.source.store import Change, Store
@@ -206,3 +207,47 @@ def test_a_node_object_without_addresses() -> None:
 
 def test_the_node_object_goes_and_the_kernel_stays() -> None:
     assert node_after(PutNode(node()), LOCAL, DropNode()) == Node("node1", LOCAL.addresses, LOCAL.primary)
+
+
+# ---- What is remembered of an earlier run ----
+
+
+def test_what_is_remembered_may_be_served_until_the_truth_comes() -> None:
+    made = Store("node1", ("api", "local"))
+    for event in (PutService(web()), PutSlice(slice_of("ns1/web", "10.0.1.1")), LOCAL, Synced("local")):
+        made.apply(event)
+    assert not made.ready and made.take() is None
+    assert made.apply(Remembered("api", 1000.0))
+    assert made.ready and not made.synced
+    assert made.remembered == 1000.0
+    first = made.take()
+    assert first is not None and set(first.snapshot.services) == {WEB}
+    live = change(made, DropService(WEB), PutService(service("ns1/db", "172.30.0.42")), Synced("api"))
+    assert made.synced and made.remembered is None
+    assert live is not None and set(live.snapshot.services) == {DB}
+
+
+def test_the_truth_is_news_even_where_it_is_what_was_remembered() -> None:
+    """Somebody waits to take away what it lacks."""
+    made = Store("node1", ("api",))
+    made.apply(PutService(web()))
+    made.apply(Remembered("api", 1000.0))
+    made.take()
+    assert not made.apply(PutService(web()))
+    assert made.apply(Synced("api"))
+
+
+def test_the_oldest_of_what_is_remembered_counts() -> None:
+    made = Store("node1", ("api", "cloud"))
+    made.apply(Remembered("api", 1000.0))
+    assert not made.ready
+    made.apply(Remembered("cloud", 900.0))
+    assert made.ready and made.remembered == 900.0
+    made.apply(Synced("cloud"))
+    assert made.remembered == 1000.0
+
+
+def test_a_memory_that_comes_after_the_truth_says_nothing() -> None:
+    made = store(PutService(web()))
+    assert not made.apply(Remembered("api", 1000.0))
+    assert made.remembered is None
