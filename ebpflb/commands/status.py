@@ -6,6 +6,7 @@ halves stand here, so that they cannot disagree.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping
 
@@ -22,6 +23,7 @@ from ebpflb.parts import Parts
 from ebpflb.problems import Found
 from ebpflb.reconcile import Overview
 from ebpflb.routes import Backend, RouteTable, ServicePortName
+from ebpflb.source import Condition
 
 # So many problems stand in a table; `wide` has them all.
 _FEW = 20
@@ -50,8 +52,21 @@ class Fill(msgspec.Struct, frozen=True):
     max: int
 
 
+class SourceStatus(msgspec.Struct, frozen=True, rename="camel"):
+    """How one source does: `state` is starting, live or stale, `since` RFC 3339 (null if it never changed), `failures`
+    the attempts that failed since it last worked, `retry_in_seconds` null if none is planned."""
+
+    name: str
+    state: str
+    since: str | None
+    detail: str
+    failures: int
+    retry_in_seconds: float | None
+
+
 class Status(msgspec.Struct, frozen=True, rename="camel"):
-    """One item of kind Status. Ages in seconds, null for never."""
+    """One item of kind Status. Ages in seconds, null for never. `remembered_since` is when what is served was saved,
+    while it is what a source remembers of an earlier run (RFC 3339), else null."""
 
     node: str
     dataplane: str
@@ -60,6 +75,8 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
     since: str
     healthy: bool
     sources_synced: bool
+    remembered_since: str | None
+    sources: tuple[SourceStatus, ...]
     first_sync: bool
     last_sync_seconds: float | None
     last_audit_seconds: float | None
@@ -111,6 +128,8 @@ def status_document(identity: Identity, dataplane: Dataplane, overview: Overview
         since=identity.since,
         healthy=overview.healthy,
         sources_synced=overview.synced_sources,
+        remembered_since=_stamp(overview.remembered),
+        sources=tuple(_source(name, condition) for name, condition in overview.sources.items()),
         first_sync=overview.first_sync,
         last_sync_seconds=_rounded(overview.last_sync_age),
         last_audit_seconds=_rounded(overview.last_audit_age),
@@ -122,6 +141,22 @@ def status_document(identity: Identity, dataplane: Dataplane, overview: Overview
     )
     item: Mapping[str, object] = msgspec.to_builtins(status)
     return document("Status", [item], Format.JSON).encode()
+
+
+def _source(name: str, condition: Condition) -> SourceStatus:
+    return SourceStatus(
+        name,
+        condition.state.value,
+        _stamp(condition.since or None),
+        condition.detail,
+        condition.failures,
+        _rounded(condition.retry_in),
+    )
+
+
+def _stamp(at: float | None) -> str | None:
+    """RFC 3339 of seconds since the epoch."""
+    return None if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def show_status(parts: Parts, *, wait: float, form: Format) -> Result:
@@ -142,6 +177,7 @@ def _text(status: Status, wide: bool) -> str:
         f"(pid {status.pid}, version {status.version})",
         f"{counts.services} services, {counts.frontends} frontends, {counts.routes} routes, {counts.backends} backends",
     ]
+    lines += [_source_line(source) for source in status.sources if wide or source.state != "live"]
     text = "\n".join(lines) + "\n"
     fullest = [fill for fill in status.maps if wide or fill.entries]
     if fullest:
@@ -158,14 +194,29 @@ def _text(status: Status, wide: bool) -> str:
     return text
 
 
+def _source_line(source: SourceStatus) -> str:
+    """One source that is not simply live, or any for `wide`."""
+    line = f"source {source.name}: {source.state}"
+    if source.since:
+        line += f" since {source.since}"
+    if source.detail:
+        line += f", {source.detail}"
+    if source.failures:
+        line += f" ({source.failures} failed attempts"
+        line += f", next in {source.retry_in_seconds:.1f} s)" if source.retry_in_seconds is not None else ")"
+    return line
+
+
 def _sentence(status: Status) -> str:
-    if not status.sources_synced:
+    if not status.sources_synced and status.remembered_since is None:
         return "waiting for the sources' first lists"
     if not status.first_sync:
         return "no complete sync yet" + (f" after {status.failed_attempts} attempts" if status.failed_attempts else "")
     age = f"last sync {status.last_sync_seconds or 0:.1f} s ago"
     if status.last_audit_seconds is not None:
         age += f", compared with the kernel {status.last_audit_seconds:.1f} s ago"
+    if status.remembered_since is not None:
+        age += f"; serving what was remembered on {status.remembered_since}"
     return age if status.healthy else f"{age}, {status.failed_attempts} failed attempts since"
 
 

@@ -21,6 +21,7 @@ from ebpflb.output import Format
 from ebpflb.problems import Found
 from ebpflb.reconcile import Overview
 from ebpflb.routes import RouteTable
+from ebpflb.source import LIVE, Condition, SourceState
 from tests.fakes import FakeClock, FakeDataplane, World, both, routes, row
 
 _numbers = itertools.count()
@@ -286,6 +287,39 @@ def test_problems_of_others_do_not_make_the_daemon_unhealthy(name: str) -> None:
     text, status = shown(overview(problems=(Found("manifests", "web.yaml", "a typo"),)), Format.TABLE, name)
     assert status == 0
     assert "manifests  web.yaml      a typo" in text
+
+
+STALE = Condition(SourceState.STALE, 1767225600.0, "https://10.0.0.1:6443: connection refused", 12, 8.5)
+
+
+def test_a_source_that_lost_its_server_is_said_with_its_retries(name: str) -> None:
+    text, status = shown(overview(sources={"kubernetes": STALE, "local": LIVE}), Format.TABLE, name)
+    assert status == 0, "what it knew is served"
+    assert (
+        "source kubernetes: stale since 2026-01-01T00:00:00Z, https://10.0.0.1:6443: connection refused "
+        "(12 failed attempts, next in 8.5 s)\n"
+    ) in text
+    assert "local" not in text
+    assert "source local: live\n" in shown(overview(sources={"local": LIVE}), Format.WIDE, name)[0]
+
+
+def test_what_is_remembered_is_said_to_be_so(name: str) -> None:
+    found = overview(synced_sources=False, remembered=1767225600.0, sources={"kubernetes": STALE})
+    text, status = shown(found, Format.TABLE, name)
+    assert status == 0
+    assert text.startswith("healthy: last sync 1.2 s ago; serving what was remembered on 2026-01-01T00:00:00Z\n")
+    (item,) = json.loads(document(found))["items"]
+    assert item["rememberedSince"] == "2026-01-01T00:00:00Z"
+    assert item["sources"] == [
+        {
+            "name": "kubernetes",
+            "state": "stale",
+            "since": "2026-01-01T00:00:00Z",
+            "detail": "https://10.0.0.1:6443: connection refused",
+            "failures": 12,
+            "retryInSeconds": 8.5,
+        }
+    ]
 
 
 def test_many_problems_are_cut_short_for_people_only(name: str) -> None:
