@@ -13,7 +13,7 @@ sooner than `min_interval` after the end of the last sync, so that a storm of ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -22,9 +22,10 @@ from ebpflb.dataplane import Dataplane, Report
 from ebpflb.errors import EbpflbError, SourceError, Unsupported, UserError
 from ebpflb.model import Problem
 from ebpflb.observer import Attempt, Observer, Observers, Trigger
+from ebpflb.overview import Overview, found_in
 from ebpflb.problems import Found, ProblemLog, in_order
 from ebpflb.routes import RouteTable
-from ebpflb.source import Condition, Event, PutSlice, Source
+from ebpflb.source import Event, PutSlice, Source
 
 log = logging.getLogger("ebpflb.reconcile")
 
@@ -77,29 +78,6 @@ class _Unread(msgspec.Struct, frozen=True):
 class _Retry(msgspec.Struct, frozen=True):
     at: float
     what: str
-
-
-class Overview(msgspec.Struct, frozen=True):
-    """How it goes. Ages are seconds, None for "never". `complete`: the kernel holds the whole of the last table;
-    `sound`: the sources could be read, and hold nothing that was refused. `remembered`: while what is served is
-    what a source remembers, when that was saved (seconds since the epoch)."""
-
-    synced_sources: bool
-    remembered: float | None
-    first_sync: bool
-    complete: bool
-    sound: bool
-    pending_for: float | None
-    last_sync_age: float | None
-    last_audit_age: float | None
-    failures: int
-    routes: RouteTable | None
-    problems: tuple[Found, ...]
-    sources: Mapping[str, Condition]
-
-    @property
-    def healthy(self) -> bool:
-        return self.complete
 
 
 class Reconciler:
@@ -405,14 +383,6 @@ class Reconciler:
             problems=self.problems(),
             sources={source.name: source.condition() for source in self._sources},
         )
-
-
-def found_in(sources: Iterable[Source], routes: RouteTable | None) -> set[Found]:
-    """What is wrong with what the sources say, and with what comes of it."""
-    found = {Found(source.name, *problem) for source in sources for problem in source.problems()}
-    if routes is not None:
-        found.update(Found("policy", *problem) for remarks in routes.problems.values() for problem in remarks)
-    return found
 
 
 def _unexpected(error: Exception) -> str:

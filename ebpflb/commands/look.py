@@ -27,9 +27,9 @@ from ebpflb.output import (
     service_item,
     table,
 )
+from ebpflb.overview import found_in
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
 from ebpflb.problems import in_order
-from ebpflb.reconcile import found_in
 from ebpflb.routes import Key, Route, RouteTable, key_order
 
 log = logging.getLogger("ebpflb.look")

@@ -19,9 +19,9 @@ from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, UserError
 from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, document, table
+from ebpflb.overview import Overview
 from ebpflb.parts import Parts
 from ebpflb.problems import Found
-from ebpflb.reconcile import Overview
 from ebpflb.routes import Backend, RouteTable, ServicePortName
 from ebpflb.source import Condition
 

@@ -18,8 +18,8 @@ from ebpflb.control import Control, NotRunning, ask, listen
 from ebpflb.errors import UserError
 from ebpflb.loop import run
 from ebpflb.output import Format
+from ebpflb.overview import Overview
 from ebpflb.problems import Found
-from ebpflb.reconcile import Overview
 from ebpflb.routes import RouteTable
 from ebpflb.source import LIVE, Condition, SourceState
 from tests.fakes import FakeClock, FakeDataplane, World, both, routes, row
