@@ -37,7 +37,7 @@ class Parts:
 
     `dataplanes` gives the ladder for a Config, best first. `watches` and `device_problems` ask a started dataplane
     what else to listen to, and what is wrong with the devices. `privileged` is whether this process may change the
-    node's network. `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339.
+    node's network. `patience` is how many seconds a command that only looks waits for the sources. `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339.
     """
 
     hostname: Callable[[], str]
@@ -51,6 +51,7 @@ class Parts:
     random: Callable[[], float]
     now: Callable[[], str]
     socket_name: str
+    patience: float = 30.0
 
 
 class Choice(NamedTuple):

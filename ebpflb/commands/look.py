@@ -6,7 +6,10 @@ Rules of this file: whatever is said about the kernel has just been read from it
 from __future__ import annotations
 
 import logging
+import selectors
 from collections.abc import Sequence
+
+import msgspec
 
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
 from ebpflb.commands.daemon import require_privilege
@@ -30,7 +33,9 @@ from ebpflb.output import (
 from ebpflb.overview import found_in
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
 from ebpflb.problems import in_order
+from ebpflb.reconcile import Desired
 from ebpflb.routes import Key, Route, RouteTable, key_order
+from ebpflb.source import Source, SourceState
 
 log = logging.getLogger("ebpflb.look")
 
@@ -75,16 +80,13 @@ def _of_service(items: Sequence[Item], service: ServiceName | None) -> Sequence[
 
 
 def wanted(config: Config, parts: Parts) -> RouteTable:
-    """What the sources ask for now; what is wrong with it goes to the log. Raises SourceError if they do not say
-    everything at once."""
-    sources = parts.sources(config)
+    """What the sources ask for now; what is wrong with it goes to the log. Raises SourceError if one does not say
+    everything within `parts.patience`."""
+    # What was remembered is no answer to what is asked for now.
+    sources = parts.sources(msgspec.structs.replace(config, state_dir=""))
     try:
         desired = parts.desired(config, sources)
-        for source in sources:
-            for event in source.read():
-                desired.apply(event)
-        if not desired.synced:
-            raise SourceError(f"{config.manifests} is being written; try again")
+        _hear(sources, desired, parts)
         routes = desired.routes()
         for problem in in_order(found_in(sources, routes)):
             log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
@@ -92,6 +94,28 @@ def wanted(config: Config, parts: Parts) -> RouteTable:
     finally:
         for source in sources:
             source.close()
+
+
+def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
+    """Read until every source has said everything. Raises SourceError in the words of one that has not."""
+    deadline = parts.clock() + parts.patience
+    with selectors.DefaultSelector() as selector:
+        for source in sources:
+            selector.register(source.fileno(), selectors.EVENT_READ, source)
+        ready = list(sources)
+        while True:
+            for source in ready:
+                for event in source.read():
+                    desired.apply(event)
+            if desired.synced:
+                return
+            left = deadline - parts.clock()
+            if left <= 0:
+                break
+            ready = [key.data for key, _ in selector.select(left)]
+    waiting = next((source for source in sources if source.condition().state is not SourceState.LIVE), sources[0])
+    detail = waiting.condition().detail or "it goes on being written"
+    raise SourceError(f"{waiting.name} has not said everything within {parts.patience:g} s: {detail}; try again")
 
 
 def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | None, Route | None]]:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Problem, ProxyOptions, ServiceName
 from ebpflb.parts import Parts
 from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
-from tests.fakes import World, both, routes, row
+from ebpflb.source import Condition, SourceState
+from tests.fakes import FakeSource, World, both, routes, row
 
 
 class Said(NamedTuple):
@@ -365,6 +367,33 @@ def test_all_that_was_refused_is_told_beside_the_plan(shell: Shell, world: World
     said = shell(world, "plan", "--manifests", manifests, "-o", "json")
     assert len([line for line in said.err.splitlines() if "no YAML" in line]) == 100
     assert len(said.items) == 2
+
+
+def test_a_plan_waits_for_a_source_that_takes_its_time(shell: Shell, world: World, manifests: str) -> None:
+    def later(source: FakeSource) -> FakeSource:
+        source.change()
+        thread = threading.Timer(0.05, source.synced)
+        thread.start()
+        return source
+
+    source = FakeSource()
+    source.fileno()
+    said = shell(
+        world.but(sources=lambda config: (later(source),), clock=time.monotonic), "plan", "--manifests", manifests
+    )
+    assert said.status == 5 and said.err == ""
+
+
+def test_a_source_that_does_not_come_to_an_end_is_said_in_its_words(shell: Shell, world: World, manifests: str) -> None:
+    source = FakeSource("kubernetes")
+    source.state = Condition(SourceState.STARTING, detail="https://10.0.0.1:6443: connection refused", failures=3)
+    parts = world.but(sources=lambda config: (source,), patience=0.0)
+    said = shell(parts, "plan", "--manifests", manifests)
+    assert said.status == 1
+    assert said.err == (
+        "ebpflb: kubernetes has not said everything within 0 s: https://10.0.0.1:6443: connection refused; try again\n"
+    )
+    assert source.closed
 
 
 def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
