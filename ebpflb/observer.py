@@ -7,6 +7,7 @@ daemon's clock (seconds from anywhere) unless a field says otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from ebpflb.model import Family
 from ebpflb.problems import Found
 from ebpflb.routes import RouteTable
 from ebpflb.source import Event
+
+log = logging.getLogger("ebpflb.observer")
 
 
 class Trigger(msgspec.Struct, frozen=True, gc=False):
@@ -65,23 +68,51 @@ class Observer(Protocol):
 
 
 class Observers:
-    """Several as one."""
+    """Several as one. One that fails has a fault, which is logged; the others and the daemon go on."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._all = tuple(observers)
 
     def event(self, event: Event) -> None:
         for each in self._all:
-            each.event(event)
+            with _at_its_own_risk(each):
+                each.event(event)
 
     def queued(self, at: float) -> None:
         for each in self._all:
-            each.queued(at)
+            with _at_its_own_risk(each):
+                each.queued(at)
 
     def attempted(self, attempt: Attempt) -> None:
         for each in self._all:
-            each.attempted(attempt)
+            with _at_its_own_risk(each):
+                each.attempted(attempt)
 
     def problems(self, come: tuple[Found, ...], gone: tuple[Found, ...]) -> None:
         for each in self._all:
-            each.problems(come, gone)
+            with _at_its_own_risk(each):
+                each.problems(come, gone)
+
+
+class _at_its_own_risk:  # noqa: N801  # reads as a statement; a generator's context manager costs three times as much
+    """What is raised within is logged as a fault of the observer."""
+
+    __slots__ = ("_observer",)
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error(
+            "%s failed unexpectedly: %s: %s",
+            type(self._observer).__name__,
+            type(error).__name__,
+            error,
+            exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
+        )
+        return True

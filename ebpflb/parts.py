@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ebpflb.config import Config
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, Unsupported
+from ebpflb.loop import Worker
 from ebpflb.model import Problem
+from ebpflb.observer import Observer, Observers
+from ebpflb.overview import Overview
+from ebpflb.problems import Found
 from ebpflb.reconcile import Desired
 from ebpflb.source import Source
 
@@ -31,19 +35,85 @@ class Watch(NamedTuple):
     handle: Callable[[], object]
 
 
+class Changes(Protocol):
+    """A descriptor that is readable when something may have changed."""
+
+    def fileno(self) -> int:
+        """Readable when `changed` should be asked."""
+
+    def changed(self) -> bool:
+        """Whether it has."""
+
+    def close(self) -> None:
+        """Release descriptors."""
+
+
+class Choice(NamedTuple):
+    """The dataplane that will carry services, and why not the ones before it: (name, reason)."""
+
+    dataplane: Dataplane
+    passed: tuple[tuple[str, str], ...]
+
+
+class Attendants(Protocol):
+    """Who goes along with a reconciler: health, metrics, notices, the keeper of what is to be remembered."""
+
+    @property
+    def observer(self) -> Observer:
+        """Is told what the reconciler does."""
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """Are called by the loop."""
+
+    def begin(self, overview: Callable[[], Overview]) -> None:
+        """Start what has threads and sockets. `overview` may be called in the loop's thread only. Raises UserError for
+        an address that cannot be had, if that is to be fatal."""
+
+    def problems(self) -> Iterable[Found]:
+        """What is wrong with what they do, now."""
+
+    def close(self) -> None:
+        """End threads, release sockets."""
+
+
+class NoAttendants:
+    """For a daemon that runs once."""
+
+    observer: Observer = Observers()
+    workers: Sequence[Worker] = ()
+
+    def begin(self, overview: Callable[[], Overview]) -> None:
+        """Nothing to begin."""
+
+    def problems(self) -> Iterable[Found]:
+        """Nothing to be wrong."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """How a command gets at the world.
 
-    `dataplanes` gives the ladder for a Config, best first. `watches` and `device_problems` ask a started dataplane
-    what else to listen to, and what is wrong with the devices. `privileged` is whether this process may change the
-    node's network. `patience` is how many seconds a command that only looks waits for the sources. `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339.
+    `dataplanes` gives the ladder for a Config, best first. `attendants` go along with a daemon that stays: by Config,
+    choice of dataplane, sources and what these come to. `set_up_node` makes the node as the Config wants it (kernel
+    settings beside Services); it answers with what could not be had. `config_changes` tells of changes of the file that
+    the Config came from, None without one. `watches` and `device_problems` ask a started dataplane what else to listen
+    to, and what is wrong with the devices. `privileged` is whether this process may change the node's network.
+    `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339. `patience` is how
+    many seconds a command that needs the sources' whole content waits for it.
     """
 
     hostname: Callable[[], str]
     dataplanes: Callable[[Config], Sequence[Dataplane]]
     sources: Callable[[Config], Sequence[Source]]
     desired: Callable[[Config, Sequence[Source]], Desired]
+    attendants: Callable[[Config, Choice, Sequence[Source], Desired], Attendants]
+    set_up_node: Callable[[Config], Iterable[Problem]]
+    config_changes: Callable[[Config], Changes | None]
     watches: Callable[[Dataplane], Sequence[Watch]]
     device_problems: Callable[[Dataplane], Iterable[Problem]]
     privileged: Callable[[], bool]
@@ -52,13 +122,6 @@ class Parts:
     now: Callable[[], str]
     socket_name: str
     patience: float = 30.0
-
-
-class Choice(NamedTuple):
-    """The dataplane that will carry services, and why not the ones before it: (name, reason)."""
-
-    dataplane: Dataplane
-    passed: tuple[tuple[str, str], ...]
 
 
 def choose(ladder: Sequence[Dataplane]) -> Choice:

@@ -92,7 +92,7 @@ class Reconciler:
         clock: Callable[[], float],
         random: Callable[[], float],
         timing: Timing | None = None,
-        device_problems: Callable[[], Iterable[Problem]] = tuple,
+        other_problems: Callable[[], Iterable[Found]] = tuple,
         after_whole_tables: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class Reconciler:
         self._clock = clock
         self._random = random
         self._timing = timing or Timing()
-        self._device_problems = device_problems
+        self._other_problems = other_problems
         self._after_whole_tables = after_whole_tables
         self._observer = observer or Observers()
         self._started = False
@@ -357,7 +357,7 @@ class Reconciler:
         found.update(Found(name, *unread.problem) for name, unread in self._unread.items())
         for what, refused in self._refused.items():
             found.update(Found(what, *problem) for problem in refused)
-        found.update(Found("devices", *problem) for problem in self._device_problems())
+        found.update(self._other_problems())
         return in_order(found)
 
     def _log_problems(self) -> None:

@@ -17,7 +17,7 @@ from ebpflb import control
 from ebpflb.config import Config
 from ebpflb.dataplane import Dataplane
 from ebpflb.model import Problem, ProxyOptions
-from ebpflb.parts import Parts, Watch
+from ebpflb.parts import NoAttendants, Parts, Watch
 from ebpflb.policy import Router
 from ebpflb.reconcile import Desired
 from ebpflb.routes import RouteTable
@@ -78,6 +78,9 @@ def real_parts() -> Parts:
         dataplanes=_dataplanes,
         sources=_sources,
         desired=_desired,
+        attendants=lambda config, choice, sources, desired: NoAttendants(),
+        set_up_node=lambda config: (),
+        config_changes=lambda config: None,
         watches=_watches,
         device_problems=_device_problems,
         privileged=_privileged,

@@ -17,7 +17,7 @@ from ebpflb.config import Config
 from ebpflb.dataplane import Dataplane, Report, Requirement
 from ebpflb.errors import UserError
 from ebpflb.model import Problem, Protocol, ServiceName
-from ebpflb.parts import Parts
+from ebpflb.parts import Attendants, Changes, NoAttendants, Parts
 from ebpflb.reconcile import Desired
 from ebpflb.routes import (
     Backend,
@@ -271,6 +271,9 @@ class World:
         self.source = FakeSource()
         self.desired = FakeDesired(want)
         self.device_problems: tuple[Problem, ...] = ()
+        self.node_problems: tuple[Problem, ...] = ()
+        self.attendants: Attendants = NoAttendants()
+        self.config_changes: Changes | None = None
         self.configs: list[Config] = []
         self.source.synced()
         self.parts = Parts(
@@ -278,6 +281,9 @@ class World:
             dataplanes=self._dataplanes,
             sources=lambda config: (self.source,),
             desired=lambda config, sources: self.desired,
+            attendants=lambda config, choice, sources, desired: self.attendants,
+            set_up_node=lambda config: self.node_problems,
+            config_changes=lambda config: self.config_changes,
             watches=lambda dataplane: (),
             device_problems=lambda dataplane: self.device_problems,
             privileged=lambda: True,

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 import selectors
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+
+import msgspec
 
 from ebpflb import __version__
 from ebpflb.commands import OK, REFUSED, Result
@@ -20,11 +23,13 @@ from ebpflb.commands.status import Identity, status_document
 from ebpflb.config import Config
 from ebpflb.control import Control, listen
 from ebpflb.dataplane import Dataplane
-from ebpflb.errors import EbpflbError, UserError
+from ebpflb.errors import EbpflbError, SourceError, UserError
 from ebpflb.loop import Stop, Worker, run, stop_on_signals
-from ebpflb.parts import Parts, Watch, choose
-from ebpflb.reconcile import Reconciler, Timing
+from ebpflb.parts import NoAttendants, Parts, Watch, choose
+from ebpflb.problems import Found
+from ebpflb.reconcile import Desired, Reconciler, Timing
 from ebpflb.routes import packed, unpacked
+from ebpflb.source import Source, SourceState
 
 log = logging.getLogger("ebpflb.daemon")
 
@@ -34,26 +39,62 @@ def require_privilege(parts: Parts) -> None:
         raise UserError("this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN); run it with sudo")
 
 
+def unheard(sources: Sequence[Source], parts: Parts) -> SourceError:
+    """That one of `sources` has not said everything in time, in its own words."""
+    waiting = next((source for source in sources if source.condition().state is not SourceState.LIVE), sources[0])
+    detail = waiting.condition().detail or "it goes on being written"
+    return SourceError(f"{waiting.name} has not said everything within {parts.patience:g} s: {detail}; try again")
+
+
 def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
-    """Serve until SIGTERM or SIGINT; with `once`, make one complete attempt and end."""
+    """Serve until SIGTERM or SIGINT; with `once`, make one complete attempt and end. Raises SourceError if there is
+    nothing to attempt within `parts.patience`."""
     require_privilege(parts)
+    if once:
+        config = msgspec.structs.replace(config, state_dir="")  # what was remembered is not worth one attempt
     with ExitStack() as stack:
         server = stack.enter_context(listen(parts.socket_name))
         stop = stack.enter_context(stop_on_signals(signal.SIGTERM, signal.SIGINT))
         selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(stop, selectors.EVENT_READ, lambda: None)
+        _watch_config(config, parts, selector, stop, stack)
         for warning in config.warnings:
             log.warning("%s", warning)
         chosen = choose(parts.dataplanes(config))
         for name, reason in chosen.passed:
             log.warning("dataplane %s cannot carry services here: %s", name, reason)
         log.info(
-            "ebpflb %s: node %s, dataplane %s, manifests %s",
-            __version__, config.node_name, chosen.dataplane.name, config.manifests,
+            "ebpflb %s: node %s, dataplane %s, source %s",
+            __version__, config.node_name, chosen.dataplane.name, config.manifests or "the API server",
         )  # fmt: skip
         dataplane = chosen.dataplane
-        reconciler = _reconciler(config, parts, dataplane, selector, stack)
+        missing = tuple(Found("node", *problem) for problem in parts.set_up_node(config))
+        sources, desired = _sources(config, parts, stack)
+        attendants = NoAttendants() if once else parts.attendants(config, chosen, sources, desired)
+        stack.callback(attendants.close)
+
+        def problems() -> Iterator[Found]:
+            yield from missing
+            yield from (Found("devices", *problem) for problem in parts.device_problems(dataplane))
+            yield from attendants.problems()
+
+        reconciler = Reconciler(
+            desired=desired,
+            sources=sources,
+            dataplane=dataplane,
+            clock=parts.clock,
+            random=parts.random,
+            timing=Timing(min_interval=config.min_sync_period, audit_period=config.audit_period),
+            other_problems=problems,
+            after_whole_tables=release_memory,
+            observer=attendants.observer,
+        )
+        attendants.begin(reconciler.overview)
+        for source in sources:
+            selector.register(source.fileno(), selectors.EVENT_READ, lambda source=source: reconciler.read(source))
+        reconciler.read_all()
         workers: list[Worker] = [reconciler, _Attend(parts, dataplane, reconciler, selector), _ColdStart(reconciler)]
+        workers += attendants.workers
         stack.callback(gc.unfreeze)
         stack.callback(gc.enable)
         gc.disable()
@@ -68,7 +109,12 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
             )
             stack.callback(control.close)
             workers.append(control)
-        _serve(selector, workers, parts, stop, lambda: once and reconciler.attempted)
+        deadline = _Deadline(parts.clock() + parts.patience if once else math.inf)
+        if once:
+            workers.append(deadline)
+        _serve(selector, workers, parts, stop, lambda: once and (reconciler.attempted or parts.clock() >= deadline.at))
+        if once and not (reconciler.attempted or stop.asked):
+            raise unheard(sources, parts)
         if not once or stop.asked:
             log.info("stopping: the kernel keeps serving what it holds")
             return Result(status=OK)
@@ -76,26 +122,27 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
         return Result(status=OK if overview.complete and overview.sound else REFUSED)
 
 
-def _reconciler(
-    config: Config, parts: Parts, dataplane: Dataplane, selector: selectors.BaseSelector, stack: ExitStack
-) -> Reconciler:
+def _sources(config: Config, parts: Parts, stack: ExitStack) -> tuple[Sequence[Source], Desired]:
+    """The sources, closed with `stack`, and what they come to."""
     sources = parts.sources(config)
     for source in sources:
         stack.callback(source.close)
-    reconciler = Reconciler(
-        desired=parts.desired(config, sources),
-        sources=sources,
-        dataplane=dataplane,
-        clock=parts.clock,
-        random=parts.random,
-        timing=Timing(min_interval=config.min_sync_period, audit_period=config.audit_period),
-        device_problems=lambda: parts.device_problems(dataplane),
-        after_whole_tables=release_memory,
-    )
-    for source in sources:
-        selector.register(source.fileno(), selectors.EVENT_READ, lambda source=source: reconciler.read(source))
-    reconciler.read_all()
-    return reconciler
+    return sources, parts.desired(config, sources)
+
+
+def _watch_config(config: Config, parts: Parts, selector: selectors.BaseSelector, stop: Stop, stack: ExitStack) -> None:
+    """End when the file that the Config came from says something else: whoever runs us starts us anew."""
+    changes = parts.config_changes(config)
+    if changes is None:
+        return
+    stack.callback(changes.close)
+
+    def look() -> None:
+        if changes.changed():
+            log.warning("%s has changed: ending, to be started again with what it says now", config.file)
+            stop.ask()
+
+    selector.register(changes.fileno(), selectors.EVENT_READ, look)
 
 
 def _serve(
@@ -117,6 +164,19 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+class _Deadline:
+    """Wakes the loop at the clock's time `at`."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def due(self) -> float | None:
+        return self.at
+
+    def work(self) -> None:
+        """The loop's own condition looks at the clock."""
 
 
 class _ColdStart:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import msgspec
 
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
-from ebpflb.commands.daemon import require_privilege
+from ebpflb.commands.daemon import require_privilege, unheard
 from ebpflb.config import Config
-from ebpflb.errors import SourceError, Unsupported
+from ebpflb.errors import Unsupported
 from ebpflb.model import ServiceName
 from ebpflb.output import (
     Format,
@@ -35,7 +35,7 @@ from ebpflb.parts import NothingProgrammed, Parts, choose, holder
 from ebpflb.problems import in_order
 from ebpflb.reconcile import Desired
 from ebpflb.routes import Key, Route, RouteTable, key_order
-from ebpflb.source import Source, SourceState
+from ebpflb.source import Source
 
 log = logging.getLogger("ebpflb.look")
 
@@ -113,9 +113,7 @@ def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
             if left <= 0:
                 break
             ready = [key.data for key, _ in selector.select(left)]
-    waiting = next((source for source in sources if source.condition().state is not SourceState.LIVE), sources[0])
-    detail = waiting.condition().detail or "it goes on being written"
-    raise SourceError(f"{waiting.name} has not said everything within {parts.patience:g} s: {detail}; try again")
+    raise unheard(sources, parts)
 
 
 def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | None, Route | None]]:

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,12 @@ from ebpflb.control import listen
 from ebpflb.dataplane import Requirement
 from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Problem, ProxyOptions, ServiceName
-from ebpflb.parts import Parts
+from ebpflb.observer import Attempt, Observers
+from ebpflb.overview import Overview
+from ebpflb.parts import NoAttendants, Parts
+from ebpflb.problems import Found
 from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
-from ebpflb.source import Condition, SourceState
+from ebpflb.source import Condition, Event, SourceState
 from tests.fakes import FakeSource, World, both, routes, row
 
 
@@ -205,6 +209,100 @@ def test_the_collector_rests_while_the_first_tables_are_built(world: World, mani
     assert main(["run", "--manifests", manifests], world.but(clock=time.monotonic)) == 0
     assert seen == [(False, False), (True, True)]
     assert gc.isenabled()
+
+
+def test_run_once_does_not_wait_for_ever(shell: Shell, world: World, manifests: str) -> None:
+    world.source = FakeSource("kubernetes")
+    world.source.state = Condition(SourceState.STARTING, detail="https://10.0.0.1:6443: connection refused")
+    said = shell(world.but(clock=time.monotonic, patience=0.05), "run", "--once", "--manifests", manifests)
+    assert said.status == 1
+    assert said.err.splitlines()[-1] == (
+        "ebpflb: kubernetes has not said everything within 0.05 s: https://10.0.0.1:6443: connection refused; try again"
+    )
+    assert world.dataplane.held is None
+
+
+class Edited:
+    """A configuration file that has just been changed."""
+
+    def __init__(self) -> None:
+        self.ends = socket.socketpair()
+        self.ends[1].send(b"!")
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self.ends[0].fileno()
+
+    def changed(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        for end in self.ends:
+            end.close()
+
+
+def test_a_changed_configuration_ends_the_daemon_well(shell: Shell, world: World, manifests: str) -> None:
+    """Whoever runs it starts it again, with what the file says now."""
+    edited = Edited()
+    world.config_changes = edited
+    said = shell(world, "run", "--manifests", manifests)
+    assert said.status == 0
+    assert "has changed: ending, to be started again" in said.err
+    assert edited.closed
+
+
+class Story(Observers):
+    """Notes what it is told, and ends the daemon after its first sync."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def event(self, event: Event) -> None:
+        self.told.append(type(event).__name__)
+
+    def queued(self, at: float) -> None:
+        self.told.append("queued")
+
+    def attempted(self, attempt: Attempt) -> None:
+        self.told.append(attempt.what)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Company(NoAttendants):
+    """Attendants that note what happens to them."""
+
+    def __init__(self) -> None:
+        self.observer = Story()
+        self.story = self.observer.told
+
+    def begin(self, overview: Callable[[], Overview]) -> None:
+        self.story.append(f"begin {overview().first_sync}")
+
+    def problems(self) -> Iterable[Found]:
+        return (Found("health", "ns/web", "port 30000 is taken"),)
+
+    def close(self) -> None:
+        self.story.append("close")
+
+
+def test_attendants_go_along_from_before_the_first_event_to_the_end(shell: Shell, world: World, manifests: str) -> None:
+    company = Company()
+    world.attendants = company
+    world.node_problems = (Problem("nf_conntrack_max", "there is no such file"),)
+    said = shell(world, "run", "--manifests", manifests)
+    assert said.status == 0
+    assert company.story == ["begin False", "queued", "Synced", "sync", "close"]
+    assert "health: ns/web: port 30000 is taken" in said.err
+    assert "node: nf_conntrack_max: there is no such file" in said.err
+
+
+def test_a_daemon_that_runs_once_has_no_attendants(shell: Shell, world: World, manifests: str) -> None:
+    company = Company()
+    world.attendants = company
+    assert shell(world, "run", "--once", "--manifests", manifests).status == 0
+    assert company.story == []
 
 
 def test_options_reach_the_config(shell: Shell, world: World, manifests: str) -> None:

@@ -86,12 +86,13 @@ LAYERS = (
     Layer("loop", ("errors",)),
     Layer("problems", ()),
     Layer("observer", (*_SEAMS, "problems")),
-    Layer("httpd", ("model",)),
+    Layer("exchange", ()),
+    Layer("httpd", ("model", "exchange")),
     Layer("overview", (*_SEAMS, "problems")),
     Layer("reconcile", (*_SEAMS, "problems", "loop", "observer", "overview")),
     Layer("control", (*_SEAMS, "loop", "reconcile")),
     Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
-    Layer("parts", (*_SEAMS, "config", "reconcile")),
+    Layer("parts", (*_SEAMS, "config", "loop", "observer", "overview", "problems", "reconcile")),
     Layer(
         "commands",
         (

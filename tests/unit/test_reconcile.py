@@ -88,7 +88,7 @@ class Bench:
             clock=self.clock,
             random=lambda: random,
             timing=TIMING,
-            device_problems=lambda: self.device_problems,
+            other_problems=lambda: [Found("devices", *problem) for problem in self.device_problems],
             after_whole_tables=lambda: self.released.append(self.clock.now - 1000.0),
             observer=self.watching,
         )
