@@ -1,7 +1,8 @@
 """What is wrong, wherever it was found, and how it comes to the log.
 
 Rules of this file: a problem is a state, not an event: it is logged when it comes and when it goes, never in between.
-A map that is full is the problem of ten thousand Services at once: the log has some of them, `status` has all.
+A map that is full is the problem of ten thousand Services at once: the log has some of them, `status` has all. One that
+comes and goes is held back by `log`, as everything that repeats; its going too.
 """
 
 from __future__ import annotations
@@ -42,10 +43,18 @@ class ProblemLog:
         come, gone = in_order(now - self._known), in_order(self._known - now)
         self._known = now
         for problem in come[:_MOST_LINES]:
-            log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason)
+            log.warning("%s: %s: %s", problem.part, problem.subject, problem.reason, extra=_fields("problem", problem))
         for problem in gone[:_MOST_LINES]:
-            log.info("%s: %s: resolved: %s", problem.part, problem.subject, problem.reason)
+            log.info(
+                "%s: %s: resolved: %s", problem.part, problem.subject, problem.reason,
+                extra={**_fields("resolved", problem), "limited": True},
+            )  # fmt: skip
         for word, number in (("more problems", len(come)), ("more problems resolved", len(gone))):
             if number > _MOST_LINES:
                 log.warning("%d %s: `ebpflb status -o wide` has them all", number - _MOST_LINES, word)
         return come, gone
+
+
+def _fields(event: str, problem: Found) -> dict[str, object]:
+    """A problem for machines that read the log."""
+    return {"fields": {"event": event, **msgspec.structs.asdict(problem)}}
