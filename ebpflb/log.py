@@ -118,9 +118,10 @@ class Repeats(logging.Filter):
         """Whether the line is to be written now; every handler gets the same answer."""
         if record.levelno < logging.WARNING and not getattr(record, "limited", False):
             return True
-        if not hasattr(record, "passed"):
-            record.passed = self._passes(record)
-        return bool(record.passed)
+        passed = getattr(record, "passed", None)
+        if passed is None:
+            passed = record.passed = self._passes(record)
+        return bool(passed)
 
     def _passes(self, record: logging.LogRecord) -> bool:
         with self._lock:
