@@ -54,6 +54,7 @@ LAYERS = (
     Layer(
         "source.kube", ("model", "errors", "=source", "source.parse", "source.validate", "source.wire", "source.kube")
     ),
+    Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
@@ -88,6 +89,10 @@ LAYERS = (
     Layer("observer", (*_SEAMS, "problems")),
     Layer("httpd", ("model", "httpd")),
     Layer("overview", (*_SEAMS, "problems")),
+    Layer("metrics", (*_SEAMS, "problems", "observer", "metrics")),
+    Layer("metrics.cells", ()),
+    Layer("metrics.page", ("httpd", "metrics.cells")),
+    Layer("metrics.traffic", (), pure=True),
     Layer("reconcile", (*_SEAMS, "problems", "loop", "observer", "overview")),
     Layer("control", (*_SEAMS, "loop", "reconcile")),
     Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
@@ -124,6 +129,7 @@ UNIMPORTABLE = {"cli", "__main__"}
 CONFINED = {
     "bcc": {"dataplane.bpf.compile"},  # it costs 75 MB: only a child process may
     "kubernetes": {"source.kube.credentials"},  # it costs 30 MB: only a child process may
+    "prometheus_client": {"metrics.cells", "metrics.page"},  # its instruments name things their own way
     "pyroute2": set(),  # see the top of rtnetlink
     "subprocess": {
         "dataplane.bpf.artifact",
@@ -139,7 +145,7 @@ CONFINED = {
 MODEL_FOR_DATAPLANES = {"Address", "Family", "family_of", "Problem", "Protocol", "ServiceName"}
 
 PURE_OUTSIDE = {
-    "__future__", "array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq",
+    "__future__", "array", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
     "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing",
     "types", "weakref",
 }  # fmt: skip

@@ -1,0 +1,407 @@
+"""List and watch of one kind: what exists, then every change of it, for ever.
+
+Rules of this file: `attempt` is one round, a list where one is needed and then one watch until it ends; `run` repeats
+it, and waits as long as it says. What is said goes to the outbox. It holds no clock of its own: clock, randomness and
+the wait are passed in, and every wait ends when the source closes. Nothing is raised for what a server does.
+
+When a list is needed, and when a watch goes on where the last one was:
+
+* A list is the truth, whatever its resourceVersion: what it does not name is gone.
+* A watch that ends properly, or is cut, goes on at the last resourceVersion that it has seen (a bookmark's, mostly).
+* 410, in place of an answer or inside a stream: that version is history; list again.
+* A resourceVersion that goes back: the cluster's store was restored. A watch from a version that is yet to come is
+  silent until it has come, so that after a watch that ended before its time the version of now is looked up (a list of
+  one object), and a watch that is silent for longer than bookmarks ever are is followed by a list.
+* Three failures in a row that are answers, no cuts: list again, in case it is what we ask for that is wrong.
+
+A list is streamed (a watch that begins with all that exists) where the server knows how, because that costs the server
+least; else, and after a streaming list that failed, it comes in pages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from ebpflb.errors import SourceError
+from ebpflb.model import Problem
+from ebpflb.source.kube import ApiError, Client, Reply, Unreachable, decode
+from ebpflb.source.kube.decode import Kind, Said
+from ebpflb.source.kube.outbox import Outbox
+
+log = logging.getLogger("ebpflb.kubernetes")
+
+_BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE, _INVALID = 400, 401, 403, 404, 410, 422
+
+# Objects of a streaming list that leave together.
+_TOGETHER = 200
+
+# Answers in a row after which what we ask for is thought to be at fault.
+_STUBBORN = 3
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """All in seconds but `page`, the objects in one page of a list.
+
+    `answer` bounds each silence of a list; `silence` that of a watch, where a bookmark comes once a minute. The server
+    is asked to end a watch after `watch_least` to `watch_most`, so that watches spread over servers again.
+    A failed attempt is repeated after `retry_first`, then twice as long each time up to `retry_most`, each wait
+    shortened at random by up to half; longer if the server asks for that, up to `retry_asked`. A watch that lived for
+    `proven` has worked.
+    """
+
+    page: int = 500
+    answer: float = 30.0
+    silence: float = 130.0
+    watch_least: float = 300.0
+    watch_most: float = 600.0
+    retry_first: float = 0.2
+    retry_most: float = 30.0
+    retry_asked: float = 60.0
+    proven: float = 1.0
+
+
+class Stop(Protocol):
+    """Whether the source closes; a threading.Event is one."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait that many seconds, or until it closes; whether it does."""
+
+    def is_set(self) -> bool: ...
+
+
+class Doing(msgspec.Struct, frozen=True):
+    """How a kind's list and watch is doing. `broken` is since when nothing has come in (the clock's time; None while a
+    watch stands), `failures` the attempts since that failed, `retry_at` the time of the next one."""
+
+    listed: bool = False
+    broken: float | None = None
+    failures: int = 0
+    retry_at: float | None = None
+    problem: Problem | None = None
+
+
+class ListWatch:
+    """One kind's list and watch. `born` is when the source started, in seconds since the epoch: changes of pods before
+    that are nobody's latency. `told` is called when `doing` has changed."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        client: Client,
+        outbox: Outbox,
+        *,
+        stop: Stop,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        born: float = 0.0,
+        timing: Timing | None = None,
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.kind = kind
+        self.doing = Doing()
+        self.alive = clock()  # when it last showed life
+        self._client = client
+        self._outbox = outbox
+        self._stop = stop
+        self._clock = clock
+        self._random = random
+        self._born = born
+        self._timing = timing or Timing()
+        self._told = told
+        self._version: str | None = None  # to watch from; None: list first
+        self._unsure = False  # the last watch did not end properly
+        self._fields = kind.fields
+        self._streams = True  # the server may know streaming lists
+        self._in_pages = False  # the last streaming list failed
+        self._failures = 0
+        self._granted = False  # the last watch was begun, whatever became of it
+        self._doing_what = "list"
+
+    def run(self) -> None:
+        """Until the source closes. For a thread of its own."""
+        while not self._stop.is_set():
+            pause = self.attempt()
+            self.alive = self._clock()
+            if pause and self._stop.wait(pause):
+                return
+
+    def attempt(self) -> float:
+        """List if need be, then watch until that ends; seconds to wait before the next attempt."""
+        self.alive = self._clock()
+        try:
+            if self._version is not None and self._unsure:
+                self._look_back()
+            if self._version is None:
+                self._list()
+            self._watch()
+        except SourceError as error:
+            return self._failed(error)
+        except Exception as error:
+            # A fault of ours in one kind must not end the others, nor this one for good.
+            if not self._stop.is_set():
+                log.error("%s: unexpected %s: %s", self.kind.resource, type(error).__name__, error)
+                log.debug("%s failed", self.kind.resource, exc_info=True)
+            return self._failed(SourceError(f"unexpected {type(error).__name__}: {error}".replace("\n", " ")))
+        return 0.0
+
+    # ---- Lists ----
+
+    def _list(self) -> None:
+        """All that exists. Raises SourceError."""
+        self._doing_what = "list"
+        while True:
+            streaming = self._streams and not self._in_pages
+            self._outbox.begin(self.kind)
+            self._in_pages = streaming  # until it has worked
+            try:
+                version = self._streamed() if streaming else self._paged()
+            except ApiError as error:
+                if not self._asked_too_much(error, streaming):
+                    raise
+                self._in_pages = False
+            else:
+                break
+        self._in_pages = False
+        self._version, self._unsure = version, False
+        self._outbox.listed(self.kind)
+        self._note(msgspec.structs.replace(self.doing, listed=True))
+
+    def _asked_too_much(self, error: ApiError, streaming: bool) -> bool:
+        """Give up what this server does not know: a field to select by, or streaming lists. Whether there was any."""
+        if error.status not in (_BAD_REQUEST, _INVALID):
+            return False
+        has_field = self.kind.fields_optional and bool(self._fields)
+        if has_field and ("field label" in str(error) or "field selector" in str(error)):
+            self._fields = ""
+        elif streaming:
+            self._streams = False
+        elif has_field and error.status == _BAD_REQUEST:
+            self._fields = ""
+        else:
+            return False
+        log.debug("%s: the server does not know all that it was asked for: %s", self.kind.resource, error)
+        return True
+
+    def _streamed(self) -> str:
+        """A streaming list; the resourceVersion that it is complete at."""
+        query = self._query(
+            watch="true",
+            sendInitialEvents="true",
+            resourceVersionMatch="NotOlderThan",
+            allowWatchBookmarks="true",
+            timeoutSeconds=self._watch_seconds(),
+        )
+        batch: list[Said] = []
+        with self._get(query, self._timing.answer, stream=True) as reply:
+            for data in reply.lines():
+                self.alive = self._clock()
+                match decode.line(self.kind, data):
+                    case decode.Change(said=said):
+                        batch.append(said)
+                        if len(batch) == _TOGETHER:
+                            self._outbox.put(self.kind, batch)
+                            batch = []
+                    case decode.Bookmark(version=version, initial=True):
+                        self._outbox.put(self.kind, batch)
+                        return version
+                    case decode.Failure() as failure:
+                        raise _error(failure)
+        raise SourceError(f"the streaming list of {self.kind.resource} ended before it was complete")
+
+    def _paged(self) -> str:
+        """A list in pages; its resourceVersion. Where its tokens expire twice, it is asked for in one piece."""
+        token, version, expired = "", "", 0
+        while True:
+            query = self._query()
+            if expired < 2:
+                query["limit"] = str(self._timing.page)
+            if token:
+                query["continue"] = token
+            try:
+                page = self._page(query)
+            except ApiError as error:
+                if error.status != _GONE or not token:
+                    raise
+                token, version, expired = "", "", expired + 1
+                self._outbox.begin(self.kind)
+                continue
+            self._outbox.put(self.kind, page.said)
+            version = version or page.version
+            if not version:
+                raise SourceError(f"the list of {self.kind.resource} has no resourceVersion")
+            if not page.more:
+                return version
+            token = page.more
+
+    def _page(self, query: dict[str, str]) -> decode.Page:
+        with self._get(query, self._timing.answer) as reply:
+            data = reply.read()
+        self.alive = self._clock()
+        return decode.page(self.kind, data)
+
+    def _look_back(self) -> None:
+        """Whether the version to go on from is still of the past; else a list is needed."""
+        self._doing_what = "list"
+        now = self._page(self._query(limit="1")).version
+        if _is_before(now, self._version):
+            self._went_back(now)
+
+    def _went_back(self, version: str) -> None:
+        log.warning(
+            "%s: the resourceVersion went back from %s to %s, as after a restore: listing all again",
+            self.kind.resource, self._version, version,
+        )  # fmt: skip
+        self._version = None
+
+    # ---- Watches ----
+
+    def _watch(self) -> None:
+        """Every change from the version on, until the server ends the watch. Raises SourceError."""
+        self._doing_what = "watch"
+        asked = self._watch_seconds()
+        query = self._query(
+            watch="true", resourceVersion=self._version or "", allowWatchBookmarks="true", timeoutSeconds=asked
+        )
+        self._unsure = True
+        with self._granting(query) as reply:
+            began = self._established()
+            try:
+                said = self._follow(reply)
+            except Unreachable:
+                if self._clock() - self.alive >= 0.9 * self._timing.silence:  # our clock is not the client's
+                    self._version = None
+                raise
+            finally:
+                if self._clock() - began >= self._timing.proven:
+                    self._failures = 0
+        lived = self._clock() - began
+        # A server that shuts down ends its watches properly, but sooner than it was asked to.
+        self._unsure = lived < 0.9 * float(asked)
+        if not said and lived < self._timing.proven:
+            raise SourceError(f"the server ends each watch of {self.kind.resource} at once")
+
+    def _granting(self, query: dict[str, str]) -> Reply:
+        """Ask for a watch. Raises SourceError."""
+        try:
+            return self._get(query, self._timing.silence, stream=True)
+        except SourceError:
+            self._granted = False
+            raise
+
+    def _follow(self, reply: Reply) -> bool:
+        """Take in lines until they end; whether any came."""
+        said = False
+        for data in reply.lines():
+            self.alive = self._clock()
+            line = decode.line(self.kind, data, after=self._born)
+            if isinstance(line, decode.Failure):
+                raise _error(line)
+            if _is_before(line.version, self._version):
+                self._went_back(line.version)
+                raise SourceError(f"the watch of {self.kind.resource} went back in time")
+            if isinstance(line, decode.Change):
+                self._outbox.put(self.kind, (line.said,))
+            self._version = line.version or self._version
+            if not said:
+                said = True
+                self._failures = 0
+                self._note(msgspec.structs.replace(self.doing, failures=0, problem=None))
+        return said
+
+    def _established(self) -> float:
+        """The server has granted the watch; when."""
+        self.alive = self._clock()
+        # One that was granted and then failed has its problem until the next one has said something.
+        problem = self.doing.problem if self._granted else None
+        self._note(Doing(listed=True, failures=self._failures if problem else 0, problem=problem))
+        self._granted = True
+        return self.alive
+
+    # ---- Requests and failures ----
+
+    def _query(self, **more: str) -> dict[str, str]:
+        query = {"labelSelector": self.kind.labels, "fieldSelector": self._fields, **more}
+        return {key: value for key, value in query.items() if value}
+
+    def _watch_seconds(self) -> str:
+        least, most = self._timing.watch_least, self._timing.watch_most
+        return str(int(least + (most - least) * self._random()))
+
+    def _get(self, query: dict[str, str], timeout: float, *, stream: bool = False) -> Reply:
+        return self._client.get(self.kind.path, query, timeout=timeout, stream=stream)
+
+    def _failed(self, error: SourceError) -> float:
+        """Take note of a failed attempt; seconds until the next one."""
+        if self._stop.is_set():
+            return 0.0
+        now = self._clock()
+        gone = isinstance(error, ApiError) and error.status == _GONE
+        self._failures += 1
+        log.debug("%s: attempt %d to %s: %s", self.kind.resource, self._failures, self._doing_what, error)
+        if gone or (self._failures >= _STUBBORN and not isinstance(error, Unreachable)):
+            self._version = None
+        pause = 0.0 if gone and self._failures == 1 else self._pause(error)
+        # One cut is what becomes of every stream; who comes back at once has not been away.
+        silent = self._failures < 2 and self.doing.listed
+        self._note(
+            Doing(
+                listed=self.doing.listed,
+                broken=now if self.doing.broken is None else self.doing.broken,
+                failures=self._failures,
+                retry_at=now + pause,
+                problem=None if silent else self._problem(error),
+            )
+        )
+        return pause
+
+    def _pause(self, error: SourceError) -> float:
+        timing, random = self._timing, self._random()
+        pause = min(timing.retry_most, timing.retry_first * 2.0 ** min(self._failures - 1, 30)) * (1 - random / 2)
+        asked = error.retry_after if isinstance(error, ApiError) else None
+        # Who was asked to come back later comes a little later still, not all at once.
+        return max(pause, min(asked, timing.retry_asked) + random) if asked else pause
+
+    def _problem(self, error: SourceError) -> Problem:
+        if isinstance(error, Unreachable):
+            return Problem("API server", str(error), "Unreachable")
+        resource, doing = self.kind.resource, self._doing_what
+        if isinstance(error, ApiError):
+            advice = _advice(error, self.kind)
+            code = error.reason or "Refused"
+            return Problem(resource, f"the API server refused to {doing} {resource}: {error}{advice}", code)
+        return Problem(resource, str(error), "BrokenWatch" if doing == "watch" else "BrokenList")
+
+    def _note(self, doing: Doing) -> None:
+        if doing != self.doing:
+            new_problem = doing.problem != self.doing.problem
+            self.doing = doing
+            self._told()
+            if new_problem:
+                self._outbox.wake()
+
+
+def _is_before(version: str, other: str | None) -> bool:
+    """Whether one resourceVersion is older than the other; False where they are no numbers."""
+    if not other or not (version.isascii() and version.isdigit() and other.isascii() and other.isdigit()):
+        return False
+    return int(version) < int(other)
+
+
+def _error(failure: decode.Failure) -> ApiError:
+    return ApiError(failure.code, failure.reason, failure.message, failure.retry_after)
+
+
+def _advice(error: ApiError, kind: Kind) -> str:
+    """What to do about it, if anything can be done on this side."""
+    if error.status == _FORBIDDEN:
+        group = f" in API group {kind.group}" if kind.group else ""
+        return f"; give the ServiceAccount list and watch on {kind.resource}{group}"
+    if error.status == _UNAUTHORIZED:
+        return "; the credentials are not accepted: renew the token or the client certificate"
+    if error.status == _NOT_FOUND:
+        return f"; this server has no {kind.path}: is it a Kubernetes API server?"
+    return ""
