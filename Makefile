@@ -8,7 +8,7 @@ PYTEST := $(PYTHON) -m pytest
 ARTIFACTS := artifacts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure test-root lint bench clean
+.PHONY: help setup demo test test-pure test-root test-api test-api-versions lint bench clean
 
 help:
 	@printf 'make setup  install what the machine lacks, make .venv\nmake demo   a small cluster on this machine, served by ebpflb\n'
@@ -22,7 +22,7 @@ demo: setup
 
 # Every stage runs, also after one that failed, so that one run tells everything.
 test: setup
-	@status=0; for stage in lint test-pure test-root; do \
+	@status=0; for stage in lint test-pure test-root test-api; do \
 		$(MAKE) --no-print-directory $$stage || { status=1; failed="$$failed $$stage"; }; \
 	done; [ $$status = 0 ] || echo "make test: failed in:$$failed"; exit $$status
 
@@ -36,6 +36,19 @@ test-root: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
 	@$(PYTEST) -m '(root or bpf_load or box or slow or fuzz) and not vm and not api' --junitxml=$(ARTIFACTS)/root.xml
+
+test-api: setup
+	@echo '== tests with a real kube-apiserver, etcd and kube-controller-manager (root)'
+	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTHON) -m tests.api.binaries >/dev/null
+	@$(PYTEST) -m api --junitxml=$(ARTIFACTS)/api.xml
+
+# The lists and watches with older API servers too: each takes minutes to build, once.
+test-api-versions: setup
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTHON) -m tests.api.binaries --all >/dev/null
+	@EBPFLB_API_VERSIONS=all $(PYTEST) -m api tests/api/test_versions.py --junitxml=$(ARTIFACTS)/api-versions.xml
 
 lint: setup
 	@scripts/lint

@@ -1,0 +1,341 @@
+"""etcd, kube-apiserver and kube-controller-manager on this machine's loopback.
+
+Rules of this file: ports are the kernel's choice, data lies in memory, each program's output in `logs`; whatever was
+started is gone with this object. A program can be stopped, killed and started again, and the API server has the same
+port and certificates ever after, as a real one would.
+
+The `kubernetes` Service's endpoint is ADVERTISED at that port: an address of the box's fabric, where a test that wants
+it puts a proxy.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, TypeVar
+
+import yaml
+
+from tests.api.authority import Authority, Identity, signing_key
+from tests.api.client import Api, Object
+
+T = TypeVar("T")
+
+LOOPBACK = "127.0.0.1"
+ADVERTISED = "192.168.0.1"  # tests.world's nodes are there, too
+SERVICE_CIDRS = ("10.96.0.0/16", "fd00:10:96::/112")
+KUBERNETES_IP = "10.96.0.1"
+HOSTS = (LOOPBACK, ADVERTISED, KUBERNETES_IP, "192.168.0.2", "localhost", "kubernetes.default.svc")
+
+ETCD_TRANSACTION = 128  # operations; etcd's limit
+PATIENCE = 60.0  # seconds for a program to be there; far more than it takes
+CONTROLLERS = (
+    "endpointslice-controller",
+    "endpointslice-mirroring-controller",
+    "namespace-controller",
+)
+
+
+class User(NamedTuple):
+    """Somebody whom the API server knows by a token."""
+
+    name: str
+    token: str
+    group: str = ""
+
+
+ADMIN = User("admin", "admin-token", "system:masters")
+NOBODY = User("nobody", "nobody-token")  # is known, and may do nothing
+_CONTROLLERS = User("controllers", "controllers-token", "system:masters")
+
+
+def until(what: str, probe: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """The first true answer of `probe`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := probe()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}; last seen: {answer!r}"
+        time.sleep(0.005)
+    return answer
+
+
+class Program:
+    """One of them: its process while it runs, and its output, of all its lives."""
+
+    def __init__(self, name: str, argv: Sequence[str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.argv = list(argv)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(self.argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: int) -> None:
+        """SIGSTOP makes it hang with its connections open, SIGCONT ends that."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """At once, and wait until it is gone; one that does not run is none."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def tail(self, lines: int = 200) -> str:
+        """The last of its output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Until it answers."""
+
+        def probe() -> bool:
+            assert self.running, "it has ended"
+            return ready()
+
+        try:
+            until("it is ready", probe)
+        except AssertionError as error:
+            raise AssertionError(f"{self.name}: {error}\n{self.tail(20)}") from None
+
+
+class ControlPlane:
+    """See the top of this file. `programs` are paths by name; without a kube-controller-manager among them nothing
+    makes EndpointSlices of Pods. `options` are further ones of the API server."""
+
+    def __init__(self, programs: dict[str, Path], *, options: Sequence[str] = ()) -> None:
+        self._paths = programs
+        self._options = tuple(options)
+        self._etcd_port, self._etcd_peer_port, self.port = _free_ports(3)
+
+    def __enter__(self) -> ControlPlane:
+        with ExitStack() as stack:
+            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ebpflb-api-", dir=memory)))
+            stack.callback(self._kill_all)
+            self._make_files()
+            self.etcd = self._program("etcd", self._etcd_options())
+            self.apiserver = self._program("kube-apiserver", self._apiserver_options())
+            self.controllers = self._program("kube-controller-manager", self._controller_options())
+            self.etcd.start()
+            self.etcd.wait(self._etcd_answers)
+            self.api = stack.enter_context(self.api_of(ADMIN))
+            self.start_apiserver()
+            if "kube-controller-manager" in self._paths:
+                self.controllers.start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    # ---- Who may speak to it ----
+
+    @property
+    def url(self) -> str:
+        return f"https://{LOOPBACK}:{self.port}"
+
+    def api_of(self, user: User, *, port: int = 0) -> Api:
+        """A client that is this user, directly or through what listens on another port."""
+        return Api(LOOPBACK, port or self.port, self.authority.bundle, user.token)
+
+    def kubeconfig(self, path: Path, user: User = ADMIN, *, server: str = "", **changes: object) -> Path:
+        """A kubeconfig by which `user` reaches `server` (a URL); `changes` are fields of its user entry instead."""
+        return write_kubeconfig(path, server or self.url, self.authority.bundle, changes or {"token": user.token})
+
+    def know(self, *users: User) -> None:
+        """The API server knows these users, too, by their tokens, from its next start on."""
+        with self._tokens.open("a") as file:
+            for user in users:
+                file.write(f'{user.token},{user.name},{user.name},"{user.group}"\n')
+
+    # ---- What happens to it ----
+
+    def start_apiserver(self) -> None:
+        """Start it, and wait until it has all it serves."""
+        self.apiserver.start()
+        self.apiserver.wait(self._apiserver_answers)
+
+    def compact(self) -> None:
+        """etcd forgets every revision before now, and the API server's watch caches go with its process: so starts one
+        that can answer no watch from before."""
+        self.etcd_call("/v3/kv/compaction", {"revision": str(self.revision()), "physical": True})
+
+    def revision(self) -> int:
+        """etcd's newest."""
+        status = self.etcd_call("/v3/maintenance/status", {})
+        return int(status["header"]["revision"])
+
+    def etcd_call(self, path: str, body: dict[str, object]) -> dict[str, dict[str, str]]:
+        """One call of etcd's JSON gateway."""
+        connection = http.client.HTTPConnection(LOOPBACK, self._etcd_port, timeout=20)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            found: dict[str, dict[str, str]] = json.loads(answer.read())
+            assert answer.status == 200, (path, found)
+            return found
+        finally:
+            connection.close()
+
+    def load(self, resource: str, objects: Iterable[Object]) -> None:
+        """Store objects of `resource` ("services/specs") behind the API server's back, thousands a second. They must
+        have all that it would have defaulted."""
+        for batch in batches(objects, ETCD_TRANSACTION):
+            self.etcd_call("/v3/kv/txn", {"success": [{"request_put": _put(resource, each)} for each in batch]})
+
+    def unload(self, resource: str, namespace: str) -> None:
+        """Delete all objects of `resource` in a namespace in the same way."""
+        start, end = f"/registry/{resource}/{namespace}/", f"/registry/{resource}/{namespace}0"
+        self.etcd_call("/v3/kv/deleterange", {"key": _base64(start), "range_end": _base64(end)})
+
+    def save(self) -> Path:
+        """A copy of all data, for `restore`; the API server sees a pause."""
+        self.etcd.kill()
+        copy = self.directory / f"saved-{next(_numbers)}"
+        shutil.copytree(self._data, copy)
+        self.etcd.start()
+        self.etcd.wait(self._etcd_answers)
+        self.apiserver.wait(self._apiserver_answers)
+        return copy
+
+    def restore(self, saved: Path) -> None:
+        """All is again as it was when `saved` was made, resource versions too; the API server starts anew."""
+        self.apiserver.kill()
+        self.etcd.kill()
+        shutil.rmtree(self._data)
+        shutil.copytree(saved, self._data)
+        self.etcd.start()
+        self.etcd.wait(self._etcd_answers)
+        self.start_apiserver()
+
+    # ---- Its parts ----
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return (self.etcd, self.apiserver, self.controllers)
+
+    def _program(self, name: str, options: Sequence[str]) -> Program:
+        return Program(name, [str(self._paths.get(name, name)), *options], self.directory / f"{name}.log")
+
+    def _kill_all(self) -> None:
+        for name in ("controllers", "apiserver", "etcd"):
+            program = getattr(self, name, None)
+            if isinstance(program, Program):
+                program.kill()
+
+    def _make_files(self) -> None:
+        self._data = self.directory / "etcd"
+        self.authority = Authority(self.directory)
+        self.identity: Identity = self.authority.server("apiserver", HOSTS)
+        self._signing_key = signing_key(self.directory / "service-accounts.key")
+        self._tokens = self.directory / "tokens.csv"
+        self._tokens.touch()
+        self.know(ADMIN, NOBODY, _CONTROLLERS)
+
+    def _etcd_options(self) -> list[str]:
+        client, peer = f"http://{LOOPBACK}:{self._etcd_port}", f"http://{LOOPBACK}:{self._etcd_peer_port}"
+        return [
+            f"--data-dir={self._data}", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=default={peer}",
+            "--unsafe-no-fsync", "--log-level=warn", "--logger=zap",
+        ]  # fmt: skip
+
+    def _apiserver_options(self) -> list[str]:
+        return [
+            f"--etcd-servers=http://{LOOPBACK}:{self._etcd_port}", "--etcd-compaction-interval=0",
+            f"--bind-address={LOOPBACK}", f"--secure-port={self.port}", f"--advertise-address={ADVERTISED}",
+            f"--tls-cert-file={self.identity.certificate}", f"--tls-private-key-file={self.identity.key}",
+            f"--client-ca-file={self.authority.bundle}", f"--token-auth-file={self._tokens}",
+            "--authorization-mode=RBAC", f"--service-cluster-ip-range={','.join(SERVICE_CIDRS)}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--service-account-key-file={self._signing_key}",
+            f"--service-account-signing-key-file={self._signing_key}",
+            "--disable-admission-plugins=ServiceAccount",  # no controller here makes the default ones
+            "--allow-privileged", "--profiling=false", "--shutdown-delay-duration=0", "--v=0", *self._options,
+        ]  # fmt: skip
+
+    def _controller_options(self) -> list[str]:
+        kubeconfig = self.kubeconfig(self.directory / "controllers.kubeconfig", _CONTROLLERS)
+        return [
+            f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--secure-port=0", "--profiling=false",
+            f"--controllers={','.join(CONTROLLERS)}", "--kube-api-qps=1000", "--kube-api-burst=2000",
+            f"--service-account-private-key-file={self._signing_key}", "--v=0",
+        ]  # fmt: skip
+
+    def _etcd_answers(self) -> bool:
+        with suppress(OSError, http.client.HTTPException, AssertionError):
+            self.etcd_call("/v3/maintenance/status", {})
+            return True
+        return False
+
+    def _apiserver_answers(self) -> bool:
+        with suppress(OSError, http.client.HTTPException):
+            return self.api.raw("GET", "/readyz").status == 200
+        return False
+
+
+def write_kubeconfig(path: Path, server: str, bundle: Path, user: dict[str, object]) -> Path:
+    """A kubeconfig of one context; `user` has the fields of its user entry."""
+    cluster = {"server": server, "certificate-authority": str(bundle)}
+    document = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "test", "cluster": cluster}],
+        "users": [{"name": "user", "user": user}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
+        "current-context": "test",
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+_numbers = itertools.count(1)
+
+
+def batches(objects: Iterable[Object], size: int) -> Iterator[list[Object]]:
+    """Lists of at most `size` of them."""
+    rest = iter(objects)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _put(resource: str, found: Object) -> dict[str, str]:
+    metadata = found["metadata"]
+    own = {"uid": str(uuid.uuid4()), "creationTimestamp": "2026-01-01T00:00:00Z", **metadata}
+    key = f"/registry/{resource}/{metadata['namespace']}/{metadata['name']}"
+    return {"key": _base64(key), "value": _base64(json.dumps({**found, "metadata": own}))}
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody has now; these programs cannot be told to take any."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((LOOPBACK, 0))
+        return [each.getsockname()[1] for each in sockets]
