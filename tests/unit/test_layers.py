@@ -54,6 +54,7 @@ LAYERS = (
     Layer(
         "source.kube", ("model", "errors", "=source", "source.parse", "source.validate", "source.wire", "source.kube")
     ),
+    Layer("source.kube.access", ("errors", "config")),
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),
@@ -141,6 +142,7 @@ CONFINED = {
         "demo.namespaces",
         "demo.servers",
         "demo.stage",
+        "source.kube.access",
     },
 }
 

@@ -1,0 +1,374 @@
+"""How to reach the API server and as whom: from a kubeconfig, a pod's service account, or an address alone.
+
+Rules of this file: it decides which addresses are tried and in which order, and asks a child process what a kubeconfig
+means (see `credentials`); it never talks to a server. An Access holds everything inline, so that no later step reads a
+file, but for the one file that is meant to change under way: the token's. Secrets stay out of texts and reprs.
+
+Which addresses, in their order: those of `--apiserver`; else the kubeconfig's server; else, in a pod, what the
+EndpointSlice default/kubernetes last said, and only then the cluster's own address in the environment, since that is a
+Service, and there may be no proxy yet but us. All of these are verified by the name that the environment has.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+from urllib.parse import urlsplit
+
+import msgspec
+
+from ebpflb.config import ApiServer
+from ebpflb.errors import SourceError, UserError
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where a pod has the token and the CA of its service account."""
+
+NOTHING_TO_GO_BY = "nothing says where the API server is: give --manifests DIR, --kubeconfig FILE or --apiserver URL"
+
+# A plugin may have to ask a cloud, which may be slow; the daemon waits in the thread of the one who asked.
+_CHILD_SECONDS = 60.0
+
+_LAST_RESORT = "most likely a Service, which needs a proxy before there is one: give --apiserver URL"
+
+_HOST = "KUBERNETES_SERVICE_HOST"
+_PORT = "KUBERNETES_SERVICE_PORT"
+
+
+class Address(msgspec.Struct, frozen=True):
+    """One place where the API server may be. `url` may have a path, without a slash at its end. `server_name` is whom
+    its certificate must name ("" for the URL's host), `proxy` the URL of a proxy on the way ("" for none). `note` is
+    what to know about it when it cannot be reached; an address that has one is the last resort."""
+
+    url: str
+    server_name: str = ""
+    proxy: str = ""
+    note: str = ""
+
+    @property
+    def tls(self) -> bool:
+        return self.url.startswith("https:")
+
+
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a client needs. Certificates and keys are PEM. `ca` is "" for the authorities that the system trusts,
+    `ca_from` where it came from, in words. `verify`: whether the server must prove who it is. `token_file` goes before
+    `token`, and is to be read again; `authorization` is a whole header for what is no token. `expires` is when
+    credentials end by what their giver said (seconds since the epoch, None if nothing was said), `renewable` whether
+    asking anew gives new ones. `identity` is whom we go as, in words. `files` are what it was all read from, but for
+    the token's."""
+
+    addresses: tuple[Address, ...]
+    ca: str = ""
+    ca_from: str = "the system"
+    verify: bool = True
+    certificate: str = ""
+    key: str = ""
+    token: str = ""
+    token_file: str = ""
+    authorization: str = ""
+    expires: float | None = None
+    renewable: bool = False
+    identity: str = "nobody"
+    files: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Access({', '.join(each.url for each in self.addresses)} as {self.identity})"
+
+    @property
+    def anonymous(self) -> bool:
+        return not (self.certificate or self.token or self.token_file or self.authorization)
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a kubeconfig says, as the child tells it. The fields are those of Access; `server` is "" if it has none."""
+
+    server: str = ""
+    server_name: str = ""
+    proxy: str = ""
+    verify: bool = True
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    token: str = ""
+    token_file: str = ""
+    authorization: str = ""
+    expires: float | None = None
+    renewable: bool = False
+    identity: str = ""
+    files: tuple[str, ...] = ()
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Why a kubeconfig says nothing, in one line."""
+
+    reason: str
+
+
+ReadKubeconfig: TypeAlias = Callable[[str, Mapping[str, str]], Told]
+"""What the kubeconfig at a path says, to a process with an environment. Raises SourceError."""
+
+
+class Resolves(Protocol):
+    """Who gives a client its Access."""
+
+    def resolve(self) -> Access:
+        """How things are now. May take seconds. Raises SourceError or UserError, in one line."""
+
+    def changed(self) -> bool:
+        """Whether `resolve` would look at something else than it did the last time. Takes no time."""
+
+
+def read_kubeconfig(path: str, environ: Mapping[str, str], timeout: float = _CHILD_SECONDS) -> Told:
+    """Ask the child process. Raises SourceError."""
+    command = [sys.executable, "-m", "ebpflb.source.kube.credentials", path]
+    try:
+        # A session of its own, so that a plugin that hangs ends with the child.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environ),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SourceError(f"kubeconfig {path} could not be read: no process: {error.strerror}") from None
+    with child:
+        try:
+            out, err = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise SourceError(
+                f"kubeconfig {path}: no credentials within {timeout:.0f} s: the exec plugin hangs"
+            ) from None
+    try:
+        answer = msgspec.json.decode(out, type=Told | Failed)
+    except ValueError:
+        lines = err.decode(errors="replace").strip().splitlines()
+        said = lines[-1] if lines else f"status {child.returncode}"
+        raise SourceError(f"kubeconfig {path} could not be read: {said}") from None
+    if isinstance(answer, Failed):
+        raise SourceError(answer.reason)
+    return answer
+
+
+def check(api: ApiServer, *, environ: Mapping[str, str], service_account: Path = SERVICE_ACCOUNT) -> None:
+    """What can be seen to be wrong at once, before anything is started. Raises UserError in one line."""
+    for url in api.addresses:
+        _address("--apiserver", url)
+    if api.kubeconfig:
+        try:
+            with open(api.kubeconfig, "rb"):
+                pass
+        except FileNotFoundError:
+            raise UserError(f"kubeconfig {api.kubeconfig}: there is no such file") from None
+        except OSError as error:
+            raise UserError(f"kubeconfig {api.kubeconfig} cannot be read: {error.strerror}") from None
+    elif not api.addresses and not _in_pod(environ, service_account):
+        raise UserError(NOTHING_TO_GO_BY)
+
+
+class Resolver:
+    """Works out the Access for what the operator asked for, each time anew.
+
+    `remembered` gives the endpoints of the Service default/kubernetes as far as they are known, each as "IP:port" with
+    IPv6 in brackets; `read` asks what a kubeconfig says.
+    """
+
+    def __init__(
+        self,
+        api: ApiServer,
+        *,
+        environ: Mapping[str, str],
+        remembered: Callable[[], Sequence[str]] = tuple,
+        service_account: Path = SERVICE_ACCOUNT,
+        read: ReadKubeconfig = read_kubeconfig,
+    ) -> None:
+        self._api = api
+        self._environ = dict(environ)
+        self._remembered = remembered
+        self._service_account = service_account
+        self._read = read
+        self._seen: object = None
+        self._files: tuple[str, ...] = (api.kubeconfig,) if api.kubeconfig else ()
+
+    def resolve(self) -> Access:
+        # What is looked at may change while it is read: it is the look before that counts.
+        self._seen = self._look()
+        access = self._resolve()
+        if access.files != self._files:
+            self._files = access.files
+            self._seen = self._look()
+        return access
+
+    def changed(self) -> bool:
+        return self._look() != self._seen
+
+    def _look(self) -> object:
+        return tuple(_signature(path) for path in self._files), self._endpoints()
+
+    def _endpoints(self) -> tuple[str, ...]:
+        """The remembered ones, where they count."""
+        return () if self._api.kubeconfig or self._api.addresses else tuple(self._remembered())
+
+    def _resolve(self) -> Access:
+        if self._api.kubeconfig:
+            return self._by_kubeconfig(self._read(self._api.kubeconfig, self._environ))
+        if _has_account(self._service_account):
+            return self._by_service_account()
+        if not self._api.addresses:
+            raise UserError(NOTHING_TO_GO_BY)
+        return Access(addresses=self._given())
+
+    def _given(self, server_name: str = "", proxy: str = "") -> tuple[Address, ...]:
+        """The operator's addresses."""
+        return tuple(self._with_proxy(_address("--apiserver", url, server_name), proxy) for url in self._api.addresses)
+
+    def _with_proxy(self, address: Address, proxy: str = "") -> Address:
+        """`proxy` is the kubeconfig's, which goes before the environment's."""
+        return msgspec.structs.replace(address, proxy=_check_proxy(proxy or proxy_for(address.url, self._environ)))
+
+    def _by_kubeconfig(self, told: Told) -> Access:
+        where = f"kubeconfig {self._api.kubeconfig}"
+        addresses = self._given(told.server_name, told.proxy)
+        if not addresses:
+            if not told.server:
+                raise SourceError(f"{where}: its cluster has no server; add one or give --apiserver URL")
+            addresses = (self._with_proxy(_address(where, told.server, told.server_name), told.proxy),)
+        return Access(
+            addresses=addresses,
+            ca=told.ca,
+            ca_from=where if told.ca else "the system",
+            verify=told.verify,
+            certificate=told.certificate,
+            key=told.key,
+            token=told.token,
+            token_file=told.token_file,
+            authorization=told.authorization,
+            expires=told.expires,
+            renewable=told.renewable,
+            identity=told.identity,
+            files=told.files,
+        )
+
+    def _by_service_account(self) -> Access:
+        ca = self._service_account / "ca.crt"
+        try:
+            text = ca.read_text()
+        except OSError as error:
+            raise SourceError(f"the service account's CA {ca} cannot be read: {error.strerror}") from None
+        token = str(self._service_account / "token")
+        return Access(
+            addresses=self._given() or self._in_cluster(),
+            ca=text,
+            ca_from=str(ca),
+            token_file=token,
+            identity=f"the service account's token {token}",
+            files=(str(ca),),
+        )
+
+    def _in_cluster(self) -> tuple[Address, ...]:
+        host, port = self._environ.get(_HOST, ""), self._environ.get(_PORT, "")
+        if not host or not port:
+            raise UserError(f"the service account is here, but {_HOST} and {_PORT} are not set: give --apiserver URL")
+        last = msgspec.structs.replace(
+            _address(f"{_HOST} and {_PORT}", f"https://{_bracketed(host)}:{port}"), note=_LAST_RESORT
+        )
+        known = [
+            _address("the EndpointSlice default/kubernetes", f"https://{endpoint}", host)
+            for endpoint in self._endpoints()
+        ]
+        return tuple(self._with_proxy(address) for address in (*known, last))
+
+
+def proxy_for(url: str, environ: Mapping[str, str]) -> str:
+    """The proxy that the environment has for `url`, "" for none: HTTPS_PROXY or HTTP_PROXY, unless NO_PROXY has the
+    host, as Go reads them: names stand for their subdomains too, and networks (CIDRs) count."""
+    parts = urlsplit(url)
+    name = "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
+    proxy = environ.get(name) or environ.get(name.lower()) or ""
+    if not proxy or _goes_direct(parts.hostname or "", parts.port, environ):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _goes_direct(host: str, port: int | None, environ: Mapping[str, str]) -> bool:
+    address = _ip(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return True
+    for entry in (environ.get("NO_PROXY") or environ.get("no_proxy") or "").split(","):
+        entry = entry.strip().lower()
+        if entry == "*":
+            return True
+        if not entry:
+            continue
+        if "/" in entry:
+            try:
+                if address is not None and address in ipaddress.ip_network(entry, strict=False):
+                    return True
+            except ValueError:
+                pass  # not a network, and no name has a slash
+            continue
+        name, _, only = entry.rpartition(":") if entry.count(":") == 1 else (entry, "", "")
+        if only and only != str(port):
+            continue
+        name = name.strip("[]")
+        if address is not None:
+            if _ip(name) == address:
+                return True
+        elif host == name.lstrip(".") and not name.startswith(".") or host.endswith("." + name.lstrip(".*")):
+            return True
+    return False
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+def _check_proxy(proxy: str) -> str:
+    if proxy and urlsplit(proxy).scheme not in ("http", "https"):
+        raise UserError(f"the proxy {proxy.rpartition('@')[2]} is not of a kind that is served here: http or https")
+    return proxy
+
+
+def _address(whose: str, url: str, server_name: str = "") -> Address:
+    """A checked URL. Without a scheme it is https. Raises UserError."""
+    full = url if "://" in url else f"https://{url}"
+    try:
+        parts = urlsplit(full)
+        port = parts.port
+    except ValueError:
+        raise UserError(f"{whose}: {url!r} is no URL; write https://HOST:PORT") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        raise UserError(f"{whose}: {url!r} is no URL of an API server; write https://HOST:PORT")
+    return Address(full.rstrip("/"), server_name)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _has_account(service_account: Path) -> bool:
+    return (service_account / "token").is_file()
+
+
+def _in_pod(environ: Mapping[str, str], service_account: Path) -> bool:
+    return _has_account(service_account) and bool(environ.get(_HOST))
+
+
+def _signature(path: str) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced or written; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,0 +1,491 @@
+"""HTTP to the API server, wherever it is now, as whoever we are now.
+
+Rules of this file: one request is one attempt at each address, in turn, beginning with the one that last worked; what
+is repeated later, and when, is the caller's. An address is passed over when no connection comes about or when what
+answers there is no API server; then nothing has been asked, so even a write may go on to the next. Anything later ends
+the request, and only the next one begins elsewhere.
+
+Credentials are looked at before each request and after a 401: a token's file is read once a minute and at once after a
+401, everything else is resolved anew when its files have changed, shortly before it expires, and after a 401. Where
+that fails, what there was stays in use.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlencode
+
+import urllib3
+from urllib3.connection import HTTPConnection
+
+from ebpflb import __version__
+from ebpflb.errors import EbpflbError
+from ebpflb.source.kube import ApiError, Unreachable
+from ebpflb.source.kube.access import Access, Address, Resolves
+from ebpflb.source.kube.connections import Connections, Live, tls_context
+from ebpflb.source.kube.reasons import Answer, not_an_api_server, refusal, unreachable, why
+
+log = logging.getLogger("ebpflb.api")
+
+USER_AGENT = f"ebpflb/{__version__} (linux/{platform.machine()})"
+
+# Errors of the libraries below us, besides those of the system. A ValueError is what they make of garbage.
+_BROKEN = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError)
+
+_TOKEN_SECONDS = 60.0
+_RENEW_SECONDS = 10.0
+_BEFORE_EXPIRY = 30.0
+_MOST_FAULTS = 3
+_MOST_ERROR_BODY = 1 << 16
+_CHUNK = 1 << 16
+
+_CLOSED = "the connection to the API server was closed by us"
+
+
+class _NotAsked(Exception):
+    """No API server was asked at this address."""
+
+
+class _Request:
+    """One request, as it is the same at every address."""
+
+    __slots__ = ("body", "headers", "method", "path", "query", "stream", "timeout")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        query: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout: float,
+        stream: bool,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.body = body
+        self.headers = headers
+        self.timeout = timeout
+        self.stream = stream
+
+
+class _Token:
+    """The token that is sent; of a file, what it last held."""
+
+    def __init__(self, access: Access, clock: Callable[[], float]) -> None:
+        self._path = access.token_file
+        self._text = access.token
+        self._clock = clock
+        self._read_at: float | None = None
+        self._trouble = ""
+
+    def text(self) -> str:
+        if self._path and (self._read_at is None or self._clock() - self._read_at >= _TOKEN_SECONDS):
+            self.read()
+        return self._text
+
+    def read(self) -> None:
+        """Read the file now. What it last held stays where it cannot be read. Raises Unreachable if it never could."""
+        self._read_at = self._clock()
+        trouble = ""
+        try:
+            with open(self._path) as file:
+                text = file.read().strip()
+            trouble = "" if text else "it is empty"
+        except OSError as error:
+            trouble = error.strerror or str(error)
+        except ValueError:
+            trouble = "it is not text"
+        if not trouble:
+            self._text = text
+        elif not self._text:
+            self._read_at = None
+            raise Unreachable(f"the token file {self._path} cannot be read: {trouble}")
+        elif trouble != self._trouble:
+            log.warning("the token file %s cannot be read: %s; the last token stays in use", self._path, trouble)
+        self._trouble = trouble
+
+
+class _State:
+    """One Access, and what has come of it so far."""
+
+    def __init__(self, access: Access, clock: Callable[[], float]) -> None:
+        self.access = access
+        context = tls_context(access) if any(address.tls for address in access.addresses) else None
+        self.places = tuple(Connections(address, context if address.tls else None) for address in access.addresses)
+        self.token = _Token(access, clock)
+        self._lock = threading.Lock()
+        self._current = 0
+        self._faults = 0
+        self._told = -1
+
+    def in_turn(self) -> list[tuple[int, Connections]]:
+        first = self._current
+        places = list(enumerate(self.places))
+        return places[first:] + places[:first]
+
+    def prefer(self, address: Address) -> None:
+        """Begin with this one, if it is still there and no last resort."""
+        if address in self.access.addresses and not address.note:
+            self._current = self.access.addresses.index(address)
+
+    @property
+    def current(self) -> Address:
+        return self.access.addresses[self._current]
+
+    def worked(self, index: int) -> None:
+        with self._lock:
+            self._faults = 0
+            self._current = index
+            told, self._told = self._told, index
+        if told != index:
+            log.info("the API server is used at %s", self.access.addresses[index].url)
+
+    def failed(self, index: int, *, at_once: bool) -> None:
+        """Go on to the next address; not `at_once`, only when this one keeps failing."""
+        with self._lock:
+            if index != self._current:
+                return
+            self._faults += 1
+            if at_once or self._faults >= _MOST_FAULTS:
+                self._faults = 0
+                self._current = (index + 1) % len(self.places)
+
+    def close(self) -> None:
+        for place in self.places:
+            place.close()
+
+
+class HttpClient:
+    """A `Client`. `resolver` says how to reach the server and as whom; `clock` counts seconds from anywhere, `now` is
+    the time of day in seconds since the epoch. Nothing is resolved or opened before the first request."""
+
+    def __init__(
+        self,
+        resolver: Resolves,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._resolver = resolver
+        self._clock = clock
+        self._now = now
+        self._live = Live()
+        self._state: _State | None = None
+        self._resolving = threading.Lock()
+        self._resolved_at = 0.0
+        self._trouble = ""
+
+    # ---- The protocol ----
+
+    def get(self, path: str, query: Mapping[str, str], *, timeout: float, stream: bool = False) -> HttpReply:
+        headers = {} if stream else {"Accept-Encoding": "gzip"}
+        return self._request(_Request("GET", path, urlencode(query), None, headers, timeout, stream))
+
+    def send(self, method: str, path: str, body: bytes, *, content_type: str, timeout: float) -> bytes:
+        headers = {"Content-Type": content_type}
+        with self._request(_Request(method, path, "", body, headers, timeout, False)) as reply:
+            return reply.read()
+
+    def close(self) -> None:
+        self._live.end()
+        state = self._state
+        if state is not None:
+            state.close()
+
+    # ---- One request ----
+
+    def _request(self, request: _Request) -> HttpReply:
+        state = self._ready()
+        token = state.token.text()
+        try:
+            return self._in_turn(state, request, token)
+        except ApiError as error:
+            if error.status != 401:
+                raise
+            renewed = self._after_401(state, token)
+            if renewed is None:
+                if self._trouble:
+                    raise ApiError(401, error.reason, f"{error}; {self._trouble}") from None
+                raise
+        return self._in_turn(renewed, request, renewed.token.text())
+
+    def _in_turn(self, state: _State, request: _Request, token: str) -> HttpReply:
+        reasons: list[tuple[Address, str]] = []
+        for index, place in state.in_turn():
+            if self._live.ended:
+                raise Unreachable(_CLOSED)
+            try:
+                reply = self._ask(state, place, request, token)
+            except _NotAsked as error:
+                reasons.append((place.address, str(error)))
+                state.failed(index, at_once=True)
+                continue
+            except Unreachable:
+                state.failed(index, at_once=True)
+                raise
+            except ApiError as error:
+                if error.status >= 500:
+                    state.failed(index, at_once=False)
+                else:
+                    state.worked(index)
+                raise
+            state.worked(index)
+            return reply
+        raise Unreachable(_CLOSED if self._live.ended else unreachable(reasons))
+
+    def _ask(self, state: _State, place: Connections, request: _Request, token: str) -> HttpReply:
+        """The answer at one address. Raises _NotAsked, Unreachable, ApiError."""
+        connection = place.idle()
+        if connection is not None:
+            try:
+                return self._exchange(state, place, connection, request, token)
+            except _Stale:
+                pass
+        try:
+            connection = place.connect()
+        except _BROKEN as error:
+            raise _NotAsked(why(error, place.address, state.access)) from None
+        return self._exchange(state, place, connection, request, token, fresh=True)
+
+    def _exchange(
+        self,
+        state: _State,
+        place: Connections,
+        connection: HTTPConnection,
+        request: _Request,
+        token: str,
+        *,
+        fresh: bool = False,
+    ) -> HttpReply:
+        """Ask on this connection. Raises _Stale where the same may be asked again on a fresh one."""
+        reply = HttpReply(place, connection, self._live, lambda error: why(error, place.address, state.access))
+        try:
+            connection.timeout = request.timeout
+            connection.request(
+                request.method,
+                place.target(request.path, request.query),
+                body=request.body,
+                headers=self._headers(state, place, request, token),
+                preload_content=False,
+            )
+            response = connection.getresponse()
+        except _BROKEN as error:
+            reply.close()
+            if not fresh and request.method == "GET" and not isinstance(error, TimeoutError):
+                # It was closed by the server just as it was about to be used.
+                raise _Stale from None
+            raise self._broken(place.address, why(error, place.address, state.access)) from None
+        except BaseException:
+            reply.close()
+            raise
+        reply.begin(response)
+        if 200 <= response.status < 300 and not response.headers.get("Content-Type", "").startswith("text/html"):
+            return reply
+        with reply:
+            answer = Answer(response.status, response.headers, reply.some(_MOST_ERROR_BODY))
+        misplaced = not_an_api_server(answer, place.address)
+        if misplaced is not None:
+            raise _NotAsked(misplaced)
+        raise refusal(answer, state.access, token, self._now())
+
+    def _broken(self, address: Address, reason: str) -> Unreachable:
+        return Unreachable(_CLOSED if self._live.ended else unreachable([(address, reason)]))
+
+    def _headers(self, state: _State, place: Connections, request: _Request, token: str) -> dict[str, str]:
+        headers = {"Accept": "application/json", "User-Agent": USER_AGENT, **place.headers(), **request.headers}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        elif state.access.authorization:
+            headers["Authorization"] = state.access.authorization
+        return headers
+
+    # ---- Who we are ----
+
+    def _ready(self) -> _State:
+        """How things are, resolved anew if that is due."""
+        if self._live.ended:
+            raise Unreachable(_CLOSED)
+        state = self._state
+        if state is None or self._is_due(state):
+            return self._resolve(state)
+        return state
+
+    def _is_due(self, state: _State) -> bool:
+        if self._clock() - self._resolved_at < _RENEW_SECONDS:
+            return False
+        access = state.access
+        if access.renewable and access.expires is not None and self._now() >= access.expires - _BEFORE_EXPIRY:
+            return True
+        return self._resolver.changed()
+
+    def _after_401(self, state: _State, token: str) -> _State | None:
+        """What to try once more with; None if there is nothing else."""
+        if self._state is not state and self._state is not None:
+            return self._state  # another thread had the same answer before
+        if state.access.token_file:
+            state.token.read()
+        if state.token.text() != token:
+            return state
+        if state.access.anonymous or self._clock() - self._resolved_at < _RENEW_SECONDS:
+            return None
+        renewed = self._resolve(state)
+        return renewed if renewed is not state else None
+
+    def _resolve(self, state: _State | None) -> _State:
+        """Resolve anew, one thread at a time; whoever has something to go on with does not wait for it."""
+        if not self._resolving.acquire(blocking=state is None):
+            assert state is not None
+            return state
+        try:
+            if self._state is not state and self._state is not None:
+                return self._state
+            try:
+                access = self._resolver.resolve()
+                renewed = state if state is not None and access == state.access else _State(access, self._clock)
+                trouble = ""
+            except EbpflbError as error:
+                trouble = str(error)
+                if state is None:
+                    raise Unreachable(trouble) from None
+                renewed = state
+                if trouble != self._trouble:
+                    log.warning("%s; what there was before stays in use", trouble)
+            finally:
+                self._resolved_at = self._clock()
+            self._trouble = trouble
+            if renewed is not state:
+                self._replace(state, renewed)
+            return renewed
+        finally:
+            self._resolving.release()
+
+    def _replace(self, old: _State | None, new: _State) -> None:
+        self._state = new
+        if old is not None:
+            new.prefer(old.current)
+            old.close()
+        if not new.access.verify:
+            log.warning("the API server's certificate is not verified, as the kubeconfig demands")
+        if self._live.ended:
+            new.close()
+
+
+class _Stale(Exception):
+    """A connection that had been kept turned out to be closed."""
+
+
+class HttpReply:
+    """A `Reply`."""
+
+    def __init__(
+        self,
+        place: Connections,
+        connection: HTTPConnection,
+        live: Live,
+        words: Callable[[BaseException], str],
+    ) -> None:
+        self._place = place
+        self._connection = connection
+        self._live = live
+        self._words = words
+        self._response: urllib3.HTTPResponse | None = None
+        self._socket = connection.sock
+        self._whole = False
+        self._closed = False
+        live.add(self._socket)
+
+    def begin(self, response: urllib3.HTTPResponse) -> None:
+        """The head has been read."""
+        self._response = response
+
+    def read(self) -> bytes:
+        response = self._body()
+        try:
+            body = response.read()
+        except _BROKEN as error:
+            raise self._broken(error) from None
+        self._whole = True
+        return body
+
+    def some(self, most: int) -> bytes:
+        """The beginning of the body, at most `most` bytes, as far as it can be had."""
+        response = self._body()
+        try:
+            body = response.read(most)
+            self._whole = len(body) < most
+            return body
+        except _BROKEN:
+            return b""
+
+    def lines(self) -> Iterator[bytes]:
+        held: list[bytes] = []
+        for data in self._pieces():
+            first, *more = data.split(b"\n")
+            held.append(first)
+            if not more:
+                continue
+            if line := b"".join(held):
+                yield line
+            for line in more[:-1]:
+                if line:
+                    yield line
+            held = [more[-1]]
+        if line := b"".join(held):
+            yield line
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The body as it arrives."""
+        response = self._body()
+        try:
+            if response.chunked and response.supports_chunked_reads():
+                yield from response.read_chunked(_CHUNK, decode_content=True)
+            else:
+                while data := response.read1(_CHUNK, decode_content=True):
+                    yield data
+        except _BROKEN as error:
+            raise self._broken(error) from None
+        if self._live.ended:
+            # What was shut looks like an end where nothing marks the end.
+            raise Unreachable(_CLOSED)
+        self._whole = True
+
+    def _body(self) -> urllib3.HTTPResponse:
+        if self._response is None or self._closed:
+            raise Unreachable(_CLOSED)
+        return self._response
+
+    def _broken(self, error: BaseException) -> Unreachable:
+        if self._live.ended:
+            return Unreachable(_CLOSED)
+        timed_out = isinstance(error, urllib3.exceptions.ReadTimeoutError)
+        reason = "nothing came for too long: the connection is dead" if timed_out else self._words(error)
+        return Unreachable(unreachable([(self._place.address, reason)]))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._live.discard(self._socket)
+        if self._response is not None:
+            self._response.close()
+        if self._whole:
+            self._place.keep(self._connection)
+        else:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
