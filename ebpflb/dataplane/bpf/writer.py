@@ -65,7 +65,7 @@ def read_tables(maps: Maps) -> RawTables:
     return RawTables(
         frontends,
         slots,
-        _read_backends(maps),
+        read_backends(maps),
         maps.read("names"),
         maps.read("ranges")[0],
         maps.read("sources"),
@@ -73,7 +73,7 @@ def read_tables(maps: Maps) -> RawTables:
     )
 
 
-def _read_backends(maps: Maps) -> bytes:
+def read_backends(maps: Maps) -> bytes:
     """The array as far as it was ever used: ids are given out from below, so nothing lies behind a chunk of zeros."""
     found = bytearray()
     while True:
