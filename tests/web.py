@@ -178,7 +178,7 @@ class Authority:
 
     def issue(self, name: str, alternatives: str = "", *, days: int = 30) -> tuple[Path, Path]:
         """A certificate and its key, for the subject `name` and the names in `alternatives` ("IP:127.0.0.1,DNS:x").
-        With negative `days` it ended so many days ago."""
+        With -1 `days` it ended yesterday."""
         certificate, key = self.directory / f"{name}.crt", self.directory / f"{name}.key"
         request, extensions = self.directory / f"{name}.csr", self.directory / f"{name}.ext"
         extensions.write_text(f"subjectAltName={alternatives}\n" if alternatives else "")

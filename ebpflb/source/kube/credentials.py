@@ -24,6 +24,7 @@ from kubernetes.client import Configuration
 from kubernetes.config import ConfigException
 from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
+from ebpflb.errors import SourceError
 from ebpflb.source.kube.access import Failed, Told
 
 # Fields that name a file, each with whose they are; each has a twin in base64 that goes before it.
@@ -32,10 +33,6 @@ _FILES = (
     ("client-certificate", "user"),
     ("client-key", "user"),
 )
-
-
-class _Refused(Exception):
-    """What is wrong, in one line."""
 
 
 class _Complaints(logging.Handler):
@@ -50,25 +47,36 @@ class _Complaints(logging.Handler):
 
 
 def main() -> None:
-    complaints = _Complaints()
-    logging.basicConfig(handlers=[complaints])
     answer: Told | Failed
     try:
-        answer = read(sys.argv[1], complaints)
-    except _Refused as error:
-        answer = Failed(_one_line(str(error)))
+        answer = told_by(sys.argv[1])
+    except SourceError as error:
+        answer = Failed(str(error))
     except Exception as error:
         # Whatever the package stumbles over in a file: the operator gets a line, not its traceback.
         answer = Failed(_one_line(f"kubeconfig {sys.argv[1]}: {type(error).__name__}: {error}"))
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
-def read(path: str, complaints: _Complaints) -> Told:
-    """What the kubeconfig at `path` says of its current context."""
+def told_by(path: str) -> Told:
+    """What the kubeconfig at `path` says of its current context. Raises SourceError in one line."""
+    complaints = _Complaints()
+    # The package speaks to the root logger.
+    logging.getLogger().addHandler(complaints)
+    try:
+        return _read(path, complaints)
+    except SourceError as error:
+        raise SourceError(_one_line(str(error))) from None
+    finally:
+        logging.getLogger().removeHandler(complaints)
+
+
+def _read(path: str, complaints: _Complaints) -> Told:
     where = f"kubeconfig {path}"
     cluster, user = _chosen(where, _document(where, path))
+    base = Path(path).absolute().parent
     for field, owner in _FILES:
-        _check_data(where, field, cluster if owner == "cluster" else user)
+        _check_entry(where, base, field, cluster if owner == "cluster" else user)
     with tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
         loader, found = _load(where, path, scratch)
         _check_plugin(where, user, loader, complaints)
@@ -79,7 +87,6 @@ def read(path: str, complaints: _Complaints) -> Told:
     authorization = str(getattr(loader, "token", "")).strip()
     scheme, _, token = authorization.partition(" ")
     expiry = getattr(loader, "expiry", None)
-    base = Path(path).absolute().parent
     token_file = str(base / str(user["tokenFile"])) if user.get("tokenFile") else ""
     return Told(
         server=str(cluster.get("server") or ""),
@@ -106,20 +113,20 @@ def _document(where: str, path: str) -> Mapping[str, object]:
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
-        raise _Refused(f"{where}: there is no such file") from None
+        raise SourceError(f"{where}: there is no such file") from None
     except OSError as error:
-        raise _Refused(f"{where} cannot be read: {error.strerror}") from None
+        raise SourceError(f"{where} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise _Refused(f"{where} is not text") from None
+        raise SourceError(f"{where} is not text") from None
     try:
         document = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise _Refused(f"{where} is not YAML: {error.problem}{line}") from None
+        raise SourceError(f"{where} is not YAML: {error.problem}{line}") from None
     except yaml.YAMLError as error:
-        raise _Refused(f"{where} is not YAML: {error}") from None
+        raise SourceError(f"{where} is not YAML: {error}") from None
     if not isinstance(document, dict):
-        raise _Refused(f"{where} is empty" if document is None else f"{where} is no kubeconfig: it is not a mapping")
+        raise SourceError(f"{where} is empty" if document is None else f"{where} is no kubeconfig: it is not a mapping")
     return document
 
 
@@ -127,7 +134,7 @@ def _chosen(where: str, document: Mapping[str, object]) -> tuple[Mapping[str, ob
     """The cluster and the user of the current context; the user is empty for nobody."""
     current = document.get("current-context")
     if not current:
-        raise _Refused(f"{where} has no current-context; choose one with `kubectl config use-context`")
+        raise SourceError(f"{where} has no current-context; choose one with `kubectl config use-context`")
     context = _named(where, document, "contexts", "context", current, "its current-context is")
     cluster = _named(where, document, "clusters", "cluster", context.get("cluster"), f"context {current!r} names")
     user: Mapping[str, object] = {}
@@ -142,21 +149,26 @@ def _named(
     """The content of the entry called `name` in one of the three lists."""
     entries = document.get(plural) or []
     if not isinstance(entries, list) or not all(isinstance(each, dict) and "name" in each for each in entries):
-        raise _Refused(f"{where}: {plural} is not a list of entries with names")
+        raise SourceError(f"{where}: {plural} is not a list of entries with names")
     for entry in entries:
         if entry["name"] == name:
             content = entry.get(kind)
             if content is None and kind == "user":
                 return {}
             if not isinstance(content, dict):
-                raise _Refused(f"{where}: the {kind} {name!r} is not a mapping")
+                raise SourceError(f"{where}: the {kind} {name!r} is not a mapping")
             return content
-    raise _Refused(f"{where}: {whose} the {kind} {name!r}, which is not there")
+    raise SourceError(f"{where}: {whose} the {kind} {name!r}, which is not there")
 
 
-def _check_data(where: str, field: str, entry: Mapping[str, object]) -> None:
+def _check_entry(where: str, base: Path, field: str, entry: Mapping[str, object]) -> None:
+    """That the data of `field` is base64, or else that its file is there."""
     data = entry.get(f"{field}-data")
-    if data:
+    if not data:
+        path = base / str(entry[field]) if entry.get(field) else None
+        if path and not path.is_file():
+            raise SourceError(f"{where}: {field} {path}: there is no such file")
+    else:
         try:
             base64.b64decode(str(data), validate=True)
         except (binascii.Error, ValueError):
@@ -164,7 +176,7 @@ def _check_data(where: str, field: str, entry: Mapping[str, object]) -> None:
             try:
                 base64.b64decode("".join(str(data).split()), validate=True)
             except (binascii.Error, ValueError):
-                raise _Refused(f"{where}: {field}-data is not base64") from None
+                raise SourceError(f"{where}: {field}-data is not base64") from None
 
 
 # ---- The package ----
@@ -183,9 +195,9 @@ def _load(where: str, path: str, scratch: str) -> tuple[KubeConfigLoader, Config
         loader = KubeConfigLoader(merged, config_base_path=None, temp_file_path=scratch)  # type: ignore[no-untyped-call]
         loader.load_and_set(found)  # type: ignore[no-untyped-call]
     except ConfigException as error:
-        raise _Refused(f"{where}: {error}") from None
+        raise SourceError(f"{where}: {error}") from None
     except OSError as error:
-        raise _Refused(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
+        raise SourceError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
     return loader, found
 
 
@@ -198,9 +210,9 @@ def _check_plugin(where: str, user: Mapping[str, object], loader: KubeConfigLoad
     text = complaints.texts[-1]
     if "No such file or directory" in text:
         hint = f" ({plugin['installHint']})" if plugin.get("installHint") else ""
-        raise _Refused(f"{where}: the exec plugin {command!r} is not installed here{hint}")
+        raise SourceError(f"{where}: the exec plugin {command!r} is not installed here{hint}")
     lines = [line.strip() for line in text.removeprefix("exec: ").splitlines() if line.strip()]
-    raise _Refused(f"{where}: the exec plugin {command!r} failed: {_last(lines)}")
+    raise SourceError(f"{where}: the exec plugin {command!r} failed: {_last(lines)}")
 
 
 def _by_plugin(user: Mapping[str, object]) -> bool:
@@ -225,9 +237,9 @@ def _text(where: str, field: str, path: str | None) -> str:
     try:
         return Path(path).read_text()
     except OSError as error:
-        raise _Refused(f"{where}: {field} {path} cannot be read: {error.strerror}") from None
+        raise SourceError(f"{where}: {field} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise _Refused(f"{where}: {field} is not PEM") from None
+        raise SourceError(f"{where}: {field} is not PEM") from None
 
 
 def _check_pem(where: str, ca: str, certificate: str, key: str, scratch: str | None) -> None:
@@ -236,10 +248,10 @@ def _check_pem(where: str, ca: str, certificate: str, key: str, scratch: str | N
         try:
             context.load_verify_locations(cadata=ca)
         except (ssl.SSLError, ValueError):
-            raise _Refused(f"{where}: certificate-authority holds no certificate in PEM") from None
+            raise SourceError(f"{where}: certificate-authority holds no certificate in PEM") from None
     if bool(certificate) != bool(key):
         given, lacking = ("client-certificate", "client-key") if certificate else ("client-key", "client-certificate")
-        raise _Refused(f"{where}: there is a {given} without a {lacking}")
+        raise SourceError(f"{where}: there is a {given} without a {lacking}")
     if certificate:
         with tempfile.TemporaryDirectory(dir=scratch) as directory:
             pair = Path(directory, "pair")
@@ -252,7 +264,7 @@ def _check_pem(where: str, ca: str, certificate: str, key: str, scratch: str | N
                     if error.reason == "KEY_VALUES_MISMATCH"
                     else "client-certificate and client-key are not a certificate and its unencrypted key in PEM"
                 )
-                raise _Refused(f"{where}: {reason}") from None
+                raise SourceError(f"{where}: {reason}") from None
 
 
 def _no_password() -> str:
