@@ -249,9 +249,14 @@ def _parts(parts: Parts | None) -> Parts:
 
 def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> Config:
     from ebpflb import log
-    from ebpflb.config import Options, configure
+    from ebpflb.config import SERVICE_ACCOUNT_TOKEN, Options, configure
 
-    config = configure(Options(**typed), hostname=parts.hostname(), need_source=need_source)
+    config = configure(
+        Options(**typed),
+        hostname=parts.hostname(),
+        need_source=need_source,
+        in_cluster=os.path.exists(SERVICE_ACCOUNT_TOKEN),
+    )
     log.set_up(config.log_format, config.log_level)
     return config
 

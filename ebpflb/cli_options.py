@@ -71,6 +71,15 @@ _DATAPLANE = (
 _ROUTES = (
     click.option("--manifests", metavar="DIR", help="A directory of YAML or JSON manifests as source, watched."),
     click.option(
+        "--kubeconfig", metavar="FILE", help="How to reach the API server.  [default: as a pod's service account]"
+    ),
+    click.option(
+        "--apiserver",
+        multiple=True,
+        metavar="URL",
+        help="Where the API server is, before any Service works; may be repeated.  [default: from kubeconfig]",
+    ),
+    click.option(
         "--node-name", "--hostname-override", "node_name", metavar="NAME", help="This node.  [default: the host's name]"
     ),
     click.option(
@@ -99,8 +108,6 @@ _ROUTES = (
     ),
     # What a later version reads; refused in one line until then.
     click.option("--config", metavar="FILE", help="Not in this version yet."),
-    click.option("--kubeconfig", metavar="FILE", help="Not in this version yet."),
-    click.option("--apiserver", multiple=True, metavar="URL", help="Not in this version yet."),
 )
 _RUN = (
     click.option(
@@ -122,16 +129,22 @@ _RUN = (
         help="How often the kernel is read back, compared and repaired.  [default: 30]",
     ),
     click.option(
+        "--state-dir",
+        metavar="DIR",
+        help='Where the last good state is kept for a start without the API server; "" for nowhere.  '
+        "[default: /var/lib/ebpflb]",
+    ),
+    click.option(
         "--healthz-bind-address",
         default="0.0.0.0:10256",
-        metavar="ADDRESS",
-        help="This server comes later; nothing listens in this version.",
+        metavar="ADDRESS:PORT",
+        help='Where /healthz and /livez are; "" for nowhere.  [default: 0.0.0.0:10256]',
     ),
     click.option(
         "--metrics-bind-address",
         default="127.0.0.1:10249",
-        metavar="ADDRESS",
-        help="This server comes later; nothing listens in this version.",
+        metavar="ADDRESS:PORT",
+        help='Where /metrics, /proxyMode and /configz are; "" for nowhere.  [default: 127.0.0.1:10249]',
     ),
     switch("--init-only", "init_only", "Not in this version yet."),
     click.option("--write-config-to", metavar="FILE", help="Not in this version yet."),

@@ -12,6 +12,7 @@ import ipaddress
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,8 +22,12 @@ from ebpflb.model import DetectLocal, ProxyOptions
 DEFAULT_BPFFS = "/sys/fs/bpf/ebpflb"
 DEFAULT_HEALTHZ = "0.0.0.0:10256"
 DEFAULT_METRICS = "127.0.0.1:10249"
+DEFAULT_STATE_DIR = "/var/lib/ebpflb"
 DEFAULT_AUDIT_SECONDS = 30.0
 DEFAULT_MIN_SYNC_SECONDS = 0.01
+
+SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+"""Who has this file is a pod with a service account."""
 
 # kube-proxy's -v counts up; from 4 on klog calls it debug.
 _DEBUG_VERBOSITY = 4
@@ -65,6 +70,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None = None
     kubeconfig: str | None = None
     apiserver: tuple[str, ...] = ()
+    state_dir: str | None = None
     init_only: bool = False
     write_config_to: str | None = None
     log_format: str = "text"
@@ -137,12 +143,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-def configure(options: Options, *, hostname: str, need_source: bool = True) -> Config:
-    """The Config that `options` ask for. Raises UserError in one line for the first thing that is wrong."""
+def configure(options: Options, *, hostname: str, need_source: bool = True, in_cluster: bool = False) -> Config:
+    """The Config that `options` ask for. `in_cluster` is whether this process is a pod with a service account, which
+    is a source too. Raises UserError in one line for the first thing that is wrong."""
     _refuse_what_is_not_here(options)
     proxy = _proxy_options(options)
+    manifests, api = _source(options, need_source, in_cluster)
     return Config(
-        manifests=_manifests(options.manifests, need_source),
+        manifests=manifests,
+        api=api,
+        state_dir=_state_dir(options.state_dir, api),
+        healthz=_bind("--healthz-bind-address", options.healthz_bind_address, 10256),
+        metrics=_bind("--metrics-bind-address", options.metrics_bind_address, 10249),
         node_name=_node_name(options.node_name, hostname),
         dataplane=_dataplane(options.dataplane, options.proxy_mode),
         cgroup=_directory("--cgroup", options.cgroup, "the cgroup2 directory whose processes are to be served"),
@@ -160,8 +172,6 @@ def configure(options: Options, *, hostname: str, need_source: bool = True) -> C
 def _refuse_what_is_not_here(options: Options) -> None:
     for given, name, instead in (
         (options.config, "--config", "give the settings as options"),
-        (options.kubeconfig, "--kubeconfig", "give --manifests DIR"),
-        (options.apiserver, "--apiserver", "give --manifests DIR"),
         (options.init_only, "--init-only", "run the daemon as root"),
         (options.write_config_to, "--write-config-to", "leave it out"),
     ):
@@ -171,20 +181,84 @@ def _refuse_what_is_not_here(options: Options) -> None:
         raise UserError(f"--xdp {options.xdp}: choose auto or off")
     if options.xdp in ("native", "generic"):
         raise UserError(f"--xdp {options.xdp} is not in this version yet; choose auto or off (both leave XDP alone)")
-    for name, value, default in (
-        ("--healthz-bind-address", options.healthz_bind_address, DEFAULT_HEALTHZ),
-        ("--metrics-bind-address", options.metrics_bind_address, DEFAULT_METRICS),
-    ):
-        if value not in ("", default):
-            raise UserError(f'{name} {value}: this server is not in this version yet; leave the option out or give ""')
 
 
-def _manifests(path: str | None, need_source: bool) -> str:
+def _source(options: Options, need_source: bool, in_cluster: bool) -> tuple[str, ApiServer | None]:
+    """The manifests' directory or the API server: the one where events come from."""
+    if not need_source:
+        return "", None
+    if options.manifests:
+        other = "--kubeconfig" if options.kubeconfig else "--apiserver" if options.apiserver else ""
+        if other:
+            raise UserError(f"--manifests and {other} are two sources of Services: give one of them")
+        return _directory("--manifests", options.manifests, "a directory of YAML or JSON manifests"), None
+    if not (options.kubeconfig or options.apiserver or in_cluster):
+        raise UserError(
+            "no source of Services: give --kubeconfig FILE or --manifests DIR, or run in a pod with a service account"
+        )
+    return "", ApiServer(
+        kubeconfig=_file("--kubeconfig", options.kubeconfig),
+        addresses=tuple(dict.fromkeys(_url("--apiserver", text) for text in options.apiserver)),
+    )
+
+
+def _file(option: str, path: str | None) -> str:
+    """An existing, readable file as an absolute path, "" if not given."""
     if not path:
-        if need_source:
-            raise UserError("no source of Services: give --manifests DIR (the API server is not in this version yet)")
         return ""
-    return _directory("--manifests", path, "a directory of YAML or JSON manifests")
+    if not os.path.exists(path):
+        raise UserError(f"{option} {path}: there is no such file")
+    if os.path.isdir(path):
+        raise UserError(f"{option} {path} is a directory; give the file in it")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{option} {path} cannot be read; run as root or change its mode")
+    return os.path.abspath(path)
+
+
+def _url(option: str, text: str) -> str:
+    example = "write such as https://10.0.0.1:6443"
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        raise UserError(f"{option} {text} is not a URL; {example}") from None
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        raise UserError(f"{option} {text} is not a URL of a server; {example}")
+    if url.username is not None or url.query or url.fragment:
+        raise UserError(f"{option} {text}: a server is a host, a port and perhaps a path; {example}")
+    return text.rstrip("/")
+
+
+def _state_dir(path: str | None, api: ApiServer | None) -> str:
+    if path is None:
+        return DEFAULT_STATE_DIR if api else ""
+    return os.path.abspath(path) if path else ""
+
+
+def _bind(option: str, text: str, default_port: int) -> Bind | None:
+    """ADDRESS:PORT, [IPV6]:PORT, or an address alone for the usual port; "" for no server."""
+    if not text:
+        return None
+    host, port = text, str(default_port)
+    if not _is_address(text):
+        host, _, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            host = ""
+    if not _is_address(host):
+        example = f"write such as 0.0.0.0:{default_port} or [::]:{default_port}"
+        raise UserError(f'{option} {text} is not an address and a port; {example}, or "" for no such server')
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f'{option} {text}: a port is a number from 1 to 65535; give "" for no such server')
+    return Bind(str(ipaddress.ip_address(host)), int(port))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return not getattr(ipaddress.ip_address(text), "scope_id", None)
+    except ValueError:
+        return False
 
 
 def _directory(option: str, path: str | None, meaning: str) -> str:

@@ -80,8 +80,6 @@ def test_an_empty_node_name_is_refused() -> None:
 
 NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
     "config": ({"config": "kube-proxy.yaml"}, "--config"),
-    "kubeconfig": ({"kubeconfig": "/root/.kube/config"}, "--kubeconfig"),
-    "apiserver": ({"apiserver": ("https://10.0.0.1",)}, "--apiserver"),
     "init-only": ({"init_only": True}, "--init-only"),
     "write-config-to": ({"write_config_to": "x"}, "--write-config-to"),
     "ipvs": ({"dataplane": "ipvs"}, "--dataplane ipvs"),
@@ -90,8 +88,6 @@ NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
     "kube-proxy's iptables": ({"proxy_mode": "iptables"}, "--proxy-mode iptables"),
     "native XDP": ({"xdp": "native"}, "--xdp native"),
     "generic XDP": ({"xdp": "generic"}, "--xdp generic"),
-    "a healthz server": ({"healthz_bind_address": "0.0.0.0:1"}, "--healthz-bind-address"),
-    "a metrics server": ({"metrics_bind_address": "0.0.0.0:1"}, "--metrics-bind-address"),
 }
 
 
