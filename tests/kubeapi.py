@@ -50,8 +50,8 @@ class Fault:
 
     `what`: "down" (no server), "refuse" (`status`, `reason`, `retry_after`), "cut" (the connection breaks), "half" (it
     breaks within a line or body), "garbage" (bytes that are no JSON), "error" (an ERROR event of `status`), "hang"
-    (nothing comes any more), "end" (it ends properly, and early), "again" (what was said is said once more), "odd" (an
-    object that cannot be read).
+    (nothing comes any more), "end" (it ends properly, and early), "again" (what was said last is said once more), "old"
+    (what was said first is), "odd" (an object that cannot be read).
     """
 
     what: str
@@ -276,20 +276,25 @@ class ModelReply:
         return self._body
 
     def lines(self) -> Iterator[bytes]:
-        fault, count, last = self._fault, 0, b""
+        fault, said = self._fault, list[bytes]()
         for data in self._events():
             self._server.happen()
-            if fault.what and count >= fault.after:
-                yield from self._wrong(data, last)
-                if fault.what not in ("garbage", "again", "odd"):
+            self._check_connection()
+            if fault.what and len(said) >= fault.after:
+                yield from self._wrong(data, said)
+                if fault.what not in ("garbage", "again", "old", "odd"):
                     return
                 fault = Fault("")
             yield data
-            last, count = data, count + 1
+            said.append(data)
         if fault.what:
-            yield from self._wrong(b'{"type":"ADDED"}', last)
+            yield from self._wrong(b'{"type":"ADDED"}', said)
 
-    def _wrong(self, data: bytes, last: bytes) -> Iterator[bytes]:
+    def _check_connection(self) -> None:
+        if self._client.closed or self._server.generation != self._generation:
+            raise Unreachable("https://api:6443: the connection broke")
+
+    def _wrong(self, data: bytes, said: list[bytes]) -> Iterator[bytes]:
         match self._fault.what:
             case "cut":
                 raise Unreachable("https://api:6443: the connection broke")
@@ -306,8 +311,9 @@ class ModelReply:
                           "message": self._fault.message, "metadata": {}, "status": "Failure"}  # fmt: skip
                 yield msgspec.json.encode({"type": "ERROR", "object": status})
             case "again":
-                if last:
-                    yield last
+                yield from said[-1:]
+            case "old":
+                yield from said[:1]
             case "odd":
                 yield b'{"type":"MODIFIED","object":{"metadata":{"name":"odd","namespace":"x"},"spec":7,"ports":7}}'
 
@@ -315,11 +321,13 @@ class ModelReply:
         server, query, resource = self._server, self._request.query, self._request.resource
         if "sendInitialEvents" in query:
             at, found = server.revision, server.matching(resource, query)
-            yield from (event("ADDED", each) for each in found)
+            yield from (event("ADDED", each) for each in found[:1])
+            yield event("BOOKMARK", bookmark(at))  # what is no end is no end
+            yield from (event("ADDED", each) for each in found[1:])
             yield event("BOOKMARK", bookmark(at, initial=True))
         else:
             at = int(query["resourceVersion"])
-        if at > server.revision:
+        if at > server.revision:  # of a store that was restored since
             server.clock.now += self._request.timeout
             raise Unreachable("https://api:6443: nothing came")
         while True:
@@ -341,8 +349,7 @@ class ModelReply:
         with server.changed:
             while server.revision <= at and not self._client.closed and server.generation == self._generation:
                 server.changed.wait()
-        if self._client.closed or server.generation != self._generation:
-            raise Unreachable("https://api:6443: the connection broke")
+        self._check_connection()
 
     def _event_of(self, write: _Write) -> Iterator[bytes]:
         was, is_ = (self._server.matches(each, self._request.query) for each in (write.before, write.after))
