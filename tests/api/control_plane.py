@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -140,6 +140,7 @@ class ControlPlane:
             self.etcd.wait(self._etcd_answers)
             self.api = stack.enter_context(self.api_of(ADMIN))
             self.start_apiserver()
+            until("the server's own Service has its endpoint", lambda: self.api.list("EndpointSlice", "default"))
             if "kube-controller-manager" in self._paths:
                 self.controllers.start()
             self._stack = stack.pop_all()
@@ -296,14 +297,14 @@ class ControlPlane:
         return False
 
 
-def write_kubeconfig(path: Path, server: str, bundle: Path, user: dict[str, object]) -> Path:
+def write_kubeconfig(path: Path, server: str, bundle: Path, user: Mapping[str, object]) -> Path:
     """A kubeconfig of one context; `user` has the fields of its user entry."""
     cluster = {"server": server, "certificate-authority": str(bundle)}
     document = {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": "test", "cluster": cluster}],
-        "users": [{"name": "user", "user": user}],
+        "users": [{"name": "user", "user": dict(user)}],
         "contexts": [{"name": "test", "context": {"cluster": "test", "user": "user"}}],
         "current-context": "test",
     }

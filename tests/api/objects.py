@@ -5,6 +5,7 @@ Rules of this file: plain documents. A pod's status is a part of it, posted as a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from tests.api.client import Api, ApiRefusal, Object
@@ -63,8 +64,10 @@ def pod(namespace: str, name: str, app: str, node: str, *addresses: str, ready: 
 
 
 def readiness(ready: bool) -> Object:
-    """The condition by which a kubelet says so."""
-    return {"type": "Ready", "status": str(ready)}
+    """The condition by which a kubelet says so, whose clock is a second ahead: these times have whole seconds, and a
+    change of before the daemon's start would be nobody's latency."""
+    changed = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1))
+    return {"type": "Ready", "status": str(ready), "lastTransitionTime": changed}
 
 
 def put_pod(api: Api, found: Object) -> None:
