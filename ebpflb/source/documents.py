@@ -2,8 +2,7 @@
 
 Rules of this file: no file is opened here. A file is JSON if it begins like JSON, else YAML; either holds any number of
 documents, each an object or a List of them. A wrong object costs itself only, and a sentence that names document and
-field; a file that cannot be parsed at all raises SourceError. YAML is read as Kubernetes reads it: no timestamps, no
-numbers in base 60 (2001:10:20:30:40:50:51:52 is an address), and no key twice.
+field; a file that cannot be parsed at all raises SourceError.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
-import yaml
 
-from ebpflb import model
+from ebpflb import model, strict_yaml
 from ebpflb.errors import SourceError
 from ebpflb.source import parse, validate, wire
 
@@ -171,51 +169,16 @@ def _json_stream(data: bytes) -> list[object]:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SourceError(f"line {line}: not text in UTF-8") from error
+        return strict_yaml.text(data)
+    except strict_yaml.NotYaml as error:
+        raise SourceError(str(error)) from error
 
 
 def _yaml_documents(data: bytes) -> list[object]:
-    """All documents but empty ones: a file that begins or ends with `---` has no more objects for it."""
     try:
-        return [each for each in yaml.load_all(_text(data), Loader=_Loader) if each is not None]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise SourceError(f"{where}not YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise SourceError("not YAML: " + " ".join(str(error).split())) from error
-
-
-class _Loader(yaml.CSafeLoader):
-    """YAML as Kubernetes reads it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    problem = f'key "{key.value}" already set in map'
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{each}" for each in ("int", "float", "timestamp"))
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIMESTAMP)]
-    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    _INT, re.compile(r"[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
+        return strict_yaml.documents(data)
+    except strict_yaml.NotYaml as error:
+        raise SourceError(str(error)) from error
 
 
 # ---- Objects ----
