@@ -24,7 +24,7 @@ class Worker(Protocol):
     def due(self) -> float | None:
         """When `work` should next be called, in the clock's time; None for "not before an event"."""
 
-    def work(self) -> None:
+    def work(self) -> object:
         """Do what is due, if anything is."""
 
 

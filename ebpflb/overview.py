@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from ebpflb.model import Address, Protocol
 from ebpflb.problems import Found
-from ebpflb.routes import RouteTable
+from ebpflb.routes import Backend, RouteTable, ServicePortName
 from ebpflb.source import Condition, Source
 
 
@@ -44,3 +45,31 @@ def found_in(sources: Iterable[Source], routes: RouteTable | None) -> set[Found]
     if routes is not None:
         found.update(Found("policy", *problem) for remarks in routes.problems.values() for problem in remarks)
     return found
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """How much a table holds."""
+
+    services: int = 0
+    frontends: int = 0
+    routes: int = 0
+    backends: int = 0
+
+
+def count(routes: RouteTable | None) -> Counts:
+    """How much there is. A backend counts once per Service port, in however many routes it stands."""
+    if routes is None:
+        return Counts()
+    # Both scopes, and all frontends of a Service port, mostly share one tuple. Only where they do not is it looked
+    # into, for a set of all backends would cost more memory than the routes.
+    shared: dict[tuple[ServicePortName, Protocol], tuple[Backend, ...]] = {}
+    mixed: dict[tuple[ServicePortName, Protocol], set[tuple[Address, int]]] = {}
+    for (frontend, _scope), route in routes.items():
+        port = (route.service, frontend.protocol)
+        first = shared.setdefault(port, route.backends)
+        if first is not route.backends and first != route.backends:
+            places = mixed.setdefault(port, {(backend.address, backend.port) for backend in first})
+            places.update((backend.address, backend.port) for backend in route.backends)
+    backends = sum(len(mixed.get(port, first)) for port, first in shared.items())
+    services = {name.service for name, _protocol in shared}
+    return Counts(len(services), len(routes) // 2, len(routes), backends)

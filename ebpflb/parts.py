@@ -29,7 +29,7 @@ class NothingProgrammed(EbpflbError):
 
 
 class Watch(NamedTuple):
-    """A descriptor of a dataplane, and what to call when it is readable. Should that fail, an audit follows."""
+    """A descriptor, and what to call when it is readable. Should that fail for a dataplane's, an audit follows."""
 
     fd: int
     handle: Callable[[], object]
@@ -66,6 +66,10 @@ class Attendants(Protocol):
     def workers(self) -> Sequence[Worker]:
         """Are called by the loop."""
 
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """What the loop is to listen to for them, until they are closed."""
+
     def begin(self, overview: Callable[[], Overview]) -> None:
         """Start what has threads and sockets. `overview` may be called in the loop's thread only. Raises UserError for
         an address that cannot be had, if that is to be fatal."""
@@ -82,6 +86,7 @@ class NoAttendants:
 
     observer: Observer = Observers()
     workers: Sequence[Worker] = ()
+    watches: Sequence[Watch] = ()
 
     def begin(self, overview: Callable[[], Overview]) -> None:
         """Nothing to begin."""

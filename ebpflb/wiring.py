@@ -7,22 +7,30 @@ imported when they are needed, because a command that only reads should not pay 
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ebpflb import control
-from ebpflb.config import Config
+from ebpflb.config import ApiServer, Config
 from ebpflb.dataplane import Dataplane
-from ebpflb.model import Problem, ProxyOptions
-from ebpflb.parts import NoAttendants, Parts, Watch
+from ebpflb.model import Problem, ProxyOptions, Snapshot
+from ebpflb.observer import Observer
+from ebpflb.parts import Attendants, Changes, Choice, Parts, Watch
 from ebpflb.policy import Router
 from ebpflb.reconcile import Desired
 from ebpflb.routes import RouteTable
-from ebpflb.source import Event, Source
+from ebpflb.source import Event, Source, SourceState
 from ebpflb.source.store import Store
+
+if TYPE_CHECKING:
+    from ebpflb.source.kube.client import HttpClient
+    from ebpflb.source.kube.endpoints import ApiServers
+    from ebpflb.source.kube.source import KubeSource
 
 
 class Intent:
@@ -57,6 +65,10 @@ class Intent:
     def remembered(self) -> float | None:
         return self._store.remembered
 
+    def snapshot(self) -> Snapshot:
+        """All that was said so far."""
+        return self._store.snapshot()
+
     def routes(self) -> RouteTable:
         change = self._store.take()
         if change is None and not self._torn:
@@ -73,14 +85,15 @@ class Intent:
 
 def real_parts() -> Parts:
     """This machine."""
+    kubernetes = _Kubernetes()
     return Parts(
         hostname=socket.gethostname,
         dataplanes=_dataplanes,
-        sources=_sources,
+        sources=lambda config: _sources(config, kubernetes),
         desired=_desired,
-        attendants=lambda config, choice, sources, desired: NoAttendants(),
-        set_up_node=lambda config: (),
-        config_changes=lambda config: None,
+        attendants=lambda config, choice, sources, desired: _attendants(config, choice, sources, desired, kubernetes),
+        set_up_node=_set_up_node,
+        config_changes=_config_changes,
         watches=_watches,
         device_problems=_device_problems,
         privileged=_privileged,
@@ -91,7 +104,7 @@ def real_parts() -> Parts:
     )
 
 
-def _desired(config: Config, sources: Sequence[Source]) -> Desired:
+def _desired(config: Config, sources: Sequence[Source]) -> Intent:
     return Intent(config.node_name, config.proxy, [source.name for source in sources])
 
 
@@ -105,11 +118,87 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _sources(config: Config) -> Sequence[Source]:
+# ---- Sources ----
+
+
+class _Kubernetes:
+    """What the API server's source and its companions share; each None before, or where there is another source."""
+
+    def __init__(self) -> None:
+        self.client: HttpClient | None = None
+        self.servers: ApiServers | None = None
+
+
+def _sources(config: Config, kubernetes: _Kubernetes) -> Sequence[Source]:
     from ebpflb.source.local import LocalSource
+
+    if config.api is not None:
+        return (_kube_source(config, config.api, kubernetes), LocalSource())
     from ebpflb.source.manifests import ManifestSource
 
     return (ManifestSource(config.manifests), LocalSource())
+
+
+def _kube_source(config: Config, api: ApiServer, kubernetes: _Kubernetes) -> KubeSource:
+    from ebpflb.source.kube import access, lastgood
+    from ebpflb.source.kube.client import HttpClient
+    from ebpflb.source.kube.endpoints import ApiServers
+    from ebpflb.source.kube.source import NAME, KubeSource
+
+    access.check(api, environ=os.environ)
+    path = lastgood.path_in(config.state_dir, NAME) if config.state_dir else ""
+
+    def recall() -> lastgood.Saved | None:
+        return lastgood.load(path, config.node_name) if path else None
+
+    kubernetes.servers = ApiServers(recall)
+    kubernetes.client = HttpClient(access.Resolver(api, environ=os.environ, remembered=kubernetes.servers))
+    return KubeSource(
+        kubernetes.client,
+        config.node_name,
+        clock=time.monotonic,
+        now=time.time,
+        random=random.random,
+        recall=recall,
+    )
+
+
+# ---- What goes along with a daemon ----
+
+
+def _attendants(
+    config: Config, choice: Choice, sources: Sequence[Source], desired: Desired, kubernetes: _Kubernetes
+) -> Attendants:
+    from ebpflb.attendants import DaemonAttendants
+    from ebpflb.source.kube import lastgood
+    from ebpflb.source.kube.keeper import Keeper
+    from ebpflb.source.kube.source import NAME
+
+    observers: list[Observer] = []
+    if kubernetes.servers is not None:
+        observers.append(kubernetes.servers)
+    keeper = None
+    if config.api is not None and config.state_dir and isinstance(desired, Intent):
+        (source,) = (each for each in sources if each.name == NAME)
+        keeper = Keeper(
+            lastgood.path_in(config.state_dir, NAME),
+            snapshot=desired.snapshot,
+            live=lambda: source.condition().state is SourceState.LIVE,
+            clock=time.monotonic,
+            now=time.time,
+        )
+    return DaemonAttendants(config, choice.dataplane, sources, keeper=keeper, observers=observers, clock=time.monotonic)
+
+
+def _set_up_node(config: Config) -> Iterable[Problem]:
+    return ()
+
+
+def _config_changes(config: Config) -> Changes | None:
+    return None
+
+
+# ---- The dataplanes ----
 
 
 def _dataplanes(config: Config) -> Sequence[Dataplane]:

@@ -90,6 +90,8 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
             observer=attendants.observer,
         )
         attendants.begin(reconciler.overview)
+        for watch in attendants.watches:
+            selector.register(watch.fd, selectors.EVENT_READ, watch.handle)
         for source in sources:
             selector.register(source.fileno(), selectors.EVENT_READ, lambda source=source: reconciler.read(source))
         reconciler.read_all()

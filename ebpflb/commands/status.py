@@ -17,12 +17,10 @@ from ebpflb.commands import OK, REFUSED, Result
 from ebpflb.control import ask
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, UserError
-from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, document, table
-from ebpflb.overview import Overview
+from ebpflb.overview import Counts, Overview, count
 from ebpflb.parts import Parts
 from ebpflb.problems import Found
-from ebpflb.routes import Backend, RouteTable, ServicePortName
 from ebpflb.source import Condition
 
 # So many problems stand in a table; `wide` has them all.
@@ -35,13 +33,6 @@ class Identity(msgspec.Struct, frozen=True):
     node: str
     dataplane: str
     since: str
-
-
-class Counts(msgspec.Struct, frozen=True):
-    services: int = 0
-    frontends: int = 0
-    routes: int = 0
-    backends: int = 0
 
 
 class Fill(msgspec.Struct, frozen=True):
@@ -89,25 +80,6 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
 
 class _Envelope(msgspec.Struct, frozen=True):
     items: tuple[Status, ...]
-
-
-def count(routes: RouteTable | None) -> Counts:
-    """How much there is. A backend counts once per Service port, in however many routes it stands."""
-    if routes is None:
-        return Counts()
-    # Both scopes, and all frontends of a Service port, mostly share one tuple. Only where they do not is it looked
-    # into, for a set of all backends would cost more memory than the routes.
-    shared: dict[tuple[ServicePortName, Protocol], tuple[Backend, ...]] = {}
-    mixed: dict[tuple[ServicePortName, Protocol], set[tuple[Address, int]]] = {}
-    for (frontend, _scope), route in routes.items():
-        port = (route.service, frontend.protocol)
-        first = shared.setdefault(port, route.backends)
-        if first is not route.backends and first != route.backends:
-            places = mixed.setdefault(port, {(backend.address, backend.port) for backend in first})
-            places.update((backend.address, backend.port) for backend in route.backends)
-    backends = sum(len(mixed.get(port, first)) for port, first in shared.items())
-    services = {name.service for name, _protocol in shared}
-    return Counts(len(services), len(routes) // 2, len(routes), backends)
 
 
 def status_document(identity: Identity, dataplane: Dataplane, overview: Overview) -> bytes:

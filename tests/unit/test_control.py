@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.commands.status import Identity, count, show_status, status_document
+from ebpflb.commands.status import Identity, show_status, status_document
 from ebpflb.control import Control, NotRunning, ask, listen
 from ebpflb.errors import UserError
 from ebpflb.loop import run
 from ebpflb.output import Format
-from ebpflb.overview import Overview
+from ebpflb.overview import Overview, count
 from ebpflb.problems import Found
 from ebpflb.routes import RouteTable
 from ebpflb.source import LIVE, Condition, SourceState

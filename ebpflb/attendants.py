@@ -1,0 +1,108 @@
+"""Who goes along with the daemon that stays: the HTTP server with health, health checks and metrics, what is told to the
+API server, and what is remembered for the next start.
+
+Rules of this file: it puts them together, begins and ends them in order; each does its work in a file of its own.
+Everything here may fail without a Service noticing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from ebpflb.config import Bind, Config
+from ebpflb.dataplane import Dataplane
+from ebpflb.errors import UserError
+from ebpflb.health import Health, ping
+from ebpflb.healthchecks import HealthChecks
+from ebpflb.httpd import HttpServer, routed
+from ebpflb.loop import Worker
+from ebpflb.metrics import Metrics
+from ebpflb.metrics.page import handlers
+from ebpflb.model import Family
+from ebpflb.observer import Observer, Observers
+from ebpflb.overview import Overview, count
+from ebpflb.parts import Watch
+from ebpflb.ports import Port, Ports
+from ebpflb.problems import Found
+from ebpflb.source import Source
+from ebpflb.source.kube.keeper import Keeper
+from ebpflb.source.kube.source import HANGS_AFTER
+
+
+class DaemonAttendants:
+    """See `parts.Attendants`. `keeper` is None where nothing is to be remembered; `observers` are told of everything too; `clock` is the loop's."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataplane: Dataplane,
+        sources: Sequence[Source],
+        *,
+        keeper: Keeper | None,
+        observers: Sequence[Observer] = (),
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._keeper = keeper
+        self._metrics = Metrics(dataplane, sources, count, clock=clock, each_service=config.service_metrics)
+        self._health = Health(
+            sources,
+            families=families(),
+            node_needed=config.api is not None,
+            clock=clock,
+            timeout=config.health_timeout,
+            hangs_after=HANGS_AFTER,
+            on_healthz=self._metrics.kube_proxy.healthz,
+            on_livez=self._metrics.kube_proxy.livez,
+        )
+        self._server = HttpServer()
+        self._ports: Ports[str] = Ports(self._server, clock)
+        self._checks = HealthChecks(self._server, lambda: self._health.healthy, clock)
+        self._pages = {
+            "healthz": self._health.handlers(),
+            "metrics": handlers(self._metrics.page, mode=dataplane.name, document=config.document, healthz=ping),
+        }
+        watching: list[Observer] = [self._metrics, self._health, self._checks, *observers]
+        workers: list[Worker] = [self._health, self._checks, self._ports, self._metrics.sampler]
+        if keeper is not None:
+            watching.append(keeper)
+            workers.append(keeper)
+        self.observer = Observers(watching)
+        self.workers: Sequence[Worker] = tuple(workers)
+        self.watches = (Watch(self._metrics.sampler.fileno(), self._metrics.sampler.woken),)
+
+    def begin(self, overview: Callable[[], Overview]) -> None:
+        """Answer on the two ports. Raises UserError if one cannot be had and `bind_hard_fail` is on."""
+        self._server.start()
+        for name, bind in (("healthz", self._config.healthz), ("metrics", self._config.metrics)):
+            if bind is not None:
+                self._ports.want(name, _port(bind), routed(self._pages[name]))
+        if self._config.bind_hard_fail:
+            for problem in self._ports.wrong():
+                raise UserError(f"{problem.subject}: {problem.reason}")
+
+    def problems(self) -> Iterator[Found]:
+        """Ports that cannot be had, and why the daemon calls itself unhealthy."""
+        for part, problems in (
+            ("http", self._ports.wrong()),
+            ("health-check", self._checks.wrong()),
+            ("health", self._health.wrong()),
+        ):
+            yield from (Found(part, *problem) for problem in problems)
+
+    def close(self) -> None:
+        """End the threads, save what is to be remembered."""
+        self._metrics.sampler.close()
+        self._server.stop()
+        if self._keeper is not None:
+            self._keeper.close()
+
+
+def families() -> Sequence[Family]:
+    """The families that this kernel speaks."""
+    return (Family.IPV4, Family.IPV6) if os.path.exists("/proc/net/if_inet6") else (Family.IPV4,)
+
+
+def _port(bind: Bind) -> Port:
+    return Port(bind.address, bind.port)
