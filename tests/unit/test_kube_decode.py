@@ -154,9 +154,7 @@ def test_a_node_is_this_one_or_none() -> None:
 
 
 def test_a_bookmark_says_how_far_the_watch_is() -> None:
-    line = (
-        b'{"type":"BOOKMARK","object":{"kind":"Service","metadata":{"resourceVersion":"12","creationTimestamp":null}}}'
-    )
+    line = b'{"type":"BOOKMARK","object":{"kind":"Service","metadata":{"resourceVersion":"12","labels":null}}}'
     assert decode.line(SERVICES, line) == Bookmark("12", initial=False)
     end = {"metadata": {"resourceVersion": "12", "annotations": {"k8s.io/initial-events-end": "true"}}}
     assert decode.line(SERVICES, event("BOOKMARK", end)) == Bookmark("12", initial=True)

@@ -64,11 +64,15 @@ class Keeper:
             self._thread = threading.Thread(target=self._save, args=self._taken(), name="snapshot", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
-        """Save what is not saved yet. To be called while the source is still open, or it is not live any more."""
+    def wait(self) -> None:
+        """Wait for the end of what is being saved."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def close(self) -> None:
+        """Save what is not saved yet. To be called while the source is still open, or it is not live any more."""
+        self.wait()
         if self._news_at is not None and self._live():
             self._news_at = None
             self._save(*self._taken())

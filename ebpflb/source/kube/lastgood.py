@@ -57,6 +57,8 @@ class _Header(msgspec.Struct, frozen=True):
     objects: int
 
 
+_OTHER_VERSION = "another version of ebpflb wrote it"
+
 _ENCODER = msgspec.msgpack.Encoder()
 _HEADER = msgspec.msgpack.Decoder(_Header)
 _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
@@ -148,45 +150,34 @@ def load(path: str, node: str) -> Saved | None:
         return None
     except OSError as error:
         raise SourceError(f"the snapshot {path} cannot be read: {error.strerror}") from error
-    reason = _refusal(data, node)
-    if reason:
-        raise SourceError(f"the snapshot {path} is not used: {reason}")
-    header, body = _opened(data)
-    return Saved(header.saved, tuple(_Sharing().events(_frames(body))))
-
-
-def _refusal(data: bytes, node: str) -> str:
-    """Why these bytes are not used; "" if they are."""
-    kept = _MAGIC.rpartition(b" ")[0]
-    if not data.startswith(_MAGIC):
-        return "another version of ebpflb wrote it" if data.startswith(kept) else "it is no snapshot, or damaged"
-    view = memoryview(data)
-    if len(data) < len(_MAGIC) + _DIGEST or hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
-        return "it is damaged or cut off"
     try:
         header, body = _opened(data)
         if header.layout != _layout():
-            return "another version of ebpflb wrote it"
+            raise ValueError(_OTHER_VERSION)
         if header.node != node:
-            return f"it is of node {header.node}, and this is {node}"
-        if sum(1 for _ in _frames(body)) != header.objects:
-            return "it is damaged: it does not hold as many objects as it says"
+            raise ValueError(f"it is of node {header.node}, and this is {node}")
+        return Saved(header.saved, tuple(_Sharing().events(_frames(body, header.objects))))
     except (msgspec.DecodeError, struct.error, zlib.error, ValueError) as error:
-        return f"it is damaged: {error}"
-    return ""
+        reason = str(error) if type(error) is ValueError else f"it is damaged: {error}"
+        raise SourceError(f"the snapshot {path} is not used: {reason}") from error
 
 
 def _opened(data: bytes) -> tuple[_Header, memoryview]:
-    """The header, and the compressed objects."""
+    """The header, and the compressed objects. Raises ValueError and others for what is damaged."""
+    if not data.startswith(_MAGIC):
+        kept = _MAGIC.rpartition(b" ")[0]
+        raise ValueError(_OTHER_VERSION if data.startswith(kept) else "it is no snapshot, or damaged")
+    view = memoryview(data)
+    if len(data) < len(_MAGIC) + _DIGEST or hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
+        raise ValueError("it is damaged or cut off")
     (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
     start = len(_MAGIC) + _LENGTH.size
-    view = memoryview(data)
     return _HEADER.decode(view[start : start + length]), view[start + length : -_DIGEST]
 
 
-def _frames(body: memoryview) -> Iterator[tuple[bytes, bytes]]:
-    """Each object's kind and bytes; never all of them at once."""
-    decompressor, plain, at = zlib.decompressobj(), bytearray(), 0
+def _frames(body: memoryview, count: int) -> Iterator[tuple[bytes, bytes]]:
+    """The kind and bytes of each of the `count` objects; never all of them at once."""
+    decompressor, plain, at, found = zlib.decompressobj(), bytearray(), 0, 0
     for start in range(0, len(body), _CHUNK):
         del plain[:at]
         at = 0
@@ -197,9 +188,9 @@ def _frames(body: memoryview) -> Iterator[tuple[bytes, bytes]]:
             if len(plain) < begin + length:
                 break
             yield bytes(plain[begin - 1 : begin]), bytes(plain[begin : begin + length])
-            at = begin + length
-    if at != len(plain) or not decompressor.eof:
-        raise ValueError("it ends within an object")
+            at, found = begin + length, found + 1
+    if at != len(plain) or not decompressor.eof or found != count:
+        raise ValueError("it is damaged: not all of it is there")
 
 
 class _Sharing:
@@ -210,6 +201,8 @@ class _Sharing:
 
     def events(self, frames: Iterable[tuple[bytes, bytes]]) -> Iterator[Event]:
         for kind, data in frames:
+            if kind not in _DECODERS:
+                raise ValueError("it is damaged: it has an object of a kind that there is not")
             match _DECODERS[kind].decode(data):
                 case Service() as service:
                     yield PutService(msgspec.structs.replace(service, name=self._name(service.name)))
