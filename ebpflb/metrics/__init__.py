@@ -18,7 +18,7 @@ from ebpflb.metrics.page import Page
 from ebpflb.metrics.sampler import PERIOD, Amounts, Sampler
 from ebpflb.observer import Observers
 from ebpflb.routes import RouteTable
-from ebpflb.source import Source
+from ebpflb.source import Event, Source
 
 
 class Metrics(Observers):
@@ -47,6 +47,9 @@ class Metrics(Observers):
             self._own, dataplane, sources, amounts, clock=clock, wall=wall, seats=each_service, period=period
         )
         self.page = Page(self.cells, self.sampler.scraped)
+
+    def event(self, event: Event) -> None:
+        self.kube_proxy.event(event)  # tens of thousands in a first list, and nobody else cares
 
     def cells(self) -> Iterator[Cell]:
         """Every metric of this package, as it is now."""

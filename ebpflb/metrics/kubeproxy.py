@@ -102,10 +102,11 @@ class KubeProxyMetrics:
     # ---- As an observer ----
 
     def event(self, event: Event) -> None:
-        if isinstance(event, PutSlice | DropSlice):
+        kind = type(event)
+        if kind is PutSlice or kind is DropSlice:
             self._slices += 1
             self._slices_waiting += 1
-        elif isinstance(event, PutService | DropService):
+        elif kind is PutService or kind is DropService:
             self._services += 1
             self._services_waiting += 1
         self._queued_at = self._wall()
