@@ -118,7 +118,8 @@ class ListWatch:
         self._streams = True  # the server may know streaming lists
         self._in_pages = False  # the last streaming list failed
         self._failures = 0
-        self._granted = False  # the last watch was begun, whatever became of it
+        self._inside = False  # a watch was granted, and has not ended
+        self._failed_inside = False  # the last failure was inside a watch
         self._doing_what = "list"
 
     def run(self) -> None:
@@ -132,6 +133,7 @@ class ListWatch:
     def attempt(self) -> float:
         """List if need be, then watch until that ends; seconds to wait before the next attempt."""
         self.alive = self._clock()
+        self._inside = False
         try:
             if self._version is not None and self._unsure:
                 self._look_back()
@@ -267,7 +269,7 @@ class ListWatch:
             watch="true", resourceVersion=self._version or "", allowWatchBookmarks="true", timeoutSeconds=asked
         )
         self._unsure = True
-        with self._granting(query) as reply:
+        with self._get(query, self._timing.silence, stream=True) as reply:
             began = self._established()
             try:
                 said = self._follow(reply)
@@ -283,14 +285,6 @@ class ListWatch:
         self._unsure = lived < 0.9 * float(asked)
         if not said and lived < self._timing.proven:
             raise SourceError(f"the server ends each watch of {self.kind.resource} at once")
-
-    def _granting(self, query: dict[str, str]) -> Reply:
-        """Ask for a watch. Raises SourceError."""
-        try:
-            return self._get(query, self._timing.silence, stream=True)
-        except SourceError:
-            self._granted = False
-            raise
 
     def _follow(self, reply: Reply) -> bool:
         """Take in lines until they end; whether any came."""
@@ -316,9 +310,9 @@ class ListWatch:
         """The server has granted the watch; when."""
         self.alive = self._clock()
         # One that was granted and then failed has its problem until the next one has said something.
-        problem = self.doing.problem if self._granted else None
+        problem = self.doing.problem if self._failed_inside else None
         self._note(Doing(listed=True, failures=self._failures if problem else 0, problem=problem))
-        self._granted = True
+        self._inside = True
         return self.alive
 
     # ---- Requests and failures ----
@@ -341,6 +335,7 @@ class ListWatch:
         now = self._clock()
         gone = isinstance(error, ApiError) and error.status == _GONE
         self._failures += 1
+        self._failed_inside = self._inside
         log.debug("%s: attempt %d to %s: %s", self.kind.resource, self._failures, self._doing_what, error)
         if gone or (self._failures >= _STUBBORN and not isinstance(error, Unreachable)):
             self._version = None
