@@ -49,6 +49,7 @@ class Setting:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self.now = 1000.0
+        self.told: list[tuple[str, str, int | None, float | None]] = []
         self.resolver = Resolver(Access(addresses=()))
 
     def web(self, answer: Answer, **more: object) -> Web:
@@ -57,7 +58,12 @@ class Setting:
     def client(self, *urls: str | Address, **more: object) -> HttpClient:
         addresses = tuple(url if isinstance(url, Address) else Address(url) for url in urls)
         self.resolver = Resolver(Access(addresses=addresses, **more))  # type: ignore[arg-type]
-        client = HttpClient(self.resolver, clock=lambda: self.now, now=lambda: 1_800_000_000.0)
+        client = HttpClient(
+            self.resolver,
+            clock=lambda: self.now,
+            now=lambda: 1_800_000_000.0,
+            told=lambda *seen: self.told.append(seen),
+        )
         self._stack.callback(client.close)
         return client
 
@@ -686,3 +692,26 @@ def test_a_proxy_that_refuses_is_named_without_its_password(setting: Setting) ->
         f"the proxy {proxy.url} refuses to connect: 403 Forbidden"
     )
     assert proxy.seen[0].target == "api.example:6443"
+
+
+# ---- Who wants to know
+
+
+def test_every_request_is_told_with_its_outcome_and_a_watch_without_its_length(setting: Setting) -> None:
+    def answer(exchange: Exchange) -> None:
+        setting.now += 0.25
+        ok(exchange) if exchange.seen.method == "GET" else exchange.status(403, "Forbidden", "no")
+
+    server, dead = setting.web(answer), nobody_there()
+    host = server.url.removeprefix("http://")
+    client = setting.client(dead, server.url)
+    listed(client)
+    client.get(SERVICES, {}, timeout=PATIENCE_SECONDS, stream=True).close()
+    with pytest.raises(ApiError):
+        client.send("POST", SERVICES, b"{}", content_type="application/json", timeout=PATIENCE_SECONDS)
+    assert setting.told == [
+        ("GET", dead.removeprefix("http://"), None, 0.0),
+        ("GET", host, 200, 0.25),
+        ("GET", host, 200, None),
+        ("POST", host, 403, 0.25),
+    ]

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection
@@ -166,7 +166,9 @@ class _State:
 
 class HttpClient:
     """A `Client`. `resolver` says how to reach the server and as whom; `clock` counts seconds from anywhere, `now` is
-    the time of day in seconds since the epoch. Nothing is resolved or opened before the first request."""
+    the time of day in seconds since the epoch. `told` hears of every request at every address, from any thread: method,
+    host, status (None if there was no answer), seconds until the answer began (None for a stream). Nothing is resolved
+    or opened before the first request."""
 
     def __init__(
         self,
@@ -174,8 +176,10 @@ class HttpClient:
         *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        told: Callable[[str, str, int | None, float | None], None] = lambda method, host, status, seconds: None,
     ) -> None:
         self._resolver = resolver
+        self._told = told
         self._clock = clock
         self._now = now
         self._live = Live()
@@ -224,7 +228,7 @@ class HttpClient:
             if self._live.ended:
                 raise Unreachable(_CLOSED)
             try:
-                reply = self._ask(state, place, request, token)
+                reply = self._measured(state, place, request, token)
             except _NotAsked as error:
                 reasons.append((place.address, str(error)))
                 state.failed(index, at_once=True)
@@ -241,6 +245,21 @@ class HttpClient:
             state.worked(index)
             return reply
         raise Unreachable(_CLOSED if self._live.ended else unreachable(reasons))
+
+    def _measured(self, state: _State, place: Connections, request: _Request, token: str) -> HttpReply:
+        """As `_ask`, for whoever wants to know how it went."""
+        began = self._clock()
+        status: int | None = None
+        try:
+            reply = self._ask(state, place, request, token)
+            status = reply.status
+            return reply
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            host = urlsplit(place.address.url).netloc
+            self._told(request.method, host, status, None if request.stream else self._clock() - began)
 
     def _ask(self, state: _State, place: Connections, request: _Request, token: str) -> HttpReply:
         """The answer at one address. Raises _NotAsked, Unreachable, ApiError."""
@@ -406,6 +425,11 @@ class HttpReply:
     def begin(self, response: urllib3.HTTPResponse) -> None:
         """The head has been read."""
         self._response = response
+
+    @property
+    def status(self) -> int | None:
+        """Of the answer; None before it has begun."""
+        return None if self._response is None else self._response.status
 
     def read(self) -> bytes:
         response = self._body()
