@@ -1,5 +1,5 @@
-"""Who goes along with the daemon that stays: the HTTP server with health, health checks and metrics, what is told to the
-API server, and what is remembered for the next start.
+"""Who goes along with the daemon that stays: the HTTP server with health, health checks and metrics, what is told to
+the API server, and what is remembered for the next start.
 
 Rules of this file: it puts them together, begins and ends them in order; each does its work in a file of its own.
 Everything here may fail without a Service noticing.
@@ -31,7 +31,8 @@ from ebpflb.source.kube.source import HANGS_AFTER
 
 
 class DaemonAttendants:
-    """See `parts.Attendants`. `keeper` is None where nothing is to be remembered; `observers` are told of everything too; `clock` is the loop's."""
+    """See `parts.Attendants`. `keeper` is None where nothing is to be remembered; `observers` are told of everything
+    too; `clock` is the loop's."""
 
     def __init__(
         self,
@@ -71,6 +72,10 @@ class DaemonAttendants:
         self.observer = Observers(watching)
         self.workers: Sequence[Worker] = tuple(workers)
         self.watches = (Watch(self._metrics.sampler.fileno(), self._metrics.sampler.woken),)
+
+    def request(self, method: str, host: str, status: int | None, seconds: float | None) -> None:
+        """A request to the API server ended, as `HttpClient.told` says it; from any thread."""
+        self._metrics.kube_proxy.request(method, host, status, seconds)
 
     def begin(self, overview: Callable[[], Overview]) -> None:
         """Answer on the two ports. Raises UserError if one cannot be had and `bind_hard_fail` is on."""

@@ -122,11 +122,13 @@ def _now() -> str:
 
 
 class _Kubernetes:
-    """What the API server's source and its companions share; each None before, or where there is another source."""
+    """What the API server's source and its companions share; each None before, or where there is another source.
+    `told` is who hears of requests, as soon as there is somebody."""
 
     def __init__(self) -> None:
         self.client: HttpClient | None = None
         self.servers: ApiServers | None = None
+        self.told: Callable[[str, str, int | None, float | None], None] = lambda method, host, status, seconds: None
 
 
 def _sources(config: Config, kubernetes: _Kubernetes) -> Sequence[Source]:
@@ -152,7 +154,10 @@ def _kube_source(config: Config, api: ApiServer, kubernetes: _Kubernetes) -> Kub
         return lastgood.load(path, config.node_name) if path else None
 
     kubernetes.servers = ApiServers(recall)
-    kubernetes.client = HttpClient(access.Resolver(api, environ=os.environ, remembered=kubernetes.servers))
+    kubernetes.client = HttpClient(
+        access.Resolver(api, environ=os.environ, remembered=kubernetes.servers),
+        told=lambda method, host, status, seconds: kubernetes.told(method, host, status, seconds),
+    )
     return KubeSource(
         kubernetes.client,
         config.node_name,
@@ -187,7 +192,11 @@ def _attendants(
             clock=time.monotonic,
             now=time.time,
         )
-    return DaemonAttendants(config, choice.dataplane, sources, keeper=keeper, observers=observers, clock=time.monotonic)
+    attendants = DaemonAttendants(
+        config, choice.dataplane, sources, keeper=keeper, observers=observers, clock=time.monotonic
+    )
+    kubernetes.told = attendants.request
+    return attendants
 
 
 def _set_up_node(config: Config) -> Iterable[Problem]:

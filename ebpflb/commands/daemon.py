@@ -24,6 +24,7 @@ from ebpflb.config import Config
 from ebpflb.control import Control, listen
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, SourceError, UserError
+from ebpflb.log import hold_repeats
 from ebpflb.loop import Stop, Worker, run, stop_on_signals
 from ebpflb.parts import NoAttendants, Parts, Watch, choose
 from ebpflb.problems import Found
@@ -58,6 +59,8 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
         selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(stop, selectors.EVENT_READ, lambda: None)
         _watch_config(config, parts, selector, stop, stack)
+        repeats = hold_repeats(parts.clock)
+        stack.callback(repeats.close)
         for warning in config.warnings:
             log.warning("%s", warning)
         chosen = choose(parts.dataplanes(config))
@@ -96,7 +99,7 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
             selector.register(source.fileno(), selectors.EVENT_READ, lambda source=source: reconciler.read(source))
         reconciler.read_all()
         workers: list[Worker] = [reconciler, _Attend(parts, dataplane, reconciler, selector), _ColdStart(reconciler)]
-        workers += attendants.workers
+        workers += (*attendants.workers, repeats)
         stack.callback(gc.unfreeze)
         stack.callback(gc.enable)
         gc.disable()
