@@ -13,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from bench.api import Effort, api
 from bench.daemon import daemon
+from bench.decoding import decoding
 from bench.lab import CHECKOUT, Lab, lab
 from bench.paths import paths
 from bench.plane import plane
@@ -21,7 +23,7 @@ from bench.programs import programs
 from bench.report import TARGETS, Figure, Report, table
 from ebpflb.errors import EbpflbError
 
-GROUPS = ("programs", "plane", "daemon", "paths")
+GROUPS = ("programs", "plane", "daemon", "decode", "api", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -55,6 +57,13 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
                 here, sizes[1:], (sizes[0], sizes[-1]), 2 if quick else 5, 100 if quick else 1000, say
             ),
             "daemon": lambda here: daemon(here, (sizes[0], sizes[-1]), 2 if quick else 4, 20 if quick else 200, say),
+            "decode": lambda here: decoding(here, 2 if quick else 5, say),
+            "api": lambda here: api(
+                here,
+                (sizes[0], sizes[-1]),
+                Effort(2, 50, 2000, 500, 4.0, 1.0) if quick else Effort(5, 1000, 30_000, 1000, 60.0),
+                say,
+            ),
             "paths": lambda here: paths(here, 4 if quick else 12, say),
         }
         for group in groups:

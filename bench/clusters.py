@@ -58,8 +58,8 @@ def service(number: int) -> dict[str, object]:
     }
 
 
-def endpoint_slice(number: int, addresses: Sequence[str]) -> dict[str, object]:
-    """The slice of Service `number`; all its endpoints are ready."""
+def endpoint_slice(number: int, addresses: Sequence[str], revision: int = 0) -> dict[str, object]:
+    """The slice of Service `number`; all its endpoints are ready. `revision` is its resourceVersion, 0 for any."""
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -67,7 +67,7 @@ def endpoint_slice(number: int, addresses: Sequence[str]) -> dict[str, object]:
             "name": f"service-{number}-abcde",
             "namespace": f"team-{number % 50}",
             "uid": f"7f1c2c1e-0000-4000-8000-{number:012d}",
-            "resourceVersion": str(2000000 + number),
+            "resourceVersion": str(revision or 2000000 + number),
             "creationTimestamp": "2026-01-01T00:00:00Z",
             "generateName": f"service-{number}-",
             "labels": {
@@ -93,6 +93,92 @@ def endpoint_slice(number: int, addresses: Sequence[str]) -> dict[str, object]:
             for index, address in enumerate(addresses)
         ],
     }
+
+
+def node(number: int) -> dict[str, object]:
+    """Node `number`, with as much in its status as a kubelet reports: 50 images and its conditions."""
+    address = f"192.168.{number // 250}.{number % 250 + 2}"
+    kinds = ("MemoryPressure", "DiskPressure", "PIDPressure", "Ready")
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {
+            "name": f"node-{number}",
+            "uid": f"9f1c2c1e-0000-4000-8000-{number:012d}",
+            "resourceVersion": str(500000 + number),
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {
+                "kubernetes.io/hostname": f"node-{number}",
+                "kubernetes.io/os": "linux",
+                "topology.kubernetes.io/region": "here",
+                "topology.kubernetes.io/zone": "abc"[number % 3],
+            },
+        },
+        "spec": {"podCIDR": f"10.{number % 250}.0.0/24", "podCIDRs": [f"10.{number % 250}.0.0/24"]},
+        "status": {
+            "addresses": [
+                {"type": "InternalIP", "address": address},
+                {"type": "Hostname", "address": f"node-{number}"},
+            ],
+            "capacity": {"cpu": "8", "memory": "32Gi", "pods": "110"},
+            "conditions": [
+                {
+                    "type": kind,
+                    "status": "True" if kind == "Ready" else "False",
+                    "lastHeartbeatTime": "2026-01-01T00:00:00Z",
+                    "lastTransitionTime": "2026-01-01T00:00:00Z",
+                    "reason": f"Kubelet{kind}",
+                    "message": f"kubelet says {kind}",
+                }
+                for kind in kinds
+            ],
+            "images": [
+                {
+                    "names": [f"registry.example/team-{image}/app@sha256:{image:064x}", f"registry.example/a:{image}"],
+                    "sizeBytes": 50000000 + image,
+                }
+                for image in range(50)
+            ],
+        },
+    }
+
+
+def with_managed_fields(obj: dict[str, object]) -> dict[str, object]:
+    """The object as the API server gives it out: with who wrote which of its fields, and, of a slice, who owns it."""
+    metadata = obj["metadata"]
+    assert isinstance(metadata, dict)
+    labels: dict[str, object] = {".": {}, **{f"f:{name}": {} for name in metadata["labels"]}}
+    about: dict[str, object] = {"f:labels": labels}
+    match obj["kind"]:
+        case "Service":
+            ports: dict[str, object] = {".": {}, "f:name": {}, "f:port": {}, "f:protocol": {}, "f:targetPort": {}}
+            port = f'k:{{"port":{PORT},"protocol":"TCP"}}'
+            spec = {"f:internalTrafficPolicy": {}, "f:ports": {".": {}, port: ports}, "f:selector": {}}
+            fields: dict[str, object] = {"f:spec": {**spec, "f:sessionAffinity": {}, "f:type": {}}}
+            writer = "helm"
+        case "EndpointSlice":
+            owner = metadata["uid"].replace("7f", "6f", 1)
+            name = metadata["labels"]["kubernetes.io/service-name"]
+            metadata["ownerReferences"] = [
+                {
+                    "apiVersion": "v1",
+                    "kind": "Service",
+                    "name": name,
+                    "uid": owner,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ]
+            about["f:annotations"] = {".": {}, **{f"f:{name}": {} for name in metadata.get("annotations", ())}}
+            about["f:ownerReferences"] = {".": {}, f'k:{{"uid":"{owner}"}}': {}}
+            fields = {"f:addressType": {}, "f:endpoints": {}, "f:ports": {}}
+            writer = "kube-controller-manager"
+        case _:
+            fields = {"f:spec": {"f:podCIDR": {}, "f:podCIDRs": {".": {}, 'v:"10.0.0.0/24"': {}}}}
+            writer = "kube-controller-manager"
+    entry = {"manager": writer, "operation": "Update", "apiVersion": obj["apiVersion"], "time": "2026-01-01T00:00:00Z"}
+    metadata["managedFields"] = [{**entry, "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": about, **fields}}]
+    return obj
 
 
 def bytes_of(value: object) -> bytes:

@@ -42,8 +42,8 @@ def daemon(lab: Lab, sizes: tuple[int, ...], rounds: int, changes: int, say: Cal
             say(f"daemon with {services} Services, {number + 1}/{rounds}")
             with _running(lab, manifests, services) as (started, seconds, bpffs):
                 ready.append(seconds)
-                rss.append(_memory(started.pid)["VmRSS"] / 1024)
-                peak.append(_memory(started.pid)["VmHWM"] / 1024)
+                rss.append(memory(started.pid)["VmRSS"] / 1024)
+                peak.append(memory(started.pid)["VmHWM"] / 1024)
                 if number == rounds - 1:
                     say(f"daemon with {services} Services follows")
                     follow = [seconds * 1000 for seconds in _follow(lab, manifests, bpffs, services, changes)]
@@ -115,7 +115,7 @@ def _asked(started: Daemon) -> bytes:
         time.sleep(0.002)
 
 
-def _memory(pid: int) -> dict[str, int]:
+def memory(pid: int) -> dict[str, int]:
     """Kilobytes by name, of /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {

@@ -61,6 +61,23 @@ TARGETS: dict[str, Target] = {
     "daemon.peak": Target(most=200.0, aim="140"),
     "daemon.ready.10": Target(most=2.0, aim="1.2"),
     "daemon.ready.10000": Target(most=2.0, aim="1.2"),
+    "decode.structs": Target(least=30.0, aim="60"),
+    "decode.memory": Target(least=8.0),
+    "api.ready.10": Target(most=2.0, aim="1.2"),
+    "api.ready.10000": Target(most=2.0, aim="1.2"),
+    "api.ready.10000.pages": Target(most=2.0, aim="1.2"),
+    "api.rss": Target(most=120.0, aim="80"),
+    "api.peak": Target(most=200.0, aim="140"),
+    "api.peak.pages": Target(most=200.0, aim="140"),
+    "api.idle.10": Target(most=5.0, aim="1"),
+    "api.idle.10000": Target(most=5.0, aim="1"),
+    "api.relist.rows": Target(most=0.0),
+    "api.follow.10.p99": Target(most=20.0),
+    "api.follow.10000.p99": Target(most=20.0),
+    "api.flatness": Target(most=1.2, aim="1.05"),
+    "api.churn.p99": Target(most=50.0),
+    "api.churn.cpu": Target(most=35.0),
+    "api.churn.errors": Target(most=0.0),
 }
 """By id of the figure."""
 
