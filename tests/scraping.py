@@ -57,9 +57,9 @@ class Asked(FakeSource):
 
 
 class Bench:
-    """`each_service`: how many Services may have series of their own."""
+    """`each_service`: how many Services may have series of their own; `started`: so many seconds ago."""
 
-    def __init__(self, each_service: int = 0) -> None:
+    def __init__(self, each_service: int = 0, started: float = 60.0) -> None:
         self.clock = FakeClock()
         self.dataplane = Tables(self.clock)
         self.dataplane.rows["counters"] = [
@@ -77,6 +77,7 @@ class Bench:
             each_service=each_service,
         )
         self.table = RouteTable()
+        self.clock.advance(started)
 
     def _count(self, table: RouteTable) -> Amounts:
         self.counted.append(table)

@@ -2,7 +2,7 @@
 
 Rules of this file: a scrape never asks the dataplane or a source. It leaves word that somebody is interested; the
 daemon's loop then looks, at most every `period` seconds and for at most a hundredth of its time, one table at a time so
-that changes are not kept waiting, and the next scrape tells what was seen. Nobody scrapes: nobody looks.
+that changes are not kept waiting, and the next scrape tells what was seen. Nobody scrapes: nobody looks, but once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ log = logging.getLogger("ebpflb.metrics")
 
 PERIOD = 15.0
 _SHARE = 100
+# The first look, without which the first scrape would find little, waits until the start is over.
+_AFTER_START = 5.0
 _SOURCES_PERIOD = 1.0
 
 
@@ -98,9 +100,9 @@ class Sampler:
         self._counted: RouteTable | None = None
         self._steps: Iterator[None] | None = None  # of the look that has begun
         self._took = 0.0
-        self._not_before = clock()
+        self._not_before = clock() + _AFTER_START
         self._sources_at = clock()
-        self._wanted = True  # so that the first scrape already finds something
+        self._wanted = True
         self._lock = threading.Lock()
         self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 

@@ -47,6 +47,17 @@ def test_the_kernel_is_looked_at_before_the_first_scrape(bench: Bench) -> None:
     assert amounts == {"services": 2, "frontends": 2, "routes": 4, "backends": 3}
 
 
+def test_a_start_is_not_disturbed() -> None:
+    bench = Bench(started=0.0)
+    bench.attempt()
+    bench.look()
+    assert bench.dataplane.asked == []
+    due = bench.metrics.sampler.due()
+    assert due is not None
+    assert 1 <= due - bench.clock.now <= 10
+    bench.close()
+
+
 def test_nobody_scrapes_nobody_looks(bench: Bench) -> None:
     bench.attempt()
     bench.look()
