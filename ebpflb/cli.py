@@ -84,9 +84,15 @@ def root() -> None:
 @root.command()
 @cli_options.daemon
 @click.option("--once", is_flag=True, help="One complete sync, then exit; programs and rules stay.")
-@cli_options.switch("--cleanup", "clean", "kube-proxy's spelling of `ebpflb cleanup`.")
+@cli_options.switch("--cleanup", "clean", "kube-proxy's spelling of `ebpflb cleanup`.", default=False)
+@cli_options.switch(
+    "--init-only", "init_only", "Only set the node up (kernel settings beside Services), then exit.", default=False
+)
+@click.option("--write-config-to", metavar="FILE", help="Only write the configuration in force to FILE, then exit.")
 @click.pass_obj
-def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> Result:
+def run(
+    parts: Parts | None, /, once: bool, clean: bool, init_only: bool, write_config_to: str | None, **typed: Any
+) -> Result:
     """The daemon, in the foreground; logs to stderr.
 
     Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With
@@ -94,10 +100,15 @@ def run(parts: Parts | None, /, once: bool, clean: bool, **typed: Any) -> Result
     """
     from ebpflb.commands.cleanup import cleanup
     from ebpflb.commands.daemon import run_daemon
+    from ebpflb.commands.setting_up import set_up_only, write_config
     from ebpflb.output import Format
 
     world = _parts(parts)
-    config = _config(world, typed, need_source=not clean)
+    config = _config(world, typed, need_source=not (clean or init_only or write_config_to))
+    if write_config_to:
+        return write_config(config, write_config_to)
+    if init_only:
+        return set_up_only(config, world)
     if clean:
         return cleanup(config, world, dry_run=False, form=Format.TABLE)
     return run_daemon(config, world, once=once)
@@ -249,7 +260,8 @@ def _parts(parts: Parts | None) -> Parts:
 
 def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> Config:
     from ebpflb import log
-    from ebpflb.config import SERVICE_ACCOUNT_TOKEN, Options, configure
+    from ebpflb.config import SERVICE_ACCOUNT_TOKEN
+    from ebpflb.options import Options, configure
 
     config = configure(
         Options(**typed),

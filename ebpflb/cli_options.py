@@ -34,8 +34,9 @@ def _group(*options: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
-def switch(name: str, field: str, help: str, default: bool = False) -> Callable[[F], F]:
-    """A flag in kube-proxy's two spellings: `--name`, and `--name=true` or `--name=false`."""
+def switch(name: str, field: str, help: str, default: bool | None = None) -> Callable[[F], F]:
+    """A flag in kube-proxy's two spellings: `--name`, and `--name=true` or `--name=false`. With no default, not given
+    is None."""
     return click.option(
         name,
         field,
@@ -49,13 +50,15 @@ def switch(name: str, field: str, help: str, default: bool = False) -> Callable[
 
 
 _LOG = (
-    click.option("--log-format", default="text", metavar="text|json", help="How it logs.  [default: text]"),
+    click.option("--log-format", metavar="text|json", help="How it logs.  [default: text]"),
     click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [default: info]"),
     click.option("-v", "--v", "verbosity", type=_Verbosity(), metavar="N", help="kube-proxy's: 4 and more is debug."),
 )
+_CONFIG = click.option(
+    "--config", metavar="FILE", help="A KubeProxyConfiguration or EbpflbConfiguration; options go before it."
+)
 _BPFFS = click.option(
     "--bpffs",
-    default="/sys/fs/bpf/ebpflb",
     metavar="DIR",
     help="Where maps and links are pinned.  [default: /sys/fs/bpf/ebpflb]",
 )
@@ -95,36 +98,29 @@ _ROUTES = (
         help="What tells this node's pods: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix.  "
         "[default: ClusterCIDR]",
     ),
-    click.option("--pod-bridge-interface", default="", metavar="NAME", help="For BridgeInterface: the pods' bridge."),
-    click.option(
-        "--pod-interface-name-prefix", default="", metavar="TEXT", help="For InterfaceNamePrefix: how names begin."
-    ),
+    click.option("--pod-bridge-interface", metavar="NAME", help="For BridgeInterface: the pods' bridge."),
+    click.option("--pod-interface-name-prefix", metavar="TEXT", help="For InterfaceNamePrefix: how names begin."),
     switch("--masquerade-all", "masquerade_all", "Masquerade everything that is sent to a cluster IP."),
     switch(
         "--iptables-localhost-nodeports",
         "localhost_nodeports",
         "Whether 127.0.0.0/8 carries NodePorts.  [default: true]",
-        default=True,
     ),
-    # What a later version reads; refused in one line until then.
-    click.option("--config", metavar="FILE", help="Not in this version yet."),
 )
 _RUN = (
     click.option(
         "--devices", multiple=True, metavar="PATTERN,...", help="Node devices for outside traffic.  [default: detected]"
     ),
-    click.option("--xdp", default="auto", metavar="auto|off", help="XDP comes later; both leave it alone."),
+    click.option("--xdp", metavar="auto|off", help="XDP comes later; both leave it alone.  [default: auto]"),
     click.option(
         "--min-sync-period",
         type=float,
-        default=0.01,
         metavar="SECONDS",
         help="Least time between two syncs in a storm of changes.  [default: 0.01]",
     ),
     click.option(
         "--audit-period",
         type=float,
-        default=30.0,
         metavar="SECONDS",
         help="How often the kernel is read back, compared and repaired.  [default: 30]",
     ),
@@ -136,27 +132,29 @@ _RUN = (
     ),
     click.option(
         "--healthz-bind-address",
-        default="0.0.0.0:10256",
         metavar="ADDRESS:PORT",
         help='Where /healthz and /livez are; "" for nowhere.  [default: 0.0.0.0:10256]',
     ),
     click.option(
         "--metrics-bind-address",
-        default="127.0.0.1:10249",
         metavar="ADDRESS:PORT",
         help='Where /metrics, /proxyMode and /configz are; "" for nowhere.  [default: 127.0.0.1:10249]',
     ),
-    switch("--init-only", "init_only", "Not in this version yet."),
-    click.option("--write-config-to", metavar="FILE", help="Not in this version yet."),
+    click.option(
+        "--service-metrics",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="How many Services may have metrics of their own.  [default: 0]",
+    ),
 )
 
-looking = _group(_BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
+looking = _group(_CONFIG, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that look at the kernel."""
 
-routes = _group(*_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
+routes = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that also read the source."""
 
-daemon = _group(*_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_LOG)
+daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_LOG)
 """Options of `run`."""
 
 status = _group(

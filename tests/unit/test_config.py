@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ebpflb.config import Config, LogFormat, LogLevel, Options, configure
+from ebpflb.config import Config, LogFormat, LogLevel
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
+from ebpflb.options import Options, configure
 
 
 def config(need_source: bool = False, hostname: str = "node-1", **options: Any) -> Config:
@@ -79,9 +80,6 @@ def test_an_empty_node_name_is_refused() -> None:
 
 
 NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
-    "config": ({"config": "kube-proxy.yaml"}, "--config"),
-    "init-only": ({"init_only": True}, "--init-only"),
-    "write-config-to": ({"write_config_to": "x"}, "--write-config-to"),
     "ipvs": ({"dataplane": "ipvs"}, "--dataplane ipvs"),
     "iptables": ({"dataplane": "iptables"}, "--dataplane iptables"),
     "kube-proxy's ipvs": ({"proxy_mode": "ipvs"}, "--proxy-mode ipvs"),

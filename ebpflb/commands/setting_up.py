@@ -1,0 +1,37 @@
+"""`run --init-only` and `run --write-config-to`: what a node and its configuration come to, without a daemon.
+
+Rules of this file: order and words only. Services are left alone: no dataplane is asked, nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ebpflb import config_file
+from ebpflb.commands import OK, Result
+from ebpflb.commands.daemon import require_privilege
+from ebpflb.config import Config
+from ebpflb.parts import Parts
+
+log = logging.getLogger("ebpflb.daemon")
+
+
+def write_config(config: Config, path: str) -> Result:
+    """Write the configuration in force, as a file that `--config` reads. Raises UserError."""
+    config_file.write(path, config.document)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    log.info("wrote the configuration to %s", path)
+    return Result(status=OK)
+
+
+def set_up_only(config: Config, parts: Parts) -> Result:
+    """The kernel settings that a daemon would make first; what could not be had is told, and is no reason to fail: the
+    daemon carries Services without it, and tells of it too."""
+    require_privilege(parts)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    for subject, reason, _ in parts.set_up_node(config):
+        log.warning("node: %s: %s", subject, reason)
+    log.info("the node is set up")
+    return Result(status=OK)
