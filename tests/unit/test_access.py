@@ -416,9 +416,12 @@ def test_no_key_is_left_in_a_file(kubeconfig: Kubeconfig, ca: Authority) -> None
 
 
 @pytest.mark.slow
-def test_the_child_tells_what_the_kubeconfig_says(kubeconfig: Kubeconfig) -> None:
+def test_the_child_tells_what_the_kubeconfig_says_wherever_we_are(
+    kubeconfig: Kubeconfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kubeconfig.user["token"] = "t"
     expected = kubeconfig.read()
+    monkeypatch.chdir("/")
     assert read_kubeconfig(str(kubeconfig.path), os.environ) == expected
 
 

@@ -34,6 +34,14 @@ NOTHING_TO_GO_BY = "nothing says where the API server is: give --manifests DIR, 
 # A plugin may have to ask a cloud, which may be slow; the daemon waits in the thread of the one who asked.
 _CHILD_SECONDS = 60.0
 
+# Where we are goes by argument: a PYTHONPATH would reach the plugins, of which many are written in Python.
+_CHILD = """\
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from ebpflb.source.kube.credentials import main
+main()
+"""
+
 _LAST_RESORT = "most likely a Service, which needs a proxy before there is one: give --apiserver URL"
 
 _HOST = "KUBERNETES_SERVICE_HOST"
@@ -126,7 +134,7 @@ class Resolves(Protocol):
 
 def read_kubeconfig(path: str, environ: Mapping[str, str], timeout: float = _CHILD_SECONDS) -> Told:
     """Ask the child process. Raises SourceError."""
-    command = [sys.executable, "-m", "ebpflb.source.kube.credentials", path]
+    command = [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).resolve().parents[3]), path]
     try:
         # A session of its own, so that a plugin that hangs ends with the child.
         child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Reading a kubeconfig with the official package, as a program: `python -m ebpflb.source.kube.credentials FILE`.
+"""Reading a kubeconfig with the official package: a program, `python -m ebpflb.source.kube.credentials FILE`.
 
 Rules of this file: it is the only importer of `kubernetes`, which costs 30 MB and is therefore gone when the answer is
 given: one JSON document on stdout, a Told or a Failed. The package decides what a kubeconfig means, and runs exec

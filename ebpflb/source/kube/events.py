@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import random as real_random
 
 import msgspec
@@ -334,19 +334,24 @@ class EventSender:
 
     def _uid(self, service: ServiceName) -> str:
         """By a list, since listing is what we are allowed. "" if it cannot be had."""
-        query = {"fieldSelector": f"metadata.name={service.name}", "resourceVersion": "0"}
         try:
-            with self._client.get(f"/api/v1/namespaces/{service.namespace}/services", query, timeout=_TIMEOUT) as reply:
-                found = msgspec.json.decode(reply.read(), type=_List)
+            # From the server's cache, which costs it little but may be behind.
+            found = self._listed(service, {"resourceVersion": "0"}) or self._listed(service, {})
         except msgspec.DecodeError:
             return ""
         except ApiError as error:
             if error.status == 403:
                 return ""
             raise
-        if not found.items:
+        if not found:
             raise _Dropped(f"Service {service} is gone")
-        return found.items[0].metadata.uid
+        return found[0].metadata.uid
+
+    def _listed(self, service: ServiceName, query: Mapping[str, str]) -> list[_Object]:
+        path = f"/api/v1/namespaces/{service.namespace}/services"
+        query = {"fieldSelector": f"metadata.name={service.name}", **query}
+        with self._client.get(path, query, timeout=_TIMEOUT) as reply:
+            return msgspec.json.decode(reply.read(), type=_List).items
 
     def _name(self, notice: Notice, first: float) -> str:
         """Of an Event that every node would write, the same on every node: the first one makes it."""
