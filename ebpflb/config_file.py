@@ -155,8 +155,8 @@ def _hint(key: str, path: str, here: list[str], whole: type[KubeProxyConfigurati
 
 
 def _everywhere(type_: type[Part], path: str = "") -> Iterator[tuple[str, str]]:
-    """Every field's name and whole path, the outer ones last, so that in a dict they count."""
-    for field in msgspec.structs.fields(type_):
+    """Every field's name and whole path, the first and outermost ones last, so that in a dict they count."""
+    for field in reversed(msgspec.structs.fields(type_)):
         for part in _parts(field.type):
             yield from _everywhere(part, f"{path}{field.encode_name}.")
     for field in msgspec.structs.fields(type_):
@@ -203,14 +203,10 @@ def _words(error: msgspec.ValidationError) -> str:
 # ---- Written ----
 
 
-def write(path: str, document: Mapping[str, object]) -> None:
-    """Write a document where `read` finds it. Raises UserError."""
-    text = yaml.safe_dump(dict(document), sort_keys=True, default_flow_style=False, allow_unicode=True)
-    try:
-        with open(path, "w", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise UserError(f"--write-config-to {path}: {error.strerror}; give a file that can be written") from None
+def written(document: Mapping[str, object]) -> str:
+    """A document as `parse` reads it."""
+    text: str = yaml.safe_dump(dict(document), sort_keys=True, default_flow_style=False, allow_unicode=True)
+    return text
 
 
 # ---- Watched ----

@@ -11,16 +11,24 @@ from ebpflb import config_file
 from ebpflb.commands import OK, Result
 from ebpflb.commands.daemon import require_privilege
 from ebpflb.config import Config
+from ebpflb.errors import UserError
 from ebpflb.parts import Parts
 
 log = logging.getLogger("ebpflb.daemon")
 
 
 def write_config(config: Config, path: str) -> Result:
-    """Write the configuration in force, as a file that `--config` reads. Raises UserError."""
-    config_file.write(path, config.document)
+    """Write the configuration in force, as a file that `--config` reads; "-" prints it. Raises UserError."""
+    text = config_file.written(config.document)
     for warning in config.warnings:
         log.warning("%s", warning)
+    if path == "-":
+        return Result(text, OK)
+    try:
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise UserError(f"--write-config-to {path}: {error.strerror}; give a file that can be written") from None
     log.info("wrote the configuration to %s", path)
     return Result(status=OK)
 
