@@ -6,7 +6,9 @@ from __future__ import annotations
 import gzip
 import socket
 import ssl
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -510,6 +512,40 @@ def test_an_access_that_cannot_be_had_is_tried_again_with_each_request(setting: 
     assert refused(client) == "kubeconfig k: there is no such file"
     setting.resolver.error = None
     listed(client)
+
+
+def test_threads_that_begin_together_ask_for_credentials_once() -> None:
+    """One minute of a plugin that hangs is enough for all."""
+    go_on = threading.Event()
+    texts: list[str] = []
+
+    class Slow(Resolver):
+        def resolve(self) -> Access:
+            self.asked += 1
+            go_on.wait(PATIENCE_SECONDS)
+            raise SourceError("the exec plugin hangs")
+
+    slow = Slow(Access(addresses=()))
+    client = HttpClient(slow)
+    threads = [threading.Thread(target=lambda: texts.append(refused(client))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+
+    def waiting() -> int:
+        frames = sys._current_frames()
+        found = [frames[thread.ident] for thread in threads if thread.ident in frames]
+        return sum(frame.f_code.co_name == "_resolve" and "attempts" in frame.f_locals for frame in found)
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while waiting() < 2:
+        assert time.monotonic() < deadline
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert texts == ["the exec plugin hangs"] * 3
+    assert slow.asked == 1
+    assert refused(client) == "the exec plugin hangs"
+    assert slow.asked == 2
 
 
 def test_a_token_that_expired_is_named_with_its_time(setting: Setting) -> None:

@@ -186,6 +186,7 @@ class HttpClient:
         self._state: _State | None = None
         self._resolving = threading.Lock()
         self._resolved_at = 0.0
+        self._attempts = 0
         self._trouble = ""
 
     # ---- The protocol ----
@@ -360,32 +361,37 @@ class HttpClient:
         return renewed if renewed is not state else None
 
     def _resolve(self, state: _State | None) -> _State:
-        """Resolve anew, one thread at a time; whoever has something to go on with does not wait for it."""
+        """Resolve anew, one thread at a time; whoever has something to go on with does not wait for it. Those who
+        waited have the answer that they waited for, be it a failure."""
+        attempts = self._attempts
         if not self._resolving.acquire(blocking=state is None):
             assert state is not None
             return state
         try:
             if self._state is not state and self._state is not None:
                 return self._state
-            try:
-                access = self._resolver.resolve()
-                renewed = state if state is not None and access == state.access else _State(access, self._clock)
-                trouble = ""
-            except EbpflbError as error:
-                trouble = str(error)
-                if state is None:
-                    raise Unreachable(trouble) from None
-                renewed = state
-                if trouble != self._trouble:
-                    log.warning("%s; what there was before stays in use", trouble)
-            finally:
-                self._resolved_at = self._clock()
-            self._trouble = trouble
-            if renewed is not state:
-                self._replace(state, renewed)
-            return renewed
+            if self._attempts == attempts:
+                self._attempt(state)
+            if self._state is None:
+                raise Unreachable(self._trouble)
+            return self._state
         finally:
             self._resolving.release()
+
+    def _attempt(self, state: _State | None) -> None:
+        """One look at how things are; what cannot be had is `_trouble`."""
+        trouble = ""
+        try:
+            access = self._resolver.resolve()
+            if state is None or access != state.access:
+                self._replace(state, _State(access, self._clock))
+        except EbpflbError as error:
+            trouble = str(error)
+            if state is not None and trouble != self._trouble:
+                log.warning("%s; what there was before stays in use", trouble)
+        self._attempts += 1
+        self._resolved_at = self._clock()
+        self._trouble = trouble
 
     def _replace(self, old: _State | None, new: _State) -> None:
         self._state = new
