@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from ebpflb import __version__
 from ebpflb.config import Bind, Config
-from ebpflb.dataplane import Dataplane
 from ebpflb.errors import UserError
 from ebpflb.health import Health, ping
 from ebpflb.healthchecks import HealthChecks
@@ -20,32 +20,38 @@ from ebpflb.loop import Worker
 from ebpflb.metrics import Metrics
 from ebpflb.metrics.page import handlers
 from ebpflb.model import Family
+from ebpflb.notices import Notices
 from ebpflb.observer import Observer, Observers
 from ebpflb.overview import Overview, count
-from ebpflb.parts import Watch
+from ebpflb.parts import Choice, Watch
 from ebpflb.ports import Port, Ports
 from ebpflb.problems import Found
 from ebpflb.source import Source
+from ebpflb.source.kube.events import EventSender
 from ebpflb.source.kube.keeper import Keeper
 from ebpflb.source.kube.source import HANGS_AFTER
 
 
 class DaemonAttendants:
-    """See `parts.Attendants`. `keeper` is None where nothing is to be remembered; `observers` are told of everything
-    too; `clock` is the loop's."""
+    """See `parts.Attendants`. `keeper` is None where nothing is to be remembered, `events` where nobody is to be told;
+    `observers` are told of everything too; `clock` is the loop's."""
 
     def __init__(
         self,
         config: Config,
-        dataplane: Dataplane,
+        choice: Choice,
         sources: Sequence[Source],
         *,
         keeper: Keeper | None,
+        events: EventSender | None = None,
         observers: Sequence[Observer] = (),
         clock: Callable[[], float],
     ) -> None:
+        dataplane = choice.dataplane
         self._config = config
+        self._choice = choice
         self._keeper = keeper
+        self._events = events
         self._metrics = Metrics(dataplane, sources, count, clock=clock, each_service=config.service_metrics)
         self._health = Health(
             sources,
@@ -69,6 +75,9 @@ class DaemonAttendants:
         if keeper is not None:
             watching.append(keeper)
             workers.append(keeper)
+        self._notices = Notices(events.post, config.node_name) if events is not None else None
+        if self._notices is not None:
+            watching.append(self._notices)
         self.observer = Observers(watching)
         self.workers: Sequence[Worker] = tuple(workers)
         self.watches = (Watch(self._metrics.sampler.fileno(), self._metrics.sampler.woken),)
@@ -78,7 +87,8 @@ class DaemonAttendants:
         self._metrics.kube_proxy.request(method, host, status, seconds)
 
     def begin(self, overview: Callable[[], Overview]) -> None:
-        """Answer on the two ports. Raises UserError if one cannot be had and `bind_hard_fail` is on."""
+        """Answer on the two ports, and tell that we are here. Raises UserError if a port cannot be had and
+        `bind_hard_fail` is on."""
         self._server.start()
         for name, bind in (("healthz", self._config.healthz), ("metrics", self._config.metrics)):
             if bind is not None:
@@ -86,6 +96,9 @@ class DaemonAttendants:
         if self._config.bind_hard_fail:
             for problem in self._ports.wrong():
                 raise UserError(f"{problem.subject}: {problem.reason}")
+        if self._events is not None and self._notices is not None:
+            self._events.start()
+            self._notices.starting(__version__, self._choice.dataplane.name, self._choice.passed)
 
     def problems(self) -> Iterator[Found]:
         """Ports that cannot be had, and why the daemon calls itself unhealthy."""
@@ -100,6 +113,8 @@ class DaemonAttendants:
         """End the threads, save what is to be remembered."""
         self._metrics.sampler.close()
         self._server.stop()
+        if self._events is not None:
+            self._events.close()
         if self._keeper is not None:
             self._keeper.close()
 

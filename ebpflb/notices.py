@@ -45,17 +45,19 @@ _START = "Start"
 _LISTEN = "Listen"
 
 _FAILED_TO_PROGRAM = "FailedToProgram"
-# semantics: kube-proxy's words for a healthCheckNodePort that cannot be had.
-_FAILED_TO_LISTEN = "FailedToStartServiceHealthcheck"
+
+# kube-proxy's words for ports of its own that cannot be had.
+_SERVERS = {"healthz": "FailedToStartProxierHealthcheck", "metrics": "FailedToStartMetricServer"}
 
 _SERVICE = "Service "
 
 
 class Notices:
-    """An Observer that posts a Notice for each problem that comes, and for what its other methods are told."""
+    """An Observer of the node `node` that posts a Notice for each problem that comes, and one of its own start."""
 
-    def __init__(self, post: Callable[[Notice], None]) -> None:
+    def __init__(self, post: Callable[[Notice], None], node: str) -> None:
         self._post = post
+        self._node = node
 
     # ---- Observer ----
 
@@ -71,13 +73,11 @@ class Notices:
     def problems(self, come: tuple[Found, ...], gone: tuple[Found, ...]) -> None:
         told: dict[Notice, None] = {}
         for found in come:
-            notice = notice_of(found)
+            notice = notice_of(found, self._node)
             if notice is not None:
                 told[notice] = None  # a sync and an audit may find the same
         for notice in told:
             self._post(notice)
-
-    # ---- Others ----
 
     def starting(self, version: str, dataplane: str, passed: Sequence[tuple[str, str]]) -> None:
         """The daemon starts with `dataplane`; `passed` are those before it on the ladder, each with its reason."""
@@ -88,21 +88,9 @@ class Notices:
             note = f"dataplane {name} cannot carry Services here, {dataplane} does instead: {reason}"
             self._post(Notice(None, NoticeType.WARNING, "DataplaneUnavailable", _START, note))
 
-    def health_check_not_served(self, service: ServiceName, node: str, port: int, reason: str) -> None:
-        """The healthCheckNodePort of `service` cannot be listened on."""
-        note = f"node {node} does not answer on healthCheckNodePort {port}: {reason}"
-        self._post(Notice(service, NoticeType.WARNING, _FAILED_TO_LISTEN, _LISTEN, note))
 
-    def server_not_started(self, what: str, reason: str) -> None:
-        """A server of the daemon's own (`what`: "healthz", "metrics") does not listen."""
-        code = {"healthz": "FailedToStartProxierHealthcheck", "metrics": "FailedToStartMetricServer"}
-        self._post(
-            Notice(None, NoticeType.WARNING, code.get(what, "FailedToStartServer"), _LISTEN, f"{what}: {reason}")
-        )
-
-
-def notice_of(found: Found) -> Notice | None:
-    """What to tell of a problem; None if it is not for Events."""
+def notice_of(found: Found, node: str) -> Notice | None:
+    """What to tell of a problem of the node `node`; None if it is not for Events."""
     if found.part == "policy":
         service = _service(found.subject)
         if service is None:
@@ -113,6 +101,12 @@ def notice_of(found: Found) -> Notice | None:
         service = _service(found.subject)
         note = found.reason if service else f"{found.subject}: {found.reason}"
         return Notice(service, NoticeType.WARNING, found.code or _FAILED_TO_PROGRAM, _PROGRAM, note)
+    if found.part == "health-check":
+        note = f"node {node}: {found.reason}"
+        return Notice(_service(found.subject), NoticeType.WARNING, found.code, _LISTEN, note)
+    if found.part == "http":
+        code = _SERVERS.get(found.subject, "FailedToStartServer")
+        return Notice(None, NoticeType.WARNING, code, _LISTEN, f"{found.subject}: {found.reason}")
     if found.part == "devices":
         note = f"{found.subject}: {found.reason}"
         return Notice(None, NoticeType.WARNING, found.code or "DeviceNotServed", _PROGRAM, note)

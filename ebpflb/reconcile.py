@@ -237,6 +237,7 @@ class Reconciler:
         first = not self._first_sync
         self._settle(what, report)
         self._tell(what, began, report, first and self._first_sync)
+        self._log_problems()
         if what == "audit" or not self._has_synced:
             self._has_synced = True
             self._after_whole_tables()
@@ -247,12 +248,10 @@ class Reconciler:
         if report.complete:
             triggers = tuple(self._triggers)
             self._triggers.clear()
+        routes = RouteTable() if self._routes is None else self._routes
         self._observer.attempted(
-            Attempt(
-                what, began, self._clock(), self._queued_at, self._routes or RouteTable(), self._changed, report,
-                triggers, first,
-            )
-        )  # fmt: skip
+            Attempt(what, began, self._clock(), self._queued_at, routes, self._changed, report, triggers, first)
+        )
         if not report.complete and self._queued_at is not None:
             self._observer.queued(self._queued_at)
 
@@ -265,6 +264,7 @@ class Reconciler:
         except EbpflbError as error:
             log.debug("start failed", exc_info=True)
             self._settle("sync", self._refusal(str(error)))
+            self._log_problems()
             return False
         self._started = True
         return True
@@ -297,7 +297,6 @@ class Reconciler:
                 self._failures += 1
                 self._retry = _Retry(now + wait, what)
                 log.warning("%s: %d refused; trying again in %.1f s", what, report.failed, wait)
-        self._log_problems()
 
     def _sync(self) -> Report:
         began = self._clock()

@@ -176,6 +176,7 @@ def _attendants(
 ) -> Attendants:
     from ebpflb.attendants import DaemonAttendants
     from ebpflb.source.kube import lastgood
+    from ebpflb.source.kube.events import EventSender
     from ebpflb.source.kube.keeper import Keeper
     from ebpflb.source.kube.source import NAME
 
@@ -192,8 +193,11 @@ def _attendants(
             clock=time.monotonic,
             now=time.time,
         )
+    events = None
+    if config.api is not None and kubernetes.client is not None:
+        events = EventSender(kubernetes.client, config.node_name, qps=config.api.qps, burst=config.api.burst)
     attendants = DaemonAttendants(
-        config, choice.dataplane, sources, keeper=keeper, observers=observers, clock=time.monotonic
+        config, choice, sources, keeper=keeper, events=events, observers=observers, clock=time.monotonic
     )
     kubernetes.told = attendants.request
     return attendants

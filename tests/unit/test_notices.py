@@ -11,7 +11,7 @@ WEB = ServiceName("default", "web")
 
 def told(*come: Found) -> list[Notice]:
     posted: list[Notice] = []
-    Notices(posted.append).problems(come, ())
+    Notices(posted.append, "n1").problems(come, ())
     return posted
 
 
@@ -58,13 +58,13 @@ def test_a_server_that_is_not_there_makes_no_event() -> None:
 
 def test_a_problem_that_is_over_makes_no_event() -> None:
     posted: list[Notice] = []
-    Notices(posted.append).problems((), (Found("sync", "default/web", "full"),))
+    Notices(posted.append, "n1").problems((), (Found("sync", "default/web", "full"),))
     assert posted == []
 
 
 def test_the_start_names_the_dataplane_and_why_not_a_better_one() -> None:
     posted: list[Notice] = []
-    Notices(posted.append).starting("1.2", "ipvs", (("bpf", "no cgroup2"),))
+    Notices(posted.append, "n1").starting("1.2", "ipvs", (("bpf", "no cgroup2"),))
     assert posted == [
         Notice(None, NoticeType.NORMAL, "Starting", "Start", "ebpflb 1.2 carries Services with ipvs"),
         Notice(
@@ -78,14 +78,15 @@ def test_the_start_names_the_dataplane_and_why_not_a_better_one() -> None:
 
 
 def test_ports_that_are_taken_have_kube_proxys_words() -> None:
-    posted: list[Notice] = []
-    notices = Notices(posted.append)
-    notices.health_check_not_served(WEB, "n1", 30123, "Address already in use")
-    notices.server_not_started("healthz", "0.0.0.0:10256: Address already in use")
-    notices.server_not_started("metrics", "127.0.0.1:10249: Address already in use")
+    taken = "healthCheckNodePort 30123 cannot be answered on all addresses of IPv4: Address already in use"
+    posted = told(
+        Found("health-check", "default/web", taken, "FailedToStartServiceHealthcheck"),
+        Found("http", "healthz", "cannot listen on 0.0.0.0:10256: Address already in use", "FailedToListen"),
+        Found("http", "metrics", "cannot listen on 127.0.0.1:10249: Address already in use", "FailedToListen"),
+    )
     assert [(each.about, each.reason, each.action) for each in posted] == [
         (WEB, "FailedToStartServiceHealthcheck", "Listen"),
         (None, "FailedToStartProxierHealthcheck", "Listen"),
         (None, "FailedToStartMetricServer", "Listen"),
     ]
-    assert posted[0].note == "node n1 does not answer on healthCheckNodePort 30123: Address already in use"
+    assert posted[0].note == f"node n1: {taken}"

@@ -20,7 +20,7 @@ from ebpflb.model import Family, Problem, ServiceName
 from ebpflb.observer import Attempt, Trigger
 from ebpflb.problems import Found
 from ebpflb.reconcile import Reconciler, Timing
-from ebpflb.routes import RouteTable
+from ebpflb.routes import HealthCheck, RouteTable
 from ebpflb.source import Event, PutSlice, Remembered
 from tests.fakes import FakeClock, FakeDataplane, FakeDesired, FakeSelector, FakeSource, both, routes, row
 from tests.world import endpoint_slice
@@ -560,6 +560,15 @@ def test_watchers_hear_of_what_is_new_and_of_each_attempt(bench: Bench) -> None:
     assert (first.what, first.first, first.queued, first.changed) == ("sync", True, 1000.0, 2)
     assert (second.what, second.first, second.queued, second.changed) == ("sync", False, 1003.0, 0)
     assert first.routes == bench.desired.want
+
+
+def test_a_table_of_nothing_but_health_checks_is_told_too(bench: Bench) -> None:
+    """It is empty only as a mapping."""
+    check = HealthCheck(ServiceName("ns", "web"), Family.IPV4, 30000, (), 0)
+    bench.desired.want = RouteTable(health={(check.service, check.family): check})
+    ready(bench)
+    bench.run(until=1.0)
+    assert bench.watching.attempts[0].routes is bench.desired.want
 
 
 def test_news_that_says_nothing_is_not_told(bench: Bench) -> None:
