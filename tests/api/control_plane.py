@@ -161,9 +161,11 @@ class ControlPlane:
         """A client that is this user, directly or through what listens on another port."""
         return Api(LOOPBACK, port or self.port, self.authority.bundle, user.token)
 
-    def kubeconfig(self, path: Path, user: User = ADMIN, *, server: str = "", **changes: object) -> Path:
-        """A kubeconfig by which `user` reaches `server` (a URL); `changes` are fields of its user entry instead."""
-        return write_kubeconfig(path, server or self.url, self.authority.bundle, changes or {"token": user.token})
+    def kubeconfig(
+        self, path: Path, user: User = ADMIN, *, server: str = "", entry: Mapping[str, object] | None = None
+    ) -> Path:
+        """A kubeconfig by which `user` reaches `server` (a URL); `entry` has the fields of another user entry."""
+        return write_kubeconfig(path, server or self.url, self.authority.bundle, entry or {"token": user.token})
 
     def know(self, *users: User) -> None:
         """The API server knows these users, too, by their tokens, from its next start on."""

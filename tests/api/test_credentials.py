@@ -58,9 +58,8 @@ def test_a_kubeconfig_with_a_token(cluster: ControlPlane, api: Api, tmp_path: Pa
 
 def test_a_kubeconfig_with_a_client_certificate(cluster: ControlPlane, api: Api, tmp_path: Path) -> None:
     identity = cluster.authority.client("certified", "system:masters")
-    config = cluster.kubeconfig(
-        tmp_path / "config", **{"client-certificate": str(identity.certificate), "client-key": str(identity.key)}
-    )
+    entry = {"client-certificate": str(identity.certificate), "client-key": str(identity.key)}
+    config = cluster.kubeconfig(tmp_path / "config", entry=entry)
     with Follower(by_kubeconfig(config)) as following:
         following.sync()
         following.agrees(api)
@@ -74,7 +73,7 @@ def test_a_kubeconfig_with_an_exec_plugin(cluster: ControlPlane, api: Api, tmp_p
         "args": [answer.replace("%s", ADMIN.token)],
         "interactiveMode": "Never",
     }
-    with Follower(by_kubeconfig(cluster.kubeconfig(tmp_path / "config", exec=plugin))) as following:
+    with Follower(by_kubeconfig(cluster.kubeconfig(tmp_path / "config", entry={"exec": plugin}))) as following:
         following.sync()
         following.agrees(api)
 
