@@ -108,7 +108,7 @@ def test_what_two_nodes_say_alike_is_one_event(api: Api, namespace: str, post: P
 def test_the_start_is_told_of_the_node(api: Api, namespace: str, post: Post) -> None:
     node = f"node-of-{namespace}"
     sender = post.sender(deploy(api), node)
-    Notices(sender.post).starting("1", "ipvs", (("bpf", "no cgroup2"),))
+    Notices(sender.post, node).starting("1", "ipvs", (("bpf", "no cgroup2"),))
     work(sender)
     events = described(api, "Node", "default", node, node)
     assert sorted((event["type"], event["reason"]) for event in events) == [
