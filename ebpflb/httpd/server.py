@@ -30,9 +30,9 @@ from ebpflb.model import Address, Family
 log = logging.getLogger("ebpflb.http")
 
 _BACKLOG = 1024
-_ACCEPTS_A_TURN = 64
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NO_DESCRIPTORS_SECONDS = 0.05
+_QUIET_SECONDS = 60.0
 _JOIN_SECONDS = 5.0
 _WILDCARDS = ("", "0.0.0.0", "::")
 
@@ -64,13 +64,14 @@ class HttpServer:
         limits: Limits | None = None,
         died: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        self._clock = clock
         self._died = died
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._clients = Clients(self._selector, clock, limits or Limits())
         self._open: set[Listening] = set()
-        self._short = False
+        self._quiet_until = clock()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._lock = threading.Lock()  # of what follows
         self._asked: deque[tuple[Callable[[Listening], None], Listening]] = deque()
@@ -187,23 +188,21 @@ class HttpServer:
             self._clients.drop_of(listening)
 
     def _accept(self, listening: Listening) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock, _address = listening.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _NO_DESCRIPTORS:
-                    self._out_of_descriptors(error)
-                # Else it was the client's fault (ECONNABORTED), or the port has just been closed (EINVAL, EBADF).
-                return
-            self._short = False
-            sock.setblocking(False)
-            self._clients.take(sock, listening, listening.handler)
+        # One at a time, because the port is readable: the kernel wants a descriptor before it says that nobody waits.
+        try:
+            sock, _address = listening.socket.accept()
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTORS:
+                self._make_room(error)
+            # Else it was the client's fault (ECONNABORTED), or the port has just been closed (EINVAL, EBADF).
+            return
+        sock.setblocking(False)
+        self._clients.take(sock, listening, listening.handler)
 
-    def _out_of_descriptors(self, error: OSError) -> None:
-        if not self._short:
-            self._short = True
+    def _make_room(self, error: OSError) -> None:
+        now = self._clock()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _QUIET_SECONDS
             log.error("a client cannot be answered: %s; raise the limit of open files", error.strerror)
         if not self._clients.drop_idlest():
             time.sleep(_NO_DESCRIPTORS_SECONDS)  # the port stays readable: this would be a busy loop

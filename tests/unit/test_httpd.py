@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
+import os
+import resource
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -270,7 +274,68 @@ def test_clients_that_vanish(server: HttpServer) -> None:
     assert len(ask(port.port)) == 1_000_000
 
 
+@contextlib.contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """Within the block, this process can only open what it has closed there."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    fillers = [os.dup(0)]
+    while fillers[-1] <= highest:
+        fillers.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for filler in fillers:
+            os.close(filler)
+
+
+def test_without_descriptors_an_idle_client_makes_room(server: HttpServer, caplog: pytest.LogCaptureFixture) -> None:
+    port = server.listen("127.0.0.1", 0, saying("ok"))
+    with Client(port.port) as idle, socket.socket() as prober:
+        assert idle.ask() == b"ok"
+        with no_descriptors_left():
+            prober.settimeout(PATIENCE)
+            prober.connect(("127.0.0.1", port.port))
+            prober.sendall(GET)
+            assert prober.recv(9) == b"HTTP/1.1 "
+        assert idle.rest() == b""
+    assert [record.getMessage() for record in caplog.records] == [
+        "a client cannot be answered: Too many open files; raise the limit of open files"
+    ]
+
+
+def test_without_descriptors_a_prober_waits_for_who_is_busy(
+    server: HttpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log has one line of it, however long that lasts."""
+    port = server.listen("127.0.0.1", 0, saying("ok"))
+    with Client(port.port) as busy, socket.socket() as prober:
+        assert busy.ask() == b"ok"
+        busy.socket.sendall(GET[:5])
+        prober.settimeout(PATIENCE)
+        with no_descriptors_left():
+            prober.connect(("127.0.0.1", port.port))
+            prober.sendall(GET)
+            assert busy.ask(GET[5:]) == b"ok"
+            assert prober.recv(9) == b"HTTP/1.1 "
+        assert busy.rest() == b""
+    assert len(caplog.records) == 1
+
+
 # ---- The thread ----
+
+
+def test_signals_are_the_main_threads(server: HttpServer) -> None:
+    blocked: set[int] = set()
+
+    def handler(request: Request) -> Response:
+        blocked.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return Response(200, b"")
+
+    ask(server.listen("127.0.0.1", 0, handler).port)
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD} <= blocked
 
 
 def test_handlers_run_in_the_servers_thread(server: HttpServer) -> None:
@@ -285,7 +350,7 @@ def test_handlers_run_in_the_servers_thread(server: HttpServer) -> None:
 
 
 def test_the_threads_death_does_not_go_unnoticed(caplog: pytest.LogCaptureFixture) -> None:
-    time = iter([1.0, 2.0])  # and then an error, as a fault of ours would be
+    time = iter([0.0, 1.0, 2.0])  # and then an error, as a fault of ours would be
     dead = threading.Event()
     reasons: list[str] = []
 
