@@ -71,8 +71,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     source, neither for one that does not; `cgroup` is "" for "find the mounted cgroup2 root", `state_dir` "" for
     "remember nothing". `healthz` and `metrics` are None for "no such server". `conntrack` and `oom_score_adj` are None
     for "leave the kernel's". `service_metrics` is how many Services may have metrics of their own, 0 for none.
-    `file` is the absolute path of `--config`, "" without; `document` is what /configz shows. Periods are seconds.
-    `warnings` are sentences to log once."""
+    `file` is the absolute path of `--config`, "" without, and `file_digest` tells what it held; `document` is what
+    /configz shows. Periods are seconds. `warnings` are sentences to log once."""
 
     manifests: str
     node_name: str
@@ -95,5 +95,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     oom_score_adj: int | None = None
     service_metrics: int = 0
     file: str = ""
+    file_digest: str = ""
     document: Mapping[str, object] = {}
     warnings: tuple[str, ...] = ()

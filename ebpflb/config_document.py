@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -181,22 +181,23 @@ RETIRED: Mapping[str, tuple[object, ...]] = {
 
 
 class Said(NamedTuple):
-    """What a file says, and the paths of retired fields that say something."""
+    """What a file says, the retired fields that say something, and a digest of all its bytes."""
 
     document: EbpflbConfiguration
     retired: tuple[str, ...] = ()
+    digest: str = ""
 
 
 def as_plain(document: EbpflbConfiguration) -> dict[str, object]:
     """With field names as they are written, of plain values; what is None is left out."""
-    plain = msgspec.to_builtins(document, enc_hook=str)
-    found: dict[str, object] = {}
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            found[key] = {name: each for name, each in value.items() if each is not None}
-        elif value is not None:
-            found[key] = list(value) if isinstance(value, tuple) else value
-    return found
+    plain: dict[str, object] = _plain(msgspec.to_builtins(document, enc_hook=str))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def mode_settings(document: EbpflbConfiguration) -> Iptables | Ipvs | Nftables:
@@ -262,10 +263,10 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         dataplane=document.dataplane or ("" if document.mode else "auto"),
     )
     # kube-proxy takes any length of time above zero; reading the kernel back more than once a second serves nobody.
-    sync = mode_settings(filled).sync_period
+    sync = max(mode_settings(filled).sync_period, Duration.of(1), key=_length)
     return _but(
         filled,
-        audit_period=_or(document.audit_period, max(sync, Duration.of(1), key=_length)),
+        audit_period=_or(document.audit_period, sync),
         health_timeout=_or(document.health_timeout, Duration(2 * sync.nanoseconds)),
     )
 

@@ -46,10 +46,15 @@ def read(path: str) -> Said:
     """Raises UserError."""
     where = f"--config {path}"
     try:
-        return parse(_bytes(path), where)
+        data = _bytes(path)
     except OSError as error:
         reason = {FileNotFoundError: "there is no such file", IsADirectoryError: "is a directory; give the file in it"}
         raise UserError(f"{where}: {reason.get(type(error), error.strerror)}") from None
+    return parse(data, where)._replace(digest=digest(data))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _bytes(path: str) -> bytes:
@@ -223,10 +228,10 @@ class Watch:
     """Tells when a file says something else than it did at the start. What is not readable at the moment says nothing
     else: whoever replaces a file may remove it first."""
 
-    def __init__(self, path: str, said: bytes | None = None) -> None:
-        """`said` is what the file held when it was read, None for now. Raises UserError."""
+    def __init__(self, path: str, seen: str | None = None) -> None:
+        """`seen` is the digest of what the file held when it was read, None for now. Raises UserError."""
         self._path = path
-        self._seen = _digest(path) if said is None else hashlib.sha256(said).digest()
+        self._seen = _digest(path) if seen is None else seen
         try:
             self._events = INotify(nonblocking=True)
         except OSError as error:
@@ -239,7 +244,7 @@ class Watch:
         return int(self._events.fileno())
 
     def changed(self) -> bool:
-        """Whether the content is another. Asked when `fileno` is readable; not before the file can be read again."""
+        """Whether the content is another. To be asked once at the start, and when `fileno` is readable."""
         self._events.read(timeout=0)
         self._listen()
         now = _digest(self._path)
@@ -267,8 +272,8 @@ def _way(path: str) -> list[str]:
     return found if real == found[-1] else [*found, real]
 
 
-def _digest(path: str) -> bytes | None:
+def _digest(path: str) -> str | None:
     try:
-        return hashlib.sha256(_bytes(path)).digest()
+        return digest(_bytes(path))
     except OSError:
         return None

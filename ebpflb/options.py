@@ -165,6 +165,7 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
         oom_score_adj=_oom_score_adj(draft),
         service_metrics=_service_metrics(draft),
         file=os.path.abspath(options.config) if options.config else "",
+        file_digest=said.digest,
         document=config_document.as_plain(document),
         warnings=_warnings(draft, proxy, said.retired),
     )

@@ -10,15 +10,22 @@ from typing import Any
 
 import yaml
 
+_DEEPEST = 500
+_FAR_RIGHT = re.compile(rb"^[ \t?:-]{%d}" % (_DEEPEST // 2), re.MULTILINE)
+
 
 class NotYaml(ValueError):
     """It cannot be parsed; the text says where and why, in one line."""
 
 
 def documents(data: bytes) -> list[object]:
-    """All documents but empty ones: a file that begins or ends with `---` has no more for it. Raises NotYaml."""
+    """All documents but empty ones: a file that begins or ends with `---` has no more for it. Raises NotYaml, and
+    RecursionError for what is nested too deeply."""
     try:
-        return [each for each in yaml.load_all(text(data), Loader=_Loader) if each is not None]
+        content = text(data)
+        if _may_be_deep(data):
+            _refuse_deep(content)
+        return [each for each in yaml.load_all(content, Loader=_Loader) if each is not None]
     except NotYaml:
         raise
     except yaml.MarkedYAMLError as error:
@@ -36,6 +43,24 @@ def text(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise NotYaml(f"line {line}: not text in UTF-8") from error
+
+
+def _may_be_deep(data: bytes) -> bool:
+    """Quick, and never wrongly False: each level costs a bracket, or moves what is in it (at every second level at
+    least) to the right."""
+    return data.count(b"[") + data.count(b"{") > _DEEPEST or _FAR_RIGHT.search(data) is not None
+
+
+def _refuse_deep(content: str) -> None:
+    """The loader goes down a level for each, on a stack that nobody checks: the process would end."""
+    depth = 0
+    for event in yaml.parse(content, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                raise RecursionError
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 class _Loader(yaml.CSafeLoader):
