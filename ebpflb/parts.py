@@ -105,11 +105,12 @@ class Parts:
 
     `dataplanes` gives the ladder for a Config, best first. `attendants` go along with a daemon that stays: by Config,
     choice of dataplane, sources and what these come to. `set_up_node` makes the node as the Config wants it (kernel
-    settings beside Services); it answers with what could not be had. `config_changes` tells of changes of the file that
-    the Config came from, None without one. `watches` and `device_problems` ask a started dataplane what else to listen
-    to, and what is wrong with the devices. `privileged` is whether this process may change the node's network.
-    `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339. `patience` is how
-    many seconds a command that needs the sources' whole content waits for it.
+    settings beside Services, and the BPF file system: raises UserError without one); it answers with what could not be
+    had. `config_changes` tells of changes of the file that the Config came from, None without one. `watches` and
+    `device_problems` ask a started dataplane what else to listen to, and what is wrong with the devices. `privileged`
+    is whether this process may change the node's network. `clock` counts seconds from anywhere, `random` gives [0, 1),
+    `now` is the time of day as RFC 3339. `patience` is how many seconds a command that needs the sources' whole content
+    waits for it.
     """
 
     hostname: Callable[[], str]

@@ -204,11 +204,20 @@ def _attendants(
 
 
 def _set_up_node(config: Config) -> Iterable[Problem]:
-    return ()
+    from ebpflb import node_setup
+    from ebpflb.dataplane.bpf import pins
+
+    # Not only with the daemon: in a container that is not privileged a mount would not reach the node.
+    pins.require_file_system(Path(config.bpffs))
+    return node_setup.set_up(config)
 
 
 def _config_changes(config: Config) -> Changes | None:
-    return None
+    if not config.file:
+        return None
+    from ebpflb.config_file import Watch as FileWatch
+
+    return FileWatch(config.file, config.file_digest)
 
 
 # ---- The dataplanes ----

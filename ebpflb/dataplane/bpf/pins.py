@@ -49,21 +49,26 @@ def require_place(bpffs: Path) -> None:
         )
 
 
-def prepare(bpffs: Path) -> None:
-    """Make the three directories, on a BPF file system that is mounted first if it is only missing at its usual place.
-
-    Raises UserError with what helps.
-    """
+def require_file_system(bpffs: Path) -> None:
+    """As `require_place`, and mounts the BPF file system if it is only missing at its usual place. Raises UserError
+    with what helps."""
     require_place(bpffs)
-    if filesystem_of(bpffs).type != "bpf":
-        remedy = f"mount -t bpf bpf {_USUAL}"
-        try:
-            if not _USUAL.is_dir() or any(_USUAL.iterdir()):
-                raise UserError(f"{bpffs} is not on a BPF file system: {remedy}")
-            _mount(_USUAL)
-        except OSError as error:
-            raise UserError(f"the BPF file system cannot be mounted ({error.strerror}): {remedy}") from None
-        log.info("mounted the BPF file system at %s", _USUAL)
+    if filesystem_of(bpffs).type == "bpf":
+        return
+    remedy = f"mount -t bpf bpf {_USUAL}"
+    try:
+        if not _USUAL.is_dir() or any(_USUAL.iterdir()):
+            raise UserError(f"{bpffs} is not on a BPF file system: {remedy}")
+        _mount(_USUAL)
+    except OSError as error:
+        raise UserError(f"the BPF file system cannot be mounted ({error.strerror}): {remedy}") from None
+    log.info("mounted the BPF file system at %s", _USUAL)
+
+
+def prepare(bpffs: Path) -> None:
+    """Make the three directories, on a BPF file system that is mounted first if need be. Raises UserError with what
+    helps."""
+    require_file_system(bpffs)
     try:
         for kind in (MAPS, PROGRAMS, LINKS):
             (bpffs / kind).mkdir(mode=0o700, parents=True, exist_ok=True)
