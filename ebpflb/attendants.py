@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from ebpflb import __version__
+from ebpflb.commands.daemon import release_memory
 from ebpflb.config import Bind, Config
 from ebpflb.errors import UserError
 from ebpflb.health import Health, ping
@@ -52,7 +53,9 @@ class DaemonAttendants:
         self._choice = choice
         self._keeper = keeper
         self._events = events
-        self._metrics = Metrics(dataplane, sources, count, clock=clock, each_service=config.service_metrics)
+        self._metrics = Metrics(
+            dataplane, sources, count, clock=clock, each_service=config.service_metrics, release=release_memory
+        )
         self._health = Health(
             sources,
             families=families(),

@@ -75,6 +75,7 @@ class Bench:
             clock=self.clock,
             wall=self.wall,
             each_service=each_service,
+            release=lambda: self.dataplane.asked.append("released"),
         )
         self.table = RouteTable()
         self.clock.advance(started)

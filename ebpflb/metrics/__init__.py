@@ -26,7 +26,8 @@ class Metrics(Observers):
 
     `kube_proxy.healthz`, `.livez` and `.request` are for those who answer probes and talk to the API server; `sampler`
     is a Worker for the loop, with a descriptor to wait on; `page` answers /metrics. `each_service` is how many Services
-    may have series of their own. `clock` is the loop's, `wall` gives seconds since the epoch.
+    may have series of their own. `release` gives memory back that was needed for a moment. `clock` is the loop's,
+    `wall` gives seconds since the epoch.
     """
 
     def __init__(
@@ -39,12 +40,21 @@ class Metrics(Observers):
         wall: Callable[[], float] = time.time,
         each_service: int = 0,
         period: float = PERIOD,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self.kube_proxy = KubeProxyMetrics(wall)
         self._own = OwnMetrics(wall, dataplane.name, [source.name for source in sources], each_service=each_service > 0)
         super().__init__((self.kube_proxy, self._own))
         self.sampler = Sampler(
-            self._own, dataplane, sources, amounts, clock=clock, wall=wall, seats=each_service, period=period
+            self._own,
+            dataplane,
+            sources,
+            amounts,
+            clock=clock,
+            wall=wall,
+            seats=each_service,
+            period=period,
+            release=release,
         )
         self.page = Page(self.cells, self.sampler.scraped)
 

@@ -105,7 +105,7 @@ def test_a_scrape_never_asks_the_dataplane_or_a_source(bench: Bench) -> None:
     bench.scrape()
     assert (bench.dataplane.asked, bench.source.asked) == ([], 0)
     bench.look()
-    assert (bench.dataplane.asked, bench.source.asked) == (["counters", "fill"], 1)
+    assert (bench.dataplane.asked, bench.source.asked) == (["counters", "fill", "released"], 1)
 
 
 def test_an_unchanged_table_is_not_counted_again(bench: Bench) -> None:
