@@ -65,8 +65,10 @@ def _set_conntrack(conntrack: Conntrack, files: Files, cpus: int) -> Iterator[Pr
         )
         return
     if most := most_tracked(conntrack, cpus):
-        yield from _set(files.netfilter / _MAX, most, "conntrack.maxPerCore")
-        yield from _set(files.hashsize, most // _PER_BUCKET, "conntrack.maxPerCore", at_least=True)
+        problems = tuple(_set(files.netfilter / _MAX, most, "conntrack.maxPerCore"))
+        yield from problems
+        if not problems:  # the table is the whole machine's: who may not set the limit has no business with it
+            yield from _set(files.hashsize, most // _PER_BUCKET, "conntrack.maxPerCore", at_least=True)
     for name, value, field in (
         ("nf_conntrack_tcp_timeout_established", conntrack.tcp_established, "tcpEstablishedTimeout"),
         ("nf_conntrack_tcp_timeout_close_wait", conntrack.tcp_close_wait, "tcpCloseWaitTimeout"),
