@@ -20,6 +20,9 @@ RETRY_SECONDS = 5.0
 class Opener(Protocol):
     """What opens ports: `HttpServer`, whose meaning and errors these have."""
 
+    @property
+    def failure(self) -> str: ...
+
     def listen(self, address: Address, port: int, handler: Handler, *, family: Family | None = None) -> Listening: ...
 
     def close(self, listening: Listening) -> None: ...
@@ -86,11 +89,15 @@ class Ports(Generic[Owner]):
             yield owner, port, refusal.error
 
     def wrong(self) -> tuple[Problem, ...]:
-        """The same as problems of their owners."""
-        return tuple(
+        """The same as problems of their owners; and of all of them together, that nobody answers."""
+        refused = [
             Problem(str(owner), f"cannot listen on {port}: {error.strerror}; free it or give another", "FailedToListen")
             for owner, port, error in self.refused()
-        )
+        ]
+        failure = self._server.failure
+        if failure:
+            refused.append(Problem("server", f"{failure}; restart the daemon", "FailedToListen"))
+        return tuple(refused)
 
     def due(self) -> float | None:
         """When `work` should next be called, in the clock's time; None if nothing waits."""

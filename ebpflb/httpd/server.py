@@ -71,6 +71,7 @@ class HttpServer:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._clients = Clients(self._selector, clock, limits or Limits())
         self._open: set[Listening] = set()
+        self._failure = ""
         self._quiet_until = clock()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._lock = threading.Lock()  # of what follows
@@ -88,6 +89,11 @@ class HttpServer:
     def alive(self) -> bool:
         """Whether it answers."""
         return self._thread.is_alive() and not self._ended
+
+    @property
+    def failure(self) -> str:
+        """Why it answers no more though nobody asked it to stop, in one line; "" while all is well."""
+        return self._failure
 
     def listen(self, address: Address, port: int, handler: Handler, *, family: Family | None = None) -> Listening:
         """Answer on a port (0 for any free one) of `address`; for every address (see the top of this file), of
@@ -142,6 +148,7 @@ class HttpServer:
             reason = f"the HTTP server ended: {type(error).__name__}: {error}".replace("\n", " ")
             log.critical("%s; health and metrics are not answered any more", reason)
             log.debug("the HTTP server ended", exc_info=True)
+            self._failure = reason
             self._end()
             self._died(reason)
         else:

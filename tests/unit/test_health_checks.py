@@ -61,6 +61,7 @@ class Node:
         self.missing: set[str] = set()
         self.families: set[Family] = set(Family)
         self.calls: list[str] = []
+        self.failure = ""
         self._ports: dict[int, Port] = {}
 
     def listen(self, address: Address, port: int, handler: Handler, *, family: Family | None = None) -> Listening:
@@ -374,3 +375,7 @@ def test_the_daemons_own_ports_are_kept_trying_for() -> None:
     clock.advance(5)
     assert ports.work()
     assert (ports.wrong(), ports.due()) == ((), None)
+    node.failure = "the HTTP server ended: KeyError: 7"
+    assert [problem[:2] for problem in ports.wrong()] == [
+        ("server", "the HTTP server ended: KeyError: 7; restart the daemon")
+    ]

@@ -366,7 +366,7 @@ def test_the_threads_death_does_not_go_unnoticed(caplog: pytest.LogCaptureFixtur
         assert dead.wait(PATIENCE)
     assert reasons == ["the HTTP server ended: StopIteration: "]
     assert [record.levelname for record in caplog.records] == ["CRITICAL"]
-    assert not made.alive
+    assert (made.alive, made.failure) == (False, reasons[0])
     with pytest.raises(ConnectionRefusedError):
         ask(port.port)
     with pytest.raises(OSError, match="the HTTP server has ended"):
