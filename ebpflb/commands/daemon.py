@@ -148,6 +148,7 @@ def _watch_config(config: Config, parts: Parts, selector: selectors.BaseSelector
             stop.ask()
 
     selector.register(changes.fileno(), selectors.EVENT_READ, look)
+    look()  # it may have changed since it was read
 
 
 def _serve(
