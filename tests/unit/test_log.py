@@ -16,7 +16,9 @@ import pytest
 
 from ebpflb import log as logs
 from ebpflb.config import LogFormat, LogLevel
-from tests.fakes import FakeClock
+from ebpflb.loop import run
+from ebpflb.reconcile import Reconciler
+from tests.fakes import FakeClock, FakeDataplane, FakeDesired, FakeSelector, FakeSource, both, routes
 
 REFUSED = "%s: %d refused; trying again in %.1f s"
 
@@ -195,6 +197,29 @@ def test_threads_may_log_at_once(bench: Bench) -> None:
         thread.join()
     assert sorted(line[:10] for line in bench.lines()) == [f"WARNING {name}:"[:10] for name in "abcd"]
     assert sorted(bench.after(60)) == [f"WARNING {name}: 199 (and 198 more like it)" for name in "abcd"]
+
+
+def test_a_kernel_that_refuses_for_an_hour_is_a_line_a_minute(bench: Bench) -> None:
+    """In the loop of the daemon, with what the reconciler really logs."""
+    dataplane, source = FakeDataplane(), FakeSource()
+    dataplane.fail_next = 1_000_000
+    source.synced()
+    reconciler = Reconciler(
+        desired=FakeDesired(routes(*both())),
+        sources=[source],
+        dataplane=dataplane,
+        clock=bench.clock,
+        random=lambda: 0.0,
+    )
+    reconciler.read_all()
+    end = bench.clock.now + 3600
+    with FakeSelector(bench.clock, [(3600, lambda: None)]) as selector:
+        run(selector, [reconciler, bench.repeats], bench.clock, stopped=lambda: bench.clock.now >= end)
+    refused = [line for line in bench.lines() if "refused; trying again" in line]
+    assert refused[0] == "WARNING sync: 1 refused; trying again in 0.1 s"
+    assert refused[-1].endswith("trying again in 30.0 s (and 1 more like it)")
+    assert 55 <= len(refused) <= 62
+    assert dataplane.calls.count("sync") > 2 * 55
 
 
 # ---- What others log
