@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ebpflb.config import Config, LogFormat, LogLevel
+from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
 from ebpflb.options import Options, configure
@@ -51,6 +51,83 @@ def test_a_relative_directory_is_made_absolute(tmp_path: Path, monkeypatch: pyte
 
 def test_no_source_says_which_option_to_give() -> None:
     assert "--manifests DIR" in refusal(need_source=True)
+
+
+def test_in_a_pod_its_service_account_is_the_source() -> None:
+    found = configure(Options(), hostname="node-1", in_cluster=True)
+    assert found.api == ApiServer()
+    assert (found.manifests, found.state_dir) == ("", "/var/lib/ebpflb")
+
+
+def test_a_kubeconfig_is_a_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert config(need_source=True, kubeconfig="config").api == ApiServer(kubeconfig=str(tmp_path / "config"))
+    assert refusal(need_source=True, kubeconfig="other") == f"--kubeconfig {tmp_path}/other: there is no such file"
+    assert "is a directory" in refusal(need_source=True, kubeconfig=str(tmp_path))
+
+
+def test_a_command_that_reads_no_source_minds_no_kubeconfig() -> None:
+    assert config(kubeconfig="/nowhere/at/all").api is None
+
+
+def test_api_servers_are_tried_in_the_given_order_each_once() -> None:
+    urls = ("https://10.0.0.2:6443/", "https://10.0.0.1:6443", "https://10.0.0.2:6443", "http://[::1]:8001/prefix")
+    found = config(need_source=True, apiserver=urls).api
+    assert found is not None
+    assert found.addresses == ("https://10.0.0.2:6443", "https://10.0.0.1:6443", "http://[::1]:8001/prefix")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["10.0.0.1", "10.0.0.1:6443", "ftp://10.0.0.1", "https://", "https://a:99999", "https://a:0", "https://u:p@a",
+     "https://a?x=1", "https://a b", "https://[fd00::1", ""],
+)  # fmt: skip
+def test_a_wrong_url_is_answered_with_a_right_one(url: str) -> None:
+    text = refusal(need_source=True, apiserver=(url,))
+    assert text.startswith(f"--apiserver {url}")
+    assert text.endswith("write such as https://10.0.0.1:6443")
+
+
+@pytest.mark.parametrize("other", [{"kubeconfig": "/x"}, {"apiserver": ("https://a",)}])
+def test_there_is_one_source(tmp_path: Path, other: dict[str, Any]) -> None:
+    text = refusal(need_source=True, manifests=str(tmp_path), **other)
+    assert text == f"--manifests and --{next(iter(other))} are two sources of Services: give one of them"
+
+
+def test_manifests_leave_the_kernels_settings_alone(tmp_path: Path) -> None:
+    found = config(need_source=True, manifests=str(tmp_path))
+    assert (found.conntrack, found.oom_score_adj, found.state_dir) == (None, None, "")
+
+
+def test_a_cluster_has_kube_proxys_settings() -> None:
+    found = config(need_source=True, apiserver=("https://10.0.0.1",))
+    assert (found.conntrack, found.oom_score_adj) == (Conntrack(), -999)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("0.0.0.0:10256", Bind("0.0.0.0", 10256)),
+        ("127.0.0.1", Bind("127.0.0.1", 10256)),
+        ("[::]:1", Bind("::", 1)),
+        ("[FD00:0::1]:65535", Bind("fd00::1", 65535)),
+        ("fd00::1", Bind("fd00::1", 10256)),
+        ("", None),
+    ],
+)
+def test_servers_are_where_they_are_put(text: str, want: Bind | None) -> None:
+    assert config(healthz_bind_address=text).healthz == want
+
+
+@pytest.mark.parametrize(
+    "text", ["localhost:10256", ":10256", "10256", "0.0.0.0:x", "0.0.0.0:0", "0.0.0.0:65536", "fd00::1:70000:9:9:9:9:9",
+             "[fe80::1%eth0]:1", "0.0.0.0:", "[::]", "1.2.3.4:5:6", "0.0.0.0:+5"]
+)  # fmt: skip
+def test_where_no_server_can_be(text: str) -> None:
+    said = refusal(healthz_bind_address=text)
+    assert said.startswith(f"--healthz-bind-address {text}")
+    assert 'or "" for no such server' in said or 'write "" for no such server' in said
 
 
 def test_a_missing_directory_is_named() -> None:

@@ -172,7 +172,9 @@ from ebpflb.config import Conntrack
 from ebpflb.node_setup import set_up
 from ebpflb.options import Options, configure
 bare = configure(Options(), hostname="node-1", need_source=False)
-conntrack = Conntrack(max_per_core=1, least=54321, tcp_established=4242, tcp_close_wait=43, tcp_be_liberal=True, udp=44, udp_stream=45)
+conntrack = Conntrack(
+    max_per_core=1, least=54321, tcp_established=4242, tcp_close_wait=43, tcp_be_liberal=True, udp=44, udp_stream=45
+)
 problems = set_up(msgspec.structs.replace(bare, conntrack=conntrack, oom_score_adj=17))
 files = Path("/proc/sys/net/netfilter")
 names = ("tcp_timeout_established", "tcp_timeout_close_wait", "tcp_be_liberal", "udp_timeout", "udp_timeout_stream")

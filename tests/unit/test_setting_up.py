@@ -1,0 +1,107 @@
+"""`run --write-config-to`, `run --init-only` and a `--config` that everything else reads too, as they are typed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebpflb.cli import main
+from ebpflb.model import Problem
+from tests.fakes import World, both, routes
+
+CONFIGURATION = """
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+clientConnection: {kubeconfig: /nowhere/kubeconfig.conf}
+clusterCIDR: 10.0.0.0/8
+ipvs: {strictARP: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands set up the package's logger; the next test finds it as it was."""
+    logger = logging.getLogger("ebpflb")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.conf"
+    path.write_text(CONFIGURATION)
+    return path
+
+
+def test_what_is_in_force_is_printed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine without the kubeconfig too: nobody is asked."""
+    assert main(["run", "--config", str(path), "--masquerade-all", "--write-config-to", "-"], World().parts) == 0
+    said = capsys.readouterr()
+    document = yaml.safe_load(said.out)
+    assert document["kind"] == "EbpflbConfiguration"
+    assert document["clusterCIDR"] == "10.0.0.0/8"
+    assert document["iptables"]["masqueradeAll"] is True
+    assert "without meaning for ebpflb: ipvs.strictARP" in said.err
+
+
+def test_what_is_in_force_is_written_and_reads_back(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = path.parent / "first.yaml", path.parent / "second.yaml"
+    assert main(["run", "--config", str(path), "--write-config-to", str(first)], World().parts) == 0
+    assert main(["run", "--config", str(first), "--write-config-to", str(second)], World().parts) == 0
+    assert first.read_text() == second.read_text()
+    assert f"wrote the configuration to {first}" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(path), "--write-config-to", "/nowhere/at/all"], World().parts) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "ebpflb: --write-config-to /nowhere/at/all: No such file or directory; give a file that can be written"
+    )
+
+
+@pytest.mark.parametrize("spelling", ["--init-only", "--init-only=true"])
+def test_the_node_alone_is_set_up(path: Path, capsys: pytest.CaptureFixture[str], spelling: str) -> None:
+    world = World(want=routes(*both()))
+    world.node_problems = (Problem("nf_conntrack_max", "cannot be set"),)
+    assert main(["run", "--config", str(path), spelling], world.parts) == 0
+    said = capsys.readouterr()
+    assert "node: nf_conntrack_max: cannot be set" in said.err
+    assert "the node is set up" in said.err
+    assert world.dataplane.calls == []
+
+
+def test_the_node_is_set_up_by_root(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(path), "--init-only"], World().but(privileged=lambda: False)) == 2
+    assert "sudo" in capsys.readouterr().err
+
+
+def test_commands_that_look_find_the_daemons_pins_in_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text("apiVersion: ebpflb/v1\nkind: EbpflbConfiguration\nbpffs: /sys/fs/bpf/other\n")
+    world = World(held=routes(*both()))
+    assert main(["dump", "--config", str(path)], world.parts) == 0
+    (config,) = world.configs
+    assert config.bpffs == "/sys/fs/bpf/other"
+
+
+def test_a_wrong_configuration_is_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_text(CONFIGURATION.replace("clusterCIDR", "clusterCidr"))
+    assert main(["run", "--config", str(path)], World().parts) == 2
+    assert capsys.readouterr().err == (
+        f'ebpflb: --config {path}: clusterCidr: unknown field, did you mean "clusterCIDR"?\n'
+    )
+
+
+def test_a_kubeconfig_that_is_not_there_is_one_line_at_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(path)], World().parts) == 2
+    assert capsys.readouterr().err == (
+        f"ebpflb: --config {path}: clientConnection.kubeconfig /nowhere/kubeconfig.conf: there is no such file\n"
+    )
