@@ -12,6 +12,7 @@ import http
 import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
+from urllib.parse import unquote
 
 import h11
 
@@ -23,7 +24,7 @@ _PLAIN = (("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Option
 
 
 class Request(NamedTuple):
-    """What was asked: `path` as it came, without the query (what follows "?"), `headers` by lower-case name."""
+    """What was asked: `path` with its %xx decoded, `query` (what follows "?") as it came, `headers` by lower-case name."""
 
     method: str
     path: str
@@ -180,4 +181,4 @@ def _request(event: h11.Request) -> Request:
     for name, value in event.headers:
         key, text = name.decode("latin-1"), value.decode("latin-1")
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
-    return Request(event.method.decode("latin-1"), path, query, headers)
+    return Request(event.method.decode("latin-1"), unquote(path), query, headers)

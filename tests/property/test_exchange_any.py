@@ -35,7 +35,7 @@ _REQUESTS = st.lists(
 
 
 def _handler(request: Request) -> Response:
-    return Response(200, f"{request.method} {request.path}".encode("latin-1"))
+    return Response(200, f"{request.method} {request.path}".encode())
 
 
 def _talk(pieces: list[bytes]) -> tuple[list[bytes], Exchange]:

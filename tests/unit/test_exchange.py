@@ -65,6 +65,12 @@ def test_a_proxys_way_of_asking() -> None:
     assert handler.requests[0][:3] == ("GET", "/healthz", "a")
 
 
+def test_a_path_that_needs_decoding() -> None:
+    handler = Asked()
+    answers(exchange(handler), b"GET /%68ealthz?%61 HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert handler.requests[0][:3] == ("GET", "/healthz", "%61")
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
 def test_any_method(method: str) -> None:
     handler = Asked()
