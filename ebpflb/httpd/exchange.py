@@ -24,7 +24,7 @@ _PLAIN = (("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Option
 
 
 class Request(NamedTuple):
-    """What was asked: `path` with its %xx decoded, `query` (what follows "?") as it came, `headers` by lower-case name."""
+    """What was asked: `path` with %xx decoded, `query` (what follows "?") as it came, `headers` by lower-case name."""
 
     method: str
     path: str
