@@ -11,6 +11,8 @@ import contextlib
 import gzip
 import http.server
 import json
+import select
+import socket
 import ssl
 import subprocess
 import threading
@@ -76,6 +78,19 @@ class Exchange:
     def cut(self) -> None:
         """The connection ends after what has been written."""
         self._handler.close_connection = True
+
+    def tunnel(self, port: int) -> None:
+        """As a proxy: everything from now on goes to and fro between the client and another server."""
+        self.raw(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        client = self._handler.connection
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS) as server:
+            other = {client: server, server: client}
+            while True:
+                for ready in select.select(list(other), (), (), PATIENCE_SECONDS)[0]:
+                    data = ready.recv(1 << 16)
+                    if not data:
+                        return self.cut()
+                    other[ready].sendall(data)
 
     def until_over(self) -> None:
         """Say nothing more until the test is over."""

@@ -404,6 +404,14 @@ def test_a_certificate_without_a_key(kubeconfig: Kubeconfig, ca: Authority) -> N
     assert kubeconfig.complaint() == "there is a client-certificate without a client-key"
 
 
+def test_what_the_package_leaves_out_in_silence_is_said(kubeconfig: Kubeconfig) -> None:
+    kubeconfig.user |= {"token": "t", "as": "somebody"}
+    assert kubeconfig.complaint().startswith("its user acts as 'somebody', which is not served")
+    kubeconfig.user.clear()
+    kubeconfig.user["auth-provider"] = {"name": "azure", "config": {}}
+    assert kubeconfig.complaint() == "its auth-provider gives no token; use an exec plugin or a token"
+
+
 def test_no_key_is_left_in_a_file(kubeconfig: Kubeconfig, ca: Authority) -> None:
     before = set(os.listdir("/dev/shm"))
     certificate, key = ca.issue("node")

@@ -456,6 +456,18 @@ def test_a_token_file_that_never_was_is_one_line(setting: Setting, tmp_path: Pat
     assert refused(client) == f"the token file {tmp_path}/token cannot be read: No such file or directory"
 
 
+def test_a_token_file_with_garbage_is_one_line_without_it(setting: Setting, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    client = setting.client(setting.web(ok).url, token_file=str(token), identity="the token of k")
+    for garbage in ("hid\nden", "hid\x00den", "hiddän"):
+        token.write_text(garbage)
+        setting.now += 61
+        assert refused(client) == "the token of k cannot be sent: it holds characters that no token has"
+    token.write_text("good")
+    setting.now += 61
+    listed(client)
+
+
 def test_a_401_renews_credentials_that_a_plugin_gave(setting: Setting) -> None:
     server = setting.web(by_token("old"))
     client = setting.client(server.url, token="old", renewable=True)
@@ -717,6 +729,20 @@ def test_a_server_behind_a_proxy_that_wants_a_password(setting: Setting) -> None
     assert seen.target == "http://api.example:8080/k/api/v1/services"
     assert seen.headers["Proxy-Authorization"] == "Basic dXNlcjpzZWNyZXQ="
     assert seen.headers["Host"] == "api.example:8080"
+
+
+def test_tls_goes_through_a_proxy_to_the_server_itself(setting: Setting, ca: Authority) -> None:
+    server = setting.web(ok, context=ca.server("DNS:api.example"))
+    proxy = setting.web(lambda exchange: exchange.tunnel(server.port))
+    through = proxy.url.replace("http://", "http://user:secret@")
+    client = setting.client(Address("https://api.example:6443", proxy=through), ca=ca.pem, token="t")
+    listed(client)
+    listed(client)
+    (seen,) = proxy.seen
+    assert (seen.method, seen.target) == ("CONNECT", "api.example:6443")
+    assert seen.headers["Proxy-Authorization"] == "Basic dXNlcjpzZWNyZXQ="
+    assert "Authorization" not in seen.headers
+    assert server.seen[0].headers["Authorization"] == "Bearer t"
 
 
 def test_a_proxy_that_refuses_is_named_without_its_password(setting: Setting) -> None:

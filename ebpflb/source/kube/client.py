@@ -83,6 +83,7 @@ class _Token:
     def __init__(self, access: Access, clock: Callable[[], float]) -> None:
         self._path = access.token_file
         self._text = access.token
+        self._identity = access.identity
         self._clock = clock
         self._read_at: float | None = None
         self._trouble = ""
@@ -90,6 +91,9 @@ class _Token:
     def text(self) -> str:
         if self._path and (self._read_at is None or self._clock() - self._read_at >= _TOKEN_SECONDS):
             self.read()
+        if not (self._text.isascii() and self._text.isprintable()):
+            # It would be in the text of what the library raises.
+            raise Unreachable(f"{self._identity} cannot be sent: it holds characters that no token has")
         return self._text
 
     def read(self) -> None:
@@ -438,13 +442,8 @@ class HttpReply:
         return None if self._response is None else self._response.status
 
     def read(self) -> bytes:
-        response = self._body()
-        try:
-            body = response.read()
-        except _BROKEN as error:
-            raise self._broken(error) from None
-        self._whole = True
-        return body
+        # In pieces, because a length that the other side claims is no reason to take so much memory.
+        return b"".join(self._pieces())
 
     def some(self, most: int) -> bytes:
         """The beginning of the body, at most `most` bytes, as far as it can be had."""

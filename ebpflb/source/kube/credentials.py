@@ -74,18 +74,25 @@ def told_by(path: str) -> Told:
 def _read(path: str, complaints: _Complaints) -> Told:
     where = f"kubeconfig {path}"
     cluster, user = _chosen(where, _document(where, path))
+    if user.get("as"):
+        # The package would go as the user itself, without a word.
+        raise SourceError(
+            f"{where}: its user acts as {user['as']!r}, which is not served; use credentials of that user"
+        )
     base = Path(path).absolute().parent
     for field, owner in _FILES:
         _check_entry(where, base, field, cluster if owner == "cluster" else user)
     with tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
         loader, found = _load(where, path, scratch)
-        _check_plugin(where, user, loader, complaints)
+        _check_plugin(where, user, complaints)
         ca = _text(where, "certificate-authority", found.ssl_ca_cert)
         certificate = _text(where, "client-certificate", found.cert_file)
         key = _text(where, "client-key", found.key_file)
     _check_pem(where, ca, certificate, key, scratch=_scratch())
     authorization = str(getattr(loader, "token", "")).strip()
     scheme, _, token = authorization.partition(" ")
+    if user.get("auth-provider") and not authorization and not certificate:
+        raise SourceError(f"{where}: its auth-provider gives no token; use an exec plugin or a token")
     expiry = getattr(loader, "expiry", None)
     token_file = str(base / str(user["tokenFile"])) if user.get("tokenFile") else ""
     return Told(
@@ -201,7 +208,7 @@ def _load(where: str, path: str, scratch: str) -> tuple[KubeConfigLoader, Config
     return loader, found
 
 
-def _check_plugin(where: str, user: Mapping[str, object], loader: KubeConfigLoader, complaints: _Complaints) -> None:
+def _check_plugin(where: str, user: Mapping[str, object], complaints: _Complaints) -> None:
     """The package logs that a plugin failed, and goes on as nobody."""
     plugin = user.get("exec")
     if not isinstance(plugin, dict) or not _by_plugin(user) or not complaints.texts:

@@ -106,7 +106,8 @@ def why(error: BaseException, address: Address, access: Access) -> str:
         return "it does not speak HTTP" + (": write https://" if not address.tls else "")
     if isinstance(cause, OSError):
         if str(cause).startswith("Tunnel connection failed"):
-            return f"the proxy {_without_secrets(address.proxy)} refuses to connect: {str(cause).partition(': ')[2]}"
+            said = _plain(str(cause).partition(": ")[2])
+            return f"the proxy {_without_secrets(address.proxy)} refuses to connect: {said}"
         return _SYSTEM.get(cause.errno or 0) or _plain(os.strerror(cause.errno) if cause.errno else str(cause))
     if isinstance(cause, HTTPError):
         return "the connection was cut"
@@ -158,7 +159,7 @@ def not_an_api_server(answer: Answer, address: Address) -> str | None:
     if not address.tls and answer.status == 400 and any(text in answer.body for text in _PLAIN_TO_TLS):
         return "it speaks TLS: write https://"
     if 300 <= answer.status < 400:
-        return f"it redirects to {answer.headers.get('Location', 'nowhere')}, which is not followed"
+        return f"it redirects to {_plain(answer.headers.get('Location', 'nowhere'))}, which is not followed"
     if answer.headers.get("Content-Type", "").startswith("text/html"):
         return f"it answers with a web page (HTTP {answer.status}): this is no API server"
     return None
@@ -214,6 +215,8 @@ def _without_secrets(proxy: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, and not without end."""
+    """On one line, without control characters, and not without end."""
     line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(each if each.isprintable() else "\ufffd" for each in line)
     return line if len(line) <= _MOST_TEXT else line[: _MOST_TEXT - 1] + "…"
