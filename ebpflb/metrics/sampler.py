@@ -173,7 +173,7 @@ class Sampler:
                 step()
             except UserError as error:
                 log.debug("%s", error)  # a dataplane need not have such a table
-            except (EbpflbError, OSError) as error:
+            except (EbpflbError, OSError, msgspec.ValidationError) as error:
                 self._metrics.unreadable.add(1)
                 log.warning("metrics: the kernel's tables cannot be read: %s", error)
             yield
