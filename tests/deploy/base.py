@@ -5,6 +5,7 @@ Rules of this file: it knows what our own kustomization.yaml uses, and refuses w
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,6 @@ def container(name: str) -> Object:
     return found
 
 
-def image_files() -> list[Path]:
-    """What the image is built by."""
-    return [DEPLOY / name for name in ("Dockerfile", "Dockerfile.dockerignore", "build-image")]
+def installed() -> Path:
+    """The `ebpflb` of the environment that runs the tests."""
+    return Path(sys.executable).with_name("ebpflb")

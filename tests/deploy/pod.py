@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Cluster, Node
+from ebpflb.demo.daemon import environment
+from tests.cli.place import until
 from tests.conftest import CHECKOUT
 from tests.deploy.base import Object
 
@@ -28,6 +32,7 @@ mount -t sysfs {sysfs} sysfs $root/sys
 mount -t tmpfs -o mode=755 tmpfs $root/dev
 for device in null zero full random urandom; do : >$root/dev/$device; mount --bind /dev/$device $root/dev/$device; done
 """
+_PROPAGATION = {"None": "rprivate", "HostToContainer": "rslave", "Bidirectional": "rshared"}
 # What a container that is not privileged may not write.
 _PROTECTED = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 
@@ -44,7 +49,8 @@ class Root(NamedTuple):
 def machine_root(program: Path) -> Root:
     """This machine's own root file system, with the checkout; `program` is the ebpflb that is in its PATH."""
     path = f"{program.parent}:/usr/sbin:/usr/bin:/sbin:/bin"
-    return Root(Path("/"), {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}, (CHECKOUT,))
+    variables = {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(CHECKOUT)}
+    return Root(Path("/"), variables, (CHECKOUT,))
 
 
 class Host:
@@ -55,6 +61,7 @@ class Host:
         self.node = node
         self.directory = directory / "host"
         self.volumes = directory / "volumes"
+        self.containers: list[Container] = []
         self._work = directory / "work"
 
     def make(self, *, bpffs: bool) -> None:
@@ -71,6 +78,21 @@ class Host:
         if bpffs:
             namespaces.mount_bpffs(self.directory / "sys/fs/bpf")
 
+    def remove(self) -> None:
+        """End the containers, and remove everything that they left, as nobody does on a node."""
+        for container in self.containers:
+            if container.process.poll() is None:
+                container.process.kill()
+                container.process.wait()
+        pins = self.directory / "sys/fs/bpf"
+        assert self.node.cgroup is not None
+        options = ("--bpffs", str(pins / "ebpflb"), "--cgroup", str(self.node.cgroup))
+        done = self.cluster.run(self.node, [sys.executable, "-m", "ebpflb", "cleanup", *options], env=environment())
+        assert done.returncode == 0, done.stderr
+        for path in sorted(_mounted_below(self.directory.parent), reverse=True):
+            _run("umount", str(path))
+        shutil.rmtree(self.directory.parent)
+
     def work(self, name: str) -> Path:
         """An empty directory whose mounts are nobody else's."""
         path = self._work / name
@@ -80,8 +102,8 @@ class Host:
     def source(self, volume: Object, files: Mapping[str, Path]) -> Path:
         """What is mounted for a volume: `files` are the directories of those that the API server would fill."""
         if "hostPath" in volume:
-            path = self.directory / volume["hostPath"]["path"].lstrip("/")
-            kind = volume["hostPath"].get("type", "")
+            path = self.directory / str(volume["hostPath"]["path"]).lstrip("/")
+            kind = str(volume["hostPath"].get("type", ""))
             if kind == "DirectoryOrCreate":
                 path.mkdir(parents=True, exist_ok=True)
             elif kind == "FileOrCreate":
@@ -89,7 +111,7 @@ class Host:
             assert path.is_dir() or kind.startswith("File"), path
             return path
         if "emptyDir" in volume:
-            path = self.volumes / volume["name"]
+            path = self.volumes / str(volume["name"])
             path.mkdir(parents=True, exist_ok=True)
             return path
         return files[volume["name"]]
@@ -111,7 +133,7 @@ class Container:
         self._privileged: bool = self._context.get("privileged", False)
         self._variables = {**root.environment, **self._own_variables()}
         self._entry = [*self._as_itself(), *self._command(), *extra]
-        self.log = host.cluster.logs / f"{name}.log"
+        self.log = host.cluster.logs / f"{host.directory.parent.name}-{name}-{len(host.containers)}.log"
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounts = [(host.source(volumes[m["name"]], files), m) for m in self._spec["volumeMounts"]]
         if token is not None:
@@ -122,9 +144,17 @@ class Container:
         argv += [] if self._privileged else ["--cgroup"]
         with self.log.open("ab") as log:
             self.process = host.cluster.spawn(host.node, [*argv, "sh", "-euc", script], stdout=log, stderr=log, env={})
+        host.containers.append(self)
+
+    @property
+    def started(self) -> bool:
+        """Whether it has become its command; before that it is not yet where the command will be."""
+        return Path(os.readlink(f"/proc/{self.process.pid}/exe")).name.startswith("python")
 
     def execute(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """As `kubectl exec` does."""
+        until(f"{words} can be run in it", lambda: self.process.poll() is not None or self.started)
+        assert self.process.poll() is None, self.words()
         argv = ["nsenter", f"--target={self.process.pid}", "--mount", "--net", "--cgroup", "--root", "--wdns=/"]
         argv += [*self._as_itself(), *words]
         return subprocess.run(argv, capture_output=True, text=True, timeout=seconds, env={}, check=False)
@@ -161,7 +191,8 @@ class Container:
             f"work={shlex.quote(str(work))}; root=$work/root",
             "mount -t tmpfs tmpfs $work",
             "mkdir $root $work/upper $work/work",
-            f"mount -t overlay -o lowerdir={self._root.directory},upperdir=$work/upper,workdir=$work/work overlay $root",
+            f"layers=lowerdir={self._root.directory},upperdir=$work/upper,workdir=$work/work",
+            "mount -t overlay -o $layers overlay $root",
             *(f"mkdir -p $root{target}" for source, target, _ in targets if source.is_dir()),
             *(f"mkdir -p $root{target.parent}; : >>$root{target}" for source, target, _ in targets if source.is_file()),
         ]
@@ -175,13 +206,7 @@ class Container:
             lines.append("mount --bind $path $path; mount -o remount,bind,ro $path; done")
         for source, target, mount in sorted(targets, key=lambda each: len(each[1].parts)):
             lines.append(f"mount --rbind {shlex.quote(str(source))} $root{target}")
-            propagation = {
-                None: "rprivate",
-                "None": "rprivate",
-                "HostToContainer": "rslave",
-                "Bidirectional": "rshared",
-            }
-            lines.append(f"mount --make-{propagation[mount.get('mountPropagation')]} $root{target}")
+            lines.append(f"mount --make-{_PROPAGATION[mount.get('mountPropagation', 'None')]} $root{target}")
             if mount.get("readOnly"):
                 lines.append(f"mount -o remount,bind,ro $root{target}")
         lines.append(f"cd $root; exec /usr/sbin/chroot . {shlex.join(self._entry)}")
@@ -196,6 +221,11 @@ class Container:
             if actual.is_symlink():
                 found = Path(os.path.normpath(found.parent / os.readlink(actual)))
         return found
+
+
+def _mounted_below(directory: Path) -> list[Path]:
+    points = (Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [point for point in points if point.is_relative_to(directory)]
 
 
 def _run(*argv: str) -> None:

@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from ebpflb import __version__
+from ebpflb.config import Bind
 from ebpflb.dataplane.bpf import artifact
+from ebpflb.options import Options, configure
+from ebpflb.source.kube import decode
 from tests.conftest import CHECKOUT
 from tests.deploy.base import BASE, DEPLOY, Object, container, containers, kustomization, objects, pod, the
 
@@ -48,7 +51,7 @@ def test_the_service_account_is_bound_to_the_role() -> None:
     assert pod()["serviceAccountName"] == the("ServiceAccount")["metadata"]["name"]
 
 
-def test_the_role_reads_three_kinds_and_reports() -> None:
+def test_the_role_is_what_the_daemon_asks_for_and_no_more() -> None:
     granted = {
         (group, resource, verb)
         for rule in the("ClusterRole")["rules"]
@@ -56,10 +59,10 @@ def test_the_role_reads_three_kinds_and_reports() -> None:
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    wanted = {(group, "events", verb) for group in ("", "events.k8s.io") for verb in ("create", "patch", "update")}
-    wanted |= {("", "services", verb) for verb in ("list", "watch")}
-    wanted |= {("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")}
-    wanted |= {("", "nodes", verb) for verb in ("get", "list", "watch")}
+    watched = (decode.SERVICES, decode.SLICES, decode.node("node1"))
+    wanted = {(kind.group, kind.resource, verb) for kind in watched for verb in ("list", "watch")}
+    # What it writes, see its sender of Events: each is created, and patched when it repeats.
+    wanted |= {("events.k8s.io", "events", verb) for verb in ("create", "patch")}
     assert granted == wanted
 
 
@@ -101,9 +104,16 @@ def test_variables_in_arguments_are_set(name: str) -> None:
     assert used == {variable["name"] for variable in container(name)["env"]} == {"NODE_NAME"}
 
 
+def test_the_configuration_is_accepted_as_kubeadm_writes_it(tmp_path: Path) -> None:
+    for name, text in the("ConfigMap")["data"].items():
+        (tmp_path / name).write_text(text.replace("/var/lib/kube-proxy/", f"{tmp_path}/"))
+    config = configure(Options(config=str(tmp_path / "config.conf"), node_name="node1"), hostname="host")
+    assert config.api is not None and config.api.kubeconfig == str(tmp_path / "kubeconfig.conf")
+    assert config.healthz == Bind("0.0.0.0", 10256) and config.state_dir == "/var/lib/ebpflb"
+    assert config.node_name == "node1" and config.warnings == ()
+
+
 def test_probes_ask_the_health_server() -> None:
-    config = yaml.safe_load(the("ConfigMap")["data"]["config.conf"])
-    assert config["healthzBindAddress"] == ""  # kube-proxy's default, port 10256 of all addresses
     found = container("ebpflb")
     paths = {name: found[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     assert {name: (get["path"], get["port"]) for name, get in paths.items()} == {
