@@ -469,5 +469,6 @@ def test_what_is_no_certificate_has_no_end(text: str) -> None:
 
 def test_the_end_of_a_token() -> None:
     assert token_end("e30.eyJleHAiOiAxNzY3MjI1NjAwfQ.x") == 1767225600
-    assert [token_end(text) for text in ("", "a.b", "e30.e30.x", "a.b.c", "a.!.c")] == [None] * 5
+    far = base64.urlsafe_b64encode(b'{"exp": -1e300}').decode()
+    assert [token_end(text) for text in ("", "a.b", "e30.e30.x", "a.b.c", "a.!.c", f"e30.{far}.x")] == [None] * 6
     assert day(1767225600) == "2026-01-01T00:00:00Z"

@@ -21,6 +21,8 @@ _VERSION = 0xA0  # [0] EXPLICIT, which TBSCertificate may begin with
 _UTC_TIME = 0x17
 _GENERALIZED_TIME = 0x18
 
+_MOST_SECONDS = 253_402_300_800.0  # the year 10,000, which no calendar here reaches
+
 
 class _Claims(msgspec.Struct):
     """What of a JSON Web Token we read."""
@@ -46,9 +48,10 @@ def token_end(token: str) -> float | None:
         return None
     try:
         body = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        return msgspec.json.decode(body, type=_Claims).exp
+        end = msgspec.json.decode(body, type=_Claims).exp
     except (binascii.Error, ValueError):  # msgspec's errors are ValueErrors
         return None
+    return end if end is not None and 0 <= end < _MOST_SECONDS else None
 
 
 def day(moment: float) -> str:
