@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpflb.model import ServiceName, Snapshot
+from ebpflb.source import Event, PutNode, PutService, PutSlice
 from ebpflb.source.kube import decode
 from ebpflb.source.kube.listwatch import ListWatch
 from ebpflb.source.kube.outbox import Outbox
@@ -110,6 +111,18 @@ def restore(world: World) -> None:
     world.server.restore(world.backup)
 
 
+def remember(world: World) -> None:
+    """What an earlier run saved: all of it as it was at the last backup."""
+    saved: dict[str, list[tuple[ServiceName, Event]]] = {}
+    for resource, kind in KINDS.items():
+        for obj in world.backup[resource].values():
+            found = decode.line(kind, event("ADDED", obj))
+            assert isinstance(found, decode.Change) and found.said.name and found.said.event
+            if isinstance(found.said.event, PutService | PutSlice | PutNode):
+                saved.setdefault(resource, []).append((found.said.name, found.said.event))
+    world.outbox.remember(1.0, saved)
+
+
 def meanwhile(act: Act) -> Act:
     return lambda world: world.server.meanwhile.append(partial(act, world))
 
@@ -138,7 +151,7 @@ writes: st.SearchStrategy[Act] = st.one_of(
     st.builds(delete, st.just("endpointslices"), names.map(lambda name: f"ns/slice-{name}")),
     st.builds(delete, st.just("nodes"), st.just("node1")),
 )
-ends = st.sampled_from([compact, back_up, restore])
+ends = st.sampled_from([compact, back_up, restore, remember])
 faults = st.one_of(
     st.builds(
         Fault,

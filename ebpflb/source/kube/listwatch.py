@@ -154,7 +154,7 @@ class ListWatch:
 
     def _list(self) -> None:
         """All that exists. Raises SourceError."""
-        self._doing_what = "list"
+        self._doing_what, began = "list", self._clock()
         while True:
             streaming = self._streams and not self._in_pages
             self._outbox.begin(self.kind)
@@ -169,7 +169,11 @@ class ListWatch:
                 break
         self._in_pages = False
         self._version, self._unsure = version, False
-        self._outbox.listed(self.kind)
+        known, gone = self._outbox.listed(self.kind)
+        log.info(
+            "%s: %d listed%s in %.2f s", self.kind.resource, known, f", {gone} gone" if gone else "",
+            self._clock() - began,
+        )  # fmt: skip
         self._note(msgspec.structs.replace(self.doing, listed=True))
 
     def _asked_too_much(self, error: ApiError, streaming: bool) -> bool:
@@ -337,6 +341,8 @@ class ListWatch:
         self._failures += 1
         self._failed_inside = self._inside
         log.debug("%s: attempt %d to %s: %s", self.kind.resource, self._failures, self._doing_what, error)
+        if gone and self._version is not None:
+            log.info("%s: the history that the watch was at is gone: listing all again", self.kind.resource)
         if gone or (self._failures >= _STUBBORN and not isinstance(error, Unreachable)):
             self._version = None
         pause = 0.0 if gone and self._failures == 1 else self._pause(error)

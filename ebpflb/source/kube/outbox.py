@@ -132,8 +132,9 @@ class Outbox:
             if news:
                 self._wake()
 
-    def listed(self, kind: Kind) -> None:
-        """The list of `kind` that began last is complete: what it did not name is gone."""
+    def listed(self, kind: Kind) -> tuple[int, int]:
+        """The list of `kind` that began last is complete: what it did not name is gone. How many objects there are,
+        and how many have gone."""
         with self._lock:
             told = self._told[kind.resource]
             vanished = [name for name, number in told.names.items() if number != told.listing]
@@ -146,6 +147,7 @@ class Outbox:
                 self._synced = True
                 self._events.append(Synced(self._source))
             self._wake()
+            return len(told.names), len(vanished)
 
     def remember(self, saved: float, events: Mapping[str, Iterable[tuple[ServiceName, Event]]]) -> bool:
         """Say what was saved at `saved`, by resource, of kinds whose first list is not complete; and then Remembered.
