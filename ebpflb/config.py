@@ -48,7 +48,7 @@ class ApiServer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bind(NamedTuple):
-    """Where a server listens: a canonical address ("0.0.0.0" and "::" are all of IPv4, all of both) and a port."""
+    """Where a server listens: a canonical address ("0.0.0.0" and "::" are all of both families) and a port."""
 
     address: str
     port: int

@@ -54,8 +54,7 @@ class _Answer:
 class HealthChecks:
     """All checks of this node: an Observer, and a Worker of the loop.
 
-    `healthy` is asked in the server's thread. `on_failure` is called with the Service and a sentence when a check
-    cannot be answered, once for each reason.
+    `healthy` is asked in the server's thread.
     """
 
     def __init__(
@@ -63,10 +62,8 @@ class HealthChecks:
         server: Opener,
         healthy: Callable[[], bool],
         clock: Callable[[], float],
-        on_failure: Callable[[ServiceName, str], None] = lambda service, reason: None,
     ) -> None:
         self._healthy = healthy
-        self._on_failure = on_failure
         self._ports: Ports[HealthKey] = Ports(server, clock)
         self._health: Mapping[HealthKey, HealthCheck] = immutables.Map()
         self._answers: dict[HealthKey, _Answer] = {}
@@ -130,10 +127,7 @@ class HealthChecks:
         return tuple(sorted(found))
 
     def _look(self) -> None:
-        before, self._failures = self._failures, self._reasons()
-        for key, reason in self._failures.items():
-            if before.get(key) != reason:
-                self._on_failure(key[0], reason)
+        self._failures = self._reasons()
 
     def _reasons(self) -> dict[HealthKey, str]:
         """Why checks are not answered, all ports of one in one sentence."""

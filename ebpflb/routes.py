@@ -313,7 +313,7 @@ class RouteTable(Mapping[Key, Route]):
             for key in drop:
                 if rows.pop(key, None) is not None:
                     delta[key] = None
-            rows.update(put)
+            rows.update(put if isinstance(put, dict) else dict(put))  # it would take another mapping's keys for pairs
             fresh = rows.finish()
         remarks = self.problems
         if problems:

@@ -111,10 +111,7 @@ class Place:
         self.clock = FakeClock()
         self.node = Node()
         self.healthy = True
-        self.events: list[tuple[ServiceName, str]] = []
-        self.checks = HealthChecks(
-            self.node, lambda: self.healthy, self.clock, lambda service, reason: self.events.append((service, reason))
-        )
+        self.checks = HealthChecks(self.node, lambda: self.healthy, self.clock)
 
     def have(self, *checks: HealthCheck) -> list[str]:
         """These and no others from now on; what that did to ports."""
@@ -191,7 +188,7 @@ def test_a_port_changes_hands_in_one_sync(place: Place) -> None:
     place.have(check(WEB, 1), check(API, 2, port=32001))
     place.have(check(WEB, 1, port=32001), check(API, 2, port=32000))
     assert place.node.counts() == {32000: 2, 32001: 1}
-    assert place.events == []
+    assert place.checks.wrong() == ()
 
 
 def test_node_port_addresses(place: Place) -> None:
@@ -212,13 +209,12 @@ def test_a_port_that_another_process_has(place: Place) -> None:
         "healthCheckNodePort 32000 cannot be answered on all addresses of IPv4: Address already in use; "
         "stop what else listens there"
     )
-    assert place.events == [(WEB, reason)]
     assert place.checks.wrong() == (Problem("default/web", reason, FAILED),)
     assert place.node.counts() == {32001: 1}, "the others are not concerned"
     for _ in range(10):
         assert place.wait() == ["open :32000"]
     place.have(check(count=7), check(API, port=32001))
-    assert place.events == [(WEB, reason)], "said once"
+    assert place.checks.wrong() == (Problem("default/web", reason, FAILED),), "the same words: said once"
     place.node.taken.clear()
     place.wait()
     assert place.node.counts() == {32000: 7, 32001: 1}
@@ -241,7 +237,6 @@ def test_two_services_with_one_port(place: Place) -> None:
     place.have(check(WEB, 1))
     place.have(check(WEB, 1), check(API, 2))
     reason = "healthCheckNodePort 32000 is that of default/web too, which has it; give one of them another"
-    assert place.events == [(API, reason)]
     assert place.checks.wrong() == (Problem("default/api", reason, FAILED),)
     assert place.node.counts() == {32000: 1}
     place.have(check(API, 2))
@@ -280,7 +275,7 @@ def test_an_address_vanishes_and_returns(place: Place) -> None:
 def test_a_kernel_without_ipv6_is_nobodys_fault(place: Place) -> None:
     place.node.families = {V4}
     place.have(check(), check(family=V6))
-    assert (place.events, place.checks.wrong()) == ([], ())
+    assert place.checks.wrong() == ()
     assert place.node.ask().status == 200
 
 
