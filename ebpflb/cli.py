@@ -86,7 +86,7 @@ def root() -> None:
 @click.option("--once", is_flag=True, help="One complete sync, then exit; programs and rules stay.")
 @cli_options.switch("--cleanup", "clean", "kube-proxy's spelling of `ebpflb cleanup`.", default=False)
 @cli_options.switch(
-    "--init-only", "init_only", "Only set the node up (kernel settings beside Services), then exit.", default=False
+    "--init-only", "init_only", "Only set the node up (conntrack settings, BPF file system), then exit.", default=False
 )
 @click.option("--write-config-to", metavar="FILE", help="Only write the configuration in force to FILE, then exit.")
 @click.pass_obj

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from ebpflb.durations import Duration, parse_duration
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -23,6 +25,18 @@ class _Verbosity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # ge
             return int(str(value).lstrip("="))
         except ValueError:
             self.fail(f"{value} is not a number", param, ctx)
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A length of time as kube-proxy has it: 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Duration:
+        try:
+            return parse_duration(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _group(*options: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -148,13 +162,49 @@ _RUN = (
     ),
 )
 
+_NATURAL = click.IntRange(min=0, max=2**31 - 1)
+_NODE = (
+    click.option(
+        "--oom-score-adj",
+        type=click.IntRange(-1000, 1000),
+        metavar="N",
+        help="The daemon's own.  [default: -999; with --manifests: as it is]",
+    ),
+    click.option(
+        "--conntrack-max-per-core",
+        type=_NATURAL,
+        metavar="N",
+        help="Tracked connections for each CPU; 0: as it is.  [default: 32768; with --manifests: 0]",
+    ),
+    click.option("--conntrack-min", type=_NATURAL, metavar="N", help="And at least so many.  [default: 131072]"),
+    *(
+        click.option(name, field, type=_Duration(), metavar="DURATION", help=help)
+        for name, field, help in (
+            (
+                "--conntrack-tcp-timeout-established",
+                "conntrack_tcp_established",
+                "0s: as it is.  [default: 24h; with --manifests: 0s]",
+            ),
+            (
+                "--conntrack-tcp-timeout-close-wait",
+                "conntrack_tcp_close_wait",
+                "0s: as it is.  [default: 1h; with --manifests: 0s]",
+            ),
+            ("--conntrack-udp-timeout", "conntrack_udp", "0s: as it is.  [default: 0s]"),
+            ("--conntrack-udp-timeout-stream", "conntrack_udp_stream", "0s: as it is.  [default: 0s]"),
+        )
+    ),
+    switch("--conntrack-tcp-be-liberal", "conntrack_tcp_be_liberal", "Take TCP packets out of the window for valid."),
+    switch("--bind-address-hard-fail", "bind_address_hard_fail", "End if a port of ours is taken."),
+)
+
 looking = _group(_CONFIG, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that look at the kernel."""
 
 routes = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that also read the source."""
 
-daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_LOG)
+daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_NODE, *_LOG)
 """Options of `run`."""
 
 status = _group(

@@ -66,6 +66,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     verbosity: int | None = None
     min_sync_period: float | None = None
     audit_period: float | None = None
+    bind_address_hard_fail: bool | None = None
+    oom_score_adj: int | None = None
+    conntrack_max_per_core: int | None = None
+    conntrack_min: int | None = None
+    conntrack_tcp_established: Duration | None = None
+    conntrack_tcp_close_wait: Duration | None = None
+    conntrack_tcp_be_liberal: bool | None = None
+    conntrack_udp: Duration | None = None
+    conntrack_udp_stream: Duration | None = None
 
 
 class _Row(NamedTuple):
@@ -113,7 +122,16 @@ _ROWS = (
     _Row("service_metrics", "--service-metrics", "serviceMetrics"),
     _Row("log_format", "--log-format", "logging.format"),
     _Row("log_level", "--log-level", "logLevel"),
-    _Row("verbosity", "-v", "logging.verbosity"),
+    _Row("verbosity", "-v", "logging.verbosity", lambda number: max(number, 0)),
+    _Row("bind_address_hard_fail", "--bind-address-hard-fail", "bindAddressHardFail"),
+    _Row("oom_score_adj", "--oom-score-adj", "oomScoreAdj"),
+    _Row("conntrack_max_per_core", "--conntrack-max-per-core", "conntrack.maxPerCore"),
+    _Row("conntrack_min", "--conntrack-min", "conntrack.min"),
+    _Row("conntrack_tcp_established", "--conntrack-tcp-timeout-established", "conntrack.tcpEstablishedTimeout"),
+    _Row("conntrack_tcp_close_wait", "--conntrack-tcp-timeout-close-wait", "conntrack.tcpCloseWaitTimeout"),
+    _Row("conntrack_tcp_be_liberal", "--conntrack-tcp-be-liberal", "conntrack.tcpBeLiberal"),
+    _Row("conntrack_udp", "--conntrack-udp-timeout", "conntrack.udpTimeout"),
+    _Row("conntrack_udp_stream", "--conntrack-udp-timeout-stream", "conntrack.udpStreamTimeout"),
     _Row("min_sync_period", "--min-sync-period", "minSyncPeriod", _seconds("--min-sync-period", 0.0)),
     _Row("audit_period", "--audit-period", "auditPeriod", _seconds("--audit-period", 1.0)),
 )

@@ -132,7 +132,7 @@ LAYERS = (
     Layer("attendants", ("*",)),
     Layer("wiring", ("*",)),
     Layer("cli", ("*",)),
-    Layer("cli_options", ("config", "output")),
+    Layer("cli_options", ("durations",)),
     Layer("__main__", ("cli",)),
     Layer("demo", ("errors", "demo")),
 )

@@ -57,6 +57,36 @@ def test_what_is_in_force_is_written_and_reads_back(path: Path, capsys: pytest.C
     assert f"wrote the configuration to {first}" in capsys.readouterr().err
 
 
+def test_kube_proxys_options_for_the_node_go_before_the_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_text(CONFIGURATION + "conntrack: {maxPerCore: 5, min: 6}\n")
+    words = [
+        "--conntrack-max-per-core=0", "--conntrack-min=1", "--conntrack-tcp-timeout-established=1h30m",
+        "--conntrack-tcp-timeout-close-wait", "0", "--conntrack-udp-timeout=10s", "--conntrack-udp-timeout-stream=20s",
+        "--conntrack-tcp-be-liberal", "--bind-address-hard-fail=true", "--oom-score-adj=-998",
+    ]  # fmt: skip
+    assert main(["run", "--config", str(path), *words, "--write-config-to", "-"], World().parts) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    assert document["conntrack"] == {
+        "maxPerCore": 0, "min": 1, "tcpEstablishedTimeout": "1h30m0s", "tcpCloseWaitTimeout": "0s",
+        "udpTimeout": "10s", "udpStreamTimeout": "20s", "tcpBeLiberal": True,
+    }  # fmt: skip
+    assert (document["oomScoreAdj"], document["bindAddressHardFail"]) == (-998, True)
+
+
+@pytest.mark.parametrize(
+    ("word", "want"),
+    [
+        ("--conntrack-udp-timeout=30", '"30" is not a duration; did you mean "30s"?'),
+        ("--conntrack-udp-timeout=-5s", "--conntrack-udp-timeout -5s: give at least 0s"),
+        ("--oom-score-adj=2000", "2000 is not in the range -1000<=x<=1000"),
+    ],
+)
+def test_a_wrong_option_for_the_node_is_one_line(capsys: pytest.CaptureFixture[str], word: str, want: str) -> None:
+    assert main(["run", word, "--init-only"], World().parts) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert want in line
+
+
 def test_where_nothing_can_be_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", str(path), "--write-config-to", "/nowhere/at/all"], World().parts) == 2
     line = capsys.readouterr().err.splitlines()[-1]
