@@ -13,6 +13,7 @@ sooner than `min_interval` after the end of the last sync, so that a storm of ch
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -31,6 +32,9 @@ log = logging.getLogger("ebpflb.reconcile")
 
 # An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
 _AUDIT_SHARE = 100
+
+# Changes of pods whose latency is remembered while the kernel takes nothing: enough for a picture.
+_MOST_TRIGGERS = 10_000
 
 
 class Desired(Protocol):
@@ -109,7 +113,7 @@ class Reconciler:
         self._routes: RouteTable | None = None
         self._held: RouteTable | None = None  # what the kernel held when we began with what is remembered
         self._queued_at: float | None = None  # of the attempt that is going on
-        self._triggers: list[Trigger] = []  # of changes that are not yet whole in the kernel
+        self._triggers: deque[Trigger] = deque(maxlen=_MOST_TRIGGERS)  # of changes not yet whole in the kernel
         self._changed = 0
         self._changed_at: float | None = None  # when the oldest change came that no sync has seen
         self._not_before = clock()
@@ -222,11 +226,10 @@ class Reconciler:
         """Run a `sync` or an `audit`; whatever goes wrong becomes a problem and a time to try again."""
         began = self._clock()
         self._queued_at, self._changed = None, 0
-        if not self._started and not self._start():
-            return
+        obstacle = self._start()
         act = self._sync if what == "sync" else self._audit
         try:
-            report = act()
+            report = self._refusal(obstacle) if obstacle else act()
         except EbpflbError as error:
             log.debug("%s failed", what, exc_info=True)
             report = self._refusal(str(error))
@@ -255,19 +258,21 @@ class Reconciler:
         if not report.complete and self._queued_at is not None:
             self._observer.queued(self._queued_at)
 
-    def _start(self) -> bool:
-        """Start the dataplane. Lets Unsupported and UserError through: no later attempt can do better."""
+    def _start(self) -> str:
+        """Start the dataplane, once; why it could not be this time, "" if it runs. Lets Unsupported and UserError
+        through: no later attempt can do better."""
+        if self._started:
+            return ""
         try:
             self._dataplane.start()
         except (Unsupported, UserError):
             raise
         except EbpflbError as error:
             log.debug("start failed", exc_info=True)
-            self._settle("sync", self._refusal(str(error)))
-            self._log_problems()
-            return False
+            self._queued_at = self._changed_at  # which goes on waiting
+            return str(error)
         self._started = True
-        return True
+        return ""
 
     def _refusal(self, reason: str) -> Report:
         return Report(failed=1, problems=(Problem(self._dataplane.name, reason),))

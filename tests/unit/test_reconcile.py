@@ -606,6 +606,15 @@ def test_a_refused_change_goes_on_waiting(bench: Bench) -> None:
     assert bench.watching.queues == [0.0, 1.0, 1.0]
 
 
+def test_a_start_that_fails_is_told_like_any_refusal(bench: Bench) -> None:
+    """Health must know that nothing has come into the kernel yet."""
+    ready(bench)
+    bench.dataplane.raises["start"] = ApplyError("programs", "", 11, "loading: try again")
+    bench.run(until=1.0)
+    assert [attempt.report.complete for attempt in bench.watching.attempts] == [False, True]
+    assert bench.watching.attempts[0].queued == 1000.0
+
+
 def test_an_audit_is_told_as_such(bench: Bench) -> None:
     ready(bench)
     bench.run(until=31.0)
