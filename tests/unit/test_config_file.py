@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 import yaml
 
-from ebpflb import config_file
+from ebpflb import config_document, config_file
 from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
@@ -537,6 +538,33 @@ def test_the_document_is_of_plain_values_for_configz(file: File) -> None:
         "maxPerCore": 32768, "min": 131072, "tcpEstablishedTimeout": "24h0m0s", "tcpCloseWaitTimeout": "1h0m0s",
         "tcpBeLiberal": False, "udpTimeout": "0s", "udpStreamTimeout": "0s",
     }  # fmt: skip
+
+
+# ---- Documented ----
+
+
+def leaves(type_: type[msgspec.Struct]) -> Iterator[str]:
+    """The names of all fields that are not made of fields."""
+    for field in msgspec.structs.fields(type_):
+        inner = [each for each in (field.type, *get_args(field.type)) if isinstance(each, type)]
+        structs = [each for each in inner if issubclass(each, msgspec.Struct)]
+        if structs:
+            yield from leaves(structs[0])
+        else:
+            yield field.encode_name
+
+
+def test_every_field_is_in_the_document_on_configuration() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/configuration.md").read_text()
+    whole = {"vmodule", "options", "winkernel.*"}
+    below = {*leaves(config_document.LogOptions), *leaves(config_document.FileVerbosity)}
+    below |= set(leaves(config_document.Winkernel))
+    assert all(name in text for name in whole)
+    wanted = (set(leaves(config_document.EbpflbConfiguration)) - below) | set(config_document.RETIRED)
+    assert [name for name in sorted(wanted) if not re.search(rf"[`.]{name}`", text) and name != "verbosity"] == [
+        "apiVersion",
+        "kind",
+    ]
 
 
 # ---- Watched ----
