@@ -71,7 +71,7 @@ def parse(data: bytes, where: str) -> Said:
     except RecursionError:
         raise UserError(f"{where}: cannot be parsed: it is nested too deeply") from None
     except (strict_yaml.NotYaml, UserError) as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _said(documents: list[object]) -> Said:
