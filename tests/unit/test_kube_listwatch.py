@@ -16,7 +16,7 @@ from ebpflb.source.kube import Unreachable, decode
 from ebpflb.source.kube.decode import Kind
 from ebpflb.source.kube.listwatch import ListWatch, Timing
 from ebpflb.source.kube.outbox import Outbox
-from tests.kubeapi import ApiServer, Fault, ModelClient, node, service, slice_
+from tests.kubeapi import RESTORED, ApiServer, Fault, ModelClient, node, service, slice_
 
 
 class Open:
@@ -168,6 +168,7 @@ def test_a_server_that_cannot_select_by_cluster_ip_is_asked_without(follower: Fo
     assert names(follower.round()) == ["+web", "!"]
     assert follower.server.requests[-1].query.keys() >= {"labelSelector", "watch"}
     assert "fieldSelector" not in follower.server.requests[-1].query
+    assert follower.asked() == ["stream", "stream", "watch"]  # it does know how to stream
 
 
 def test_a_long_list_comes_in_pages_of_500(server: ApiServer) -> None:
@@ -377,6 +378,19 @@ def test_an_object_that_cannot_be_read_and_then_goes_is_no_problem_any_more(foll
     assert follower.outbox.problems() == []
 
 
+def test_an_object_that_cannot_be_read_and_goes_during_an_outage_is_no_problem_any_more(follower: Follower) -> None:
+    broken = service("broken")
+    broken["spec"]["ports"] = "eighty"
+    follower.server.put("services", broken)
+    follower.round()
+    assert [each.subject for each in follower.outbox.problems()] == ["Service ns/broken"]
+    follower.server.delete("services", "ns/broken")
+    follower.server.compact()
+    follower.round()
+    follower.round()
+    assert follower.outbox.problems() == []
+
+
 def test_a_slice_moves_to_another_service(server: ApiServer) -> None:
     server.put("endpointslices", slice_("web-1", "web", "10.0.1.1"))
     follower = Follower(server, decode.SLICES)
@@ -427,7 +441,11 @@ def test_a_restored_store_that_keeps_silent_is_noticed_by_its_silence(follower: 
     began = follower.server.clock()
     assert names(follower.round()) == []
     assert follower.server.clock() - began == pytest.approx(130, abs=1)
+    # Even if by now it has come further than we were: what it did meanwhile was never said.
+    follower.server.revision += 2 * RESTORED
+    follower.asked()
     assert names(follower.round()) == ["-api", "-web"]
+    assert follower.asked() == ["stream", "watch"]
 
 
 def test_a_watch_that_goes_back_in_time_is_not_believed(follower: Follower) -> None:
@@ -473,6 +491,14 @@ def test_a_watch_that_has_lived_makes_the_next_retry_quick_again(follower: Follo
     follower.round()
     assert follower.watch.doing.failures == 1
     assert follower.watch.doing.retry_at == pytest.approx(follower.server.clock())
+
+
+def test_a_watch_that_says_something_and_is_cut_is_retried_quickly_each_time(follower: Follower) -> None:
+    follower.round()
+    for number in range(3):
+        follower.server.put("services", service(f"web-{number}"))
+    follower.server.fault("services", *[fault for _ in range(3) for fault in (Fault("cut", after=1), Fault(""))][:-1])
+    assert follower.pauses(3) == [0.2] * 3
 
 
 @pytest.mark.parametrize("asked, waited", [(7.0, 7.0), (0.1, 0.2), (3600.0, 60.0)])
@@ -565,6 +591,32 @@ def test_one_cut_of_a_watch_is_no_problem_and_two_are(follower: Follower) -> Non
     follower.round()
     assert not follower.problem()
     assert follower.watch.doing.broken is None
+
+
+def test_it_is_broken_since_the_first_failure(follower: Follower) -> None:
+    follower.round()
+    began = follower.server.clock()
+    follower.server.fault("services", *[Fault("down")] * 4)
+    for _ in range(4):
+        follower.round()
+        assert follower.watch.doing.broken == began
+
+
+def test_what_fails_inside_a_watch_stays_a_problem_until_a_watch_says_something(server: ApiServer) -> None:
+    """Else it would come and go in the log with each attempt."""
+    outbox = Outbox("kubernetes", [decode.SERVICES])
+    seen: list[str] = []
+    watch = ListWatch(
+        decode.SERVICES, ModelClient(server), outbox, stop=Open(server), clock=server.clock, random=lambda: 0.0,
+        told=lambda: seen.append(watch.doing.problem.reason if watch.doing.problem else ""),
+    )  # fmt: skip
+    watch.attempt()
+    server.fault("services", *[fault for _ in range(4) for fault in (Fault("error", status=500), Fault(""))][:-1])
+    for _ in range(5):
+        watch.attempt()
+    words = "the API server refused to watch services: it is broken"
+    assert [each for each, before in zip(seen, ["", *seen], strict=False) if each != before] == [words, ""]
+    outbox.close()
 
 
 def test_a_new_problem_wakes_the_loop(follower: Follower) -> None:

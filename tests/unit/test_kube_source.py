@@ -210,8 +210,9 @@ def test_it_starts_it_lives_it_loses_the_server_and_finds_it_again(running: Star
     run.clock.now += 100
     run.down()
     run.until(lambda: len([each for each in run.source.problems() if each.code == "Unreachable"]) == 1)
+    run.clock.now += 4
     assert run.source.condition().state is SourceState.LIVE  # it may be back at once
-    run.clock.now += 6
+    run.clock.now += 2
     condition = run.source.condition()
     assert (condition.state, condition.since) == (SourceState.STALE, 1e6 + 1102)
     assert condition.failures > 1
@@ -310,6 +311,23 @@ def test_with_a_server_nobody_asks_for_what_was_saved(running: Start) -> None:
     assert not asked
 
 
+def test_a_server_that_takes_its_time_is_given_it(running: Start, server: ApiServer) -> None:
+    asked: list[bool] = []
+
+    def recall() -> Saved:
+        asked.append(True)
+        return memory()
+
+    release = threading.Event()
+    server.meanwhile.extend([held_by(release)] * 3)
+    run = running(recall=recall)
+    run.until(lambda: len(server.requests) == 3)
+    assert run.said == []
+    release.set()
+    run.synced()
+    assert not asked
+
+
 def test_a_snapshot_that_is_of_no_use_is_a_problem_until_the_lists_are_there(running: Start) -> None:
     def recall() -> Saved:
         raise SourceError("the snapshot x is not used: it is damaged or cut off")
@@ -400,6 +418,22 @@ def test_what_goes_without_having_been_known_says_nothing(outbox: Outbox) -> Non
     outbox.put(decode.node("node1"), [decode.Said(ServiceName("", "node2"), DropNode())])
     assert outbox.take() == []
     assert not select.select([outbox], [], [], 0)[0]
+
+
+def test_it_is_readable_while_there_is_something_to_take(outbox: Outbox) -> None:
+    def readable() -> bool:
+        return bool(select.select([outbox], [], [], 0)[0])
+
+    assert not readable()
+    for _ in range(2):
+        put(outbox, service("web"))
+        put(outbox, service("api"))
+        assert readable()
+        assert len(outbox.take()) == 2
+        assert not readable()
+        outbox.wake()
+        assert readable()
+        assert outbox.take() == []
 
 
 def test_after_closing_nothing_is_said_and_nobody_is_woken(outbox: Outbox) -> None:
