@@ -21,11 +21,11 @@ from ebpflb.source.kube.access import (
     Resolver,
     Told,
     check,
-    proxy_for,
     read_kubeconfig,
 )
 from ebpflb.source.kube.connections import tls_context
 from ebpflb.source.kube.expiry import certificate_end, day, token_end
+from ebpflb.source.kube.proxies import proxy_for
 from tests.web import Authority, authority
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
@@ -133,7 +133,10 @@ def test_nothing_to_go_by() -> None:
         check(ApiServer(), environ={}, service_account=Path("/nowhere"))
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "https://", "https://x:99999", "https://x:y", "https://x/?q=1", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://x", "https://", "https://x:99999", "https://x:y", "https://x/?q=1", "", "https://a b:1", "https://[::1"],
+)
 def test_an_apiserver_that_is_no_url(url: str) -> None:
     with pytest.raises(UserError, match="--apiserver: .* is no URL"):
         check(ApiServer(addresses=(url,)), environ={})
@@ -187,6 +190,9 @@ def test_the_kubeconfigs_proxy_goes_before_the_environments() -> None:
 def test_a_proxy_of_another_kind_is_refused() -> None:
     made = resolver(ApiServer(kubeconfig="/k"), read=lambda path, environ: told(proxy="socks5://u:p@q:1"))
     with pytest.raises(UserError, match="the proxy q:1 is not of a kind"):
+        made.resolve()
+    made = resolver(ApiServer(kubeconfig="/k"), read=lambda path, environ: told(proxy="http://u:p@q r:1"))
+    with pytest.raises(UserError, match="the proxy q r:1 is no URL"):
         made.resolve()
 
 

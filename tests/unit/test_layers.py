@@ -55,7 +55,7 @@ LAYERS = (
     Layer(
         "source.kube", ("model", "errors", "=source", "source.parse", "source.validate", "source.wire", "source.kube")
     ),
-    Layer("source.kube.access", ("errors", "config")),
+    Layer("source.kube.access", ("errors", "config", "source.kube.proxies")),
     Layer("source.kube.events", ("model", "errors", "notices", "=source.kube")),
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),

@@ -11,7 +11,6 @@ Service, and there may be no proxy yet but us. All of these are verified by the 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import subprocess
@@ -22,9 +21,11 @@ from typing import Protocol, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
+from urllib3.util import parse_url
 
 from ebpflb.config import ApiServer
 from ebpflb.errors import SourceError, UserError
+from ebpflb.source.kube.proxies import checked, proxy_for
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod has the token and the CA of its service account."""
@@ -240,7 +241,7 @@ class Resolver:
 
     def _with_proxy(self, address: Address, proxy: str = "") -> Address:
         """`proxy` is the kubeconfig's, which goes before the environment's."""
-        return msgspec.structs.replace(address, proxy=_check_proxy(proxy or proxy_for(address.url, self._environ)))
+        return msgspec.structs.replace(address, proxy=checked(proxy or proxy_for(address.url, self._environ)))
 
     def _by_kubeconfig(self, told: Told) -> Access:
         where = f"kubeconfig {self._api.kubeconfig}"
@@ -295,65 +296,13 @@ class Resolver:
         return tuple(self._with_proxy(address) for address in (*known, last))
 
 
-def proxy_for(url: str, environ: Mapping[str, str]) -> str:
-    """The proxy that the environment has for `url`, "" for none: HTTPS_PROXY or HTTP_PROXY, unless NO_PROXY has the
-    host, as Go reads them: names stand for their subdomains too, and networks (CIDRs) count."""
-    parts = urlsplit(url)
-    name = "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
-    proxy = environ.get(name) or environ.get(name.lower()) or ""
-    if not proxy or _goes_direct(parts.hostname or "", parts.port, environ):
-        return ""
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _goes_direct(host: str, port: int | None, environ: Mapping[str, str]) -> bool:
-    address = _ip(host)
-    if host == "localhost" or (address is not None and address.is_loopback):
-        return True
-    for entry in (environ.get("NO_PROXY") or environ.get("no_proxy") or "").split(","):
-        entry = entry.strip().lower()
-        if entry == "*":
-            return True
-        if not entry:
-            continue
-        if "/" in entry:
-            try:
-                if address is not None and address in ipaddress.ip_network(entry, strict=False):
-                    return True
-            except ValueError:
-                pass  # not a network, and no name has a slash
-            continue
-        name, _, only = entry.rpartition(":") if entry.count(":") == 1 else (entry, "", "")
-        if only and only != str(port):
-            continue
-        name = name.strip("[]")
-        if address is not None:
-            if _ip(name) == address:
-                return True
-        elif host == name.lstrip(".") and not name.startswith(".") or host.endswith("." + name.lstrip(".*")):
-            return True
-    return False
-
-
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
-
-
-def _check_proxy(proxy: str) -> str:
-    if proxy and urlsplit(proxy).scheme not in ("http", "https"):
-        raise UserError(f"the proxy {proxy.rpartition('@')[2]} is not of a kind that is served here: http or https")
-    return proxy
-
-
 def _address(whose: str, url: str, server_name: str = "") -> Address:
     """A checked URL. Without a scheme it is https. Raises UserError."""
     full = url if "://" in url else f"https://{url}"
     try:
         parts = urlsplit(full)
         port = parts.port
+        parse_url(full)  # the connections' own idea of a URL
     except ValueError:
         raise UserError(f"{whose}: {url!r} is no URL; write https://HOST:PORT") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:

@@ -12,160 +12,52 @@ that fails, what there was stays in use.
 
 from __future__ import annotations
 
-import http.client
 import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
 
-import urllib3
 from urllib3.connection import HTTPConnection
 
 from ebpflb import __version__
 from ebpflb.errors import EbpflbError
 from ebpflb.source.kube import ApiError, Unreachable
-from ebpflb.source.kube.access import Access, Address, Resolves
-from ebpflb.source.kube.connections import Connections, Live, tls_context
+from ebpflb.source.kube.access import Address, Resolves
+from ebpflb.source.kube.connections import Connections, Live
+from ebpflb.source.kube.reach import Reach
 from ebpflb.source.kube.reasons import Answer, not_an_api_server, refusal, unreachable, why
+from ebpflb.source.kube.reply import BROKEN, CLOSED, HttpReply
 
 log = logging.getLogger("ebpflb.api")
 
 USER_AGENT = f"ebpflb/{__version__} (linux/{platform.machine()})"
 
-# Errors of the libraries below us, besides those of the system. A ValueError is what they make of garbage.
-_BROKEN = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError)
-
-_TOKEN_SECONDS = 60.0
 _RENEW_SECONDS = 10.0
 _BEFORE_EXPIRY = 30.0
-_MOST_FAULTS = 3
 _MOST_ERROR_BODY = 1 << 16
-_CHUNK = 1 << 16
-
-_CLOSED = "the connection to the API server was closed by us"
 
 
 class _NotAsked(Exception):
     """No API server was asked at this address."""
 
 
-class _Request:
+class _Request(NamedTuple):
     """One request, as it is the same at every address."""
 
-    __slots__ = ("body", "headers", "method", "path", "query", "stream", "timeout")
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        query: str,
-        body: bytes | None,
-        headers: Mapping[str, str],
-        timeout: float,
-        stream: bool,
-    ) -> None:
-        self.method = method
-        self.path = path
-        self.query = query
-        self.body = body
-        self.headers = headers
-        self.timeout = timeout
-        self.stream = stream
+    method: str
+    path: str
+    query: str
+    body: bytes | None
+    headers: Mapping[str, str]
+    timeout: float
+    stream: bool
 
 
-class _Token:
-    """The token that is sent; of a file, what it last held."""
-
-    def __init__(self, access: Access, clock: Callable[[], float]) -> None:
-        self._path = access.token_file
-        self._text = access.token
-        self._identity = access.identity
-        self._clock = clock
-        self._read_at: float | None = None
-        self._trouble = ""
-
-    def text(self) -> str:
-        if self._path and (self._read_at is None or self._clock() - self._read_at >= _TOKEN_SECONDS):
-            self.read()
-        if not (self._text.isascii() and self._text.isprintable()):
-            # It would be in the text of what the library raises.
-            raise Unreachable(f"{self._identity} cannot be sent: it holds characters that no token has")
-        return self._text
-
-    def read(self) -> None:
-        """Read the file now. What it last held stays where it cannot be read. Raises Unreachable if it never could."""
-        self._read_at = self._clock()
-        trouble = ""
-        try:
-            with open(self._path) as file:
-                text = file.read().strip()
-            trouble = "" if text else "it is empty"
-        except OSError as error:
-            trouble = error.strerror or str(error)
-        except ValueError:
-            trouble = "it is not text"
-        if not trouble:
-            self._text = text
-        elif not self._text:
-            self._read_at = None
-            raise Unreachable(f"the token file {self._path} cannot be read: {trouble}")
-        elif trouble != self._trouble:
-            log.warning("the token file %s cannot be read: %s; the last token stays in use", self._path, trouble)
-        self._trouble = trouble
-
-
-class _State:
-    """One Access, and what has come of it so far."""
-
-    def __init__(self, access: Access, clock: Callable[[], float]) -> None:
-        self.access = access
-        context = tls_context(access) if any(address.tls for address in access.addresses) else None
-        self.places = tuple(Connections(address, context if address.tls else None) for address in access.addresses)
-        self.token = _Token(access, clock)
-        self._lock = threading.Lock()
-        self._current = 0
-        self._faults = 0
-        self._told = -1
-
-    def in_turn(self) -> list[tuple[int, Connections]]:
-        first = self._current
-        places = list(enumerate(self.places))
-        return places[first:] + places[:first]
-
-    def prefer(self, address: Address) -> None:
-        """Begin with this one, if it is still there and no last resort."""
-        if address in self.access.addresses and not address.note:
-            self._current = self.access.addresses.index(address)
-
-    @property
-    def current(self) -> Address:
-        return self.access.addresses[self._current]
-
-    def worked(self, index: int) -> None:
-        with self._lock:
-            self._faults = 0
-            self._current = index
-            told, self._told = self._told, index
-        if told != index:
-            log.info("the API server is used at %s", self.access.addresses[index].url)
-
-    def failed(self, index: int, *, at_once: bool) -> None:
-        """Go on to the next address; not `at_once`, only when this one keeps failing."""
-        with self._lock:
-            if index != self._current:
-                return
-            self._faults += 1
-            if at_once or self._faults >= _MOST_FAULTS:
-                self._faults = 0
-                self._current = (index + 1) % len(self.places)
-
-    def close(self) -> None:
-        for place in self.places:
-            place.close()
+class _Stale(Exception):
+    """A connection that had been kept turned out to be closed."""
 
 
 class HttpClient:
@@ -187,7 +79,7 @@ class HttpClient:
         self._clock = clock
         self._now = now
         self._live = Live()
-        self._state: _State | None = None
+        self._state: Reach | None = None
         self._resolving = threading.Lock()
         self._resolved_at = 0.0
         self._attempts = 0
@@ -227,11 +119,11 @@ class HttpClient:
                 raise
         return self._in_turn(renewed, request, renewed.token.text())
 
-    def _in_turn(self, state: _State, request: _Request, token: str) -> HttpReply:
+    def _in_turn(self, state: Reach, request: _Request, token: str) -> HttpReply:
         reasons: list[tuple[Address, str]] = []
         for index, place in state.in_turn():
             if self._live.ended:
-                raise Unreachable(_CLOSED)
+                raise Unreachable(CLOSED)
             try:
                 reply = self._measured(state, place, request, token)
             except _NotAsked as error:
@@ -249,9 +141,9 @@ class HttpClient:
                 raise
             state.worked(index)
             return reply
-        raise Unreachable(_CLOSED if self._live.ended else unreachable(reasons))
+        raise Unreachable(CLOSED if self._live.ended else unreachable(reasons))
 
-    def _measured(self, state: _State, place: Connections, request: _Request, token: str) -> HttpReply:
+    def _measured(self, state: Reach, place: Connections, request: _Request, token: str) -> HttpReply:
         """As `_ask`, for whoever wants to know how it went."""
         began = self._clock()
         status: int | None = None
@@ -266,7 +158,7 @@ class HttpClient:
             host = urlsplit(place.address.url).netloc
             self._told(request.method, host, status, None if request.stream else self._clock() - began)
 
-    def _ask(self, state: _State, place: Connections, request: _Request, token: str) -> HttpReply:
+    def _ask(self, state: Reach, place: Connections, request: _Request, token: str) -> HttpReply:
         """The answer at one address. Raises _NotAsked, Unreachable, ApiError."""
         connection = place.idle()
         if connection is not None:
@@ -276,13 +168,13 @@ class HttpClient:
                 pass
         try:
             connection = place.connect()
-        except _BROKEN as error:
+        except BROKEN as error:
             raise _NotAsked(why(error, place.address, state.access)) from None
         return self._exchange(state, place, connection, request, token, fresh=True)
 
     def _exchange(
         self,
-        state: _State,
+        state: Reach,
         place: Connections,
         connection: HTTPConnection,
         request: _Request,
@@ -302,7 +194,7 @@ class HttpClient:
                 preload_content=False,
             )
             response = connection.getresponse()
-        except _BROKEN as error:
+        except BROKEN as error:
             reply.close()
             if not fresh and request.method == "GET" and not isinstance(error, TimeoutError):
                 # It was closed by the server just as it was about to be used.
@@ -322,9 +214,9 @@ class HttpClient:
         raise refusal(answer, state.access, token, self._now())
 
     def _broken(self, address: Address, reason: str) -> Unreachable:
-        return Unreachable(_CLOSED if self._live.ended else unreachable([(address, reason)]))
+        return Unreachable(CLOSED if self._live.ended else unreachable([(address, reason)]))
 
-    def _headers(self, state: _State, place: Connections, request: _Request, token: str) -> dict[str, str]:
+    def _headers(self, state: Reach, place: Connections, request: _Request, token: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT, **place.headers(), **request.headers}
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -334,16 +226,16 @@ class HttpClient:
 
     # ---- Who we are ----
 
-    def _ready(self) -> _State:
+    def _ready(self) -> Reach:
         """How things are, resolved anew if that is due."""
         if self._live.ended:
-            raise Unreachable(_CLOSED)
+            raise Unreachable(CLOSED)
         state = self._state
         if state is None or self._is_due(state):
             return self._resolve(state)
         return state
 
-    def _is_due(self, state: _State) -> bool:
+    def _is_due(self, state: Reach) -> bool:
         if self._clock() - self._resolved_at < _RENEW_SECONDS:
             return False
         access = state.access
@@ -351,7 +243,7 @@ class HttpClient:
             return True
         return self._resolver.changed()
 
-    def _after_401(self, state: _State, token: str) -> _State | None:
+    def _after_401(self, state: Reach, token: str) -> Reach | None:
         """What to try once more with; None if there is nothing else."""
         if self._state is not state and self._state is not None:
             return self._state  # another thread had the same answer before
@@ -364,7 +256,7 @@ class HttpClient:
         renewed = self._resolve(state)
         return renewed if renewed is not state else None
 
-    def _resolve(self, state: _State | None) -> _State:
+    def _resolve(self, state: Reach | None) -> Reach:
         """Resolve anew, one thread at a time; whoever has something to go on with does not wait for it. Those who
         waited have the answer that they waited for, be it a failure."""
         attempts = self._attempts
@@ -382,13 +274,13 @@ class HttpClient:
         finally:
             self._resolving.release()
 
-    def _attempt(self, state: _State | None) -> None:
+    def _attempt(self, state: Reach | None) -> None:
         """One look at how things are; what cannot be had is `_trouble`."""
         trouble = ""
         try:
             access = self._resolver.resolve()
             if state is None or access != state.access:
-                self._replace(state, _State(access, self._clock))
+                self._replace(state, Reach(access, self._clock))
         except EbpflbError as error:
             trouble = str(error)
             if state is not None and trouble != self._trouble:
@@ -397,7 +289,7 @@ class HttpClient:
         self._resolved_at = self._clock()
         self._trouble = trouble
 
-    def _replace(self, old: _State | None, new: _State) -> None:
+    def _replace(self, old: Reach | None, new: Reach) -> None:
         self._state = new
         if old is not None:
             new.prefer(old.current)
@@ -406,115 +298,3 @@ class HttpClient:
             log.warning("the API server's certificate is not verified, as the kubeconfig demands")
         if self._live.ended:
             new.close()
-
-
-class _Stale(Exception):
-    """A connection that had been kept turned out to be closed."""
-
-
-class HttpReply:
-    """A `Reply`."""
-
-    def __init__(
-        self,
-        place: Connections,
-        connection: HTTPConnection,
-        live: Live,
-        words: Callable[[BaseException], str],
-    ) -> None:
-        self._place = place
-        self._connection = connection
-        self._live = live
-        self._words = words
-        self._response: urllib3.HTTPResponse | None = None
-        self._socket = connection.sock
-        self._whole = False
-        self._closed = False
-        live.add(self._socket)
-
-    def begin(self, response: urllib3.HTTPResponse) -> None:
-        """The head has been read."""
-        self._response = response
-
-    @property
-    def status(self) -> int | None:
-        """Of the answer; None before it has begun."""
-        return None if self._response is None else self._response.status
-
-    def read(self) -> bytes:
-        # In pieces, because a length that the other side claims is no reason to take so much memory.
-        return b"".join(self._pieces())
-
-    def some(self, most: int) -> bytes:
-        """The beginning of the body, at most `most` bytes, as far as it can be had."""
-        response = self._body()
-        try:
-            body = response.read(most)
-            self._whole = len(body) < most
-            return body
-        except _BROKEN:
-            return b""
-
-    def lines(self) -> Iterator[bytes]:
-        held: list[bytes] = []
-        for data in self._pieces():
-            first, *more = data.split(b"\n")
-            held.append(first)
-            if not more:
-                continue
-            if line := b"".join(held):
-                yield line
-            for line in more[:-1]:
-                if line:
-                    yield line
-            held = [more[-1]]
-        if line := b"".join(held):
-            yield line
-
-    def _pieces(self) -> Iterator[bytes]:
-        """The body as it arrives."""
-        response = self._body()
-        try:
-            if response.chunked and response.supports_chunked_reads():
-                yield from response.read_chunked(_CHUNK, decode_content=True)
-            else:
-                while data := response.read1(_CHUNK, decode_content=True):
-                    yield data
-        except _BROKEN as error:
-            raise self._broken(error) from None
-        if self._live.ended:
-            # What was shut looks like an end where nothing marks the end.
-            raise Unreachable(_CLOSED)
-        self._whole = True
-
-    def _body(self) -> urllib3.HTTPResponse:
-        if self._response is None or self._closed:
-            raise Unreachable(_CLOSED)
-        return self._response
-
-    def _broken(self, error: BaseException) -> Unreachable:
-        if self._live.ended:
-            return Unreachable(_CLOSED)
-        timed_out = isinstance(error, urllib3.exceptions.ReadTimeoutError)
-        reason = "nothing came for too long: the connection is dead" if timed_out else self._words(error)
-        return Unreachable(unreachable([(self._place.address, reason)]))
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._live.discard(self._socket)
-        if self._response is not None:
-            self._response.close()
-        if self._whole:
-            self._place.keep(self._connection)
-        else:
-            self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
