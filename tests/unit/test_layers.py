@@ -56,7 +56,8 @@ LAYERS = (
         "source.kube", ("model", "errors", "=source", "source.parse", "source.validate", "source.wire", "source.kube")
     ),
     Layer("source.kube.access", ("errors", "config", "source.kube.proxies")),
-    Layer("source.kube.events", ("model", "errors", "notices", "=source.kube")),
+    Layer("source.kube.event_objects", ("model", "notices")),
+    Layer("source.kube.events", ("model", "errors", "notices", "=source.kube", "source.kube.event_objects")),
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),

@@ -4,15 +4,10 @@ Rules of this file: posting never blocks and never fails. What waits is bounded:
 and not queued again, and where there are too many the oldest goes, and is counted. What is written is bounded by a
 token bucket. One that was written becomes a series when it happens again. A server that cannot be reached keeps
 everything waiting; one that forbids Events is asked again rarely, and the log has one line for it.
-
-An Event about a Service bears the Service's uid, because `kubectl describe` looks for that; an Event about a node bears
-the node's name instead, by the custom of kubelet and kube-proxy, and lies in the namespace `default`.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import logging
 import threading
 import time
@@ -26,11 +21,9 @@ from ebpflb.errors import SourceError
 from ebpflb.model import ServiceName
 from ebpflb.notices import Notice
 from ebpflb.source.kube import ApiError, Client
+from ebpflb.source.kube.event_objects import event_of, name_of, namespace_of, series_of
 
 log = logging.getLogger("ebpflb.events")
-
-CONTROLLER = "ebpflb"
-"""The Events' reportingController."""
 
 _JSON = "application/json"
 _MERGE_PATCH = "application/merge-patch+json"
@@ -41,13 +34,8 @@ _MOST_SERIES = 1000
 _FIRST_RETRY = 1.0
 _LONGEST_RETRY = 60.0
 _FORBIDDEN_RETRY = 600.0
-_JOIN_SECONDS = 1.0
+_JOIN_SECONDS = 0.25
 _NO_TIME = 1e-6  # what sums of fractions differ by
-
-# What the API server allows.
-_MOST_NOTE = 1024  # bytes
-_MOST_INSTANCE = 128
-_MOST_NAME = 253
 
 
 class _Meta(msgspec.Struct):
@@ -262,8 +250,7 @@ class EventSender:
 
     def _write(self, notice: Notice, waiting: _Waiting, count: int, last: float) -> None:
         """Raises _Dropped, ApiError, Unreachable."""
-        namespace = notice.about.namespace if notice.about else "default"
-        path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+        path = f"/apis/events.k8s.io/v1/namespaces/{namespace_of(notice)}/events"
         series = None if notice.everywhere else self._series.get(notice)
         if series is not None:
             total = series.count + count
@@ -271,8 +258,9 @@ class EventSender:
                 self._remember(notice, _Series(series.name, total))
                 return
             del self._series[notice]
-        waiting.name = waiting.name or self._name(notice, waiting.first)
-        self._create(path, self._event(notice, namespace, waiting.name, count, waiting.first, last))
+        waiting.name = waiting.name or name_of(notice, self._node, waiting.first)
+        uid = self._uid(notice.about) if notice.about else ""
+        self._create(path, event_of(notice, self._node, waiting.name, uid, count, waiting.first, last))
         if not notice.everywhere:
             self._remember(notice, _Series(waiting.name, count))
 
@@ -284,7 +272,7 @@ class EventSender:
 
     def _patch(self, path: str, count: int, last: float) -> bool:
         """Whether the Event was still there."""
-        body = msgspec.json.encode({"series": _series(count, last)})
+        body = msgspec.json.encode({"series": series_of(count, last)})
         try:
             self._client.send("PATCH", path, body, content_type=_MERGE_PATCH, timeout=_TIMEOUT)
         except ApiError as error:
@@ -304,33 +292,6 @@ class EventSender:
                 raise _Dropped(f"its namespace is gone: {error}") from None
             _raise_if_final(error)
             raise
-
-    def _event(
-        self, notice: Notice, namespace: str, name: str, count: int, first: float, last: float
-    ) -> dict[str, object]:
-        event: dict[str, object] = {
-            "apiVersion": "events.k8s.io/v1",
-            "kind": "Event",
-            "metadata": {"namespace": namespace, "name": name},
-            "eventTime": _micro_time(first),
-            "type": notice.type.value,
-            "reason": notice.reason,
-            "action": notice.action,
-            "note": _shortened(notice.note, _MOST_NOTE),
-            "regarding": self._regarding(notice.about),
-            "reportingController": CONTROLLER,
-            "reportingInstance": f"{CONTROLLER}-{self._node}"[:_MOST_INSTANCE],
-        }
-        if count > 1 and not notice.everywhere:
-            event["series"] = _series(count, last)
-        return event
-
-    def _regarding(self, service: ServiceName | None) -> dict[str, str]:
-        if service is None:
-            return {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._node}
-        regarding = {"apiVersion": "v1", "kind": "Service", "namespace": service.namespace, "name": service.name}
-        uid = self._uid(service)
-        return {**regarding, "uid": uid} if uid else regarding
 
     def _uid(self, service: ServiceName) -> str:
         """By a list, since listing is what we are allowed. "" if it cannot be had."""
@@ -353,32 +314,8 @@ class EventSender:
         with self._client.get(path, query, timeout=_TIMEOUT) as reply:
             return msgspec.json.decode(reply.read(), type=_List).items
 
-    def _name(self, notice: Notice, first: float) -> str:
-        """Of an Event that every node would write, the same on every node: the first one makes it."""
-        who = "" if notice.everywhere else f"{self._node} {first}"
-        text = "\0".join((who, notice.reason, notice.action, notice.note))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        subject = notice.about.name if notice.about else self._node
-        return f"{subject[: _MOST_NAME - len(digest) - 1].rstrip('-.')}.{digest}"
-
 
 def _raise_if_final(error: ApiError) -> None:
     """No later attempt can do better with these."""
     if error.status in (400, 413, 422) or (error.status == 403 and "being terminated" in str(error)):
         raise _Dropped(str(error)) from None
-
-
-def _series(count: int, last: float) -> dict[str, object]:
-    return {"count": count, "lastObservedTime": _micro_time(last)}
-
-
-def _micro_time(moment: float) -> str:
-    return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-def _shortened(text: str, most: int) -> str:
-    """At most `most` bytes of UTF-8."""
-    encoded = text.encode()
-    if len(encoded) <= most:
-        return text
-    return encoded[: most - len("…".encode())].decode(errors="ignore") + "…"
