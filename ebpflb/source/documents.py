@@ -154,7 +154,7 @@ def _documents(data: bytes, is_json: bool) -> Iterator[_Form]:
 def _json_stream(data: bytes) -> list[object]:
     """JSON documents one after another, as kubectl takes them."""
     text = _text(data)
-    decoder, values, position = json.JSONDecoder(), [], 0
+    decoder, values, position = json.JSONDecoder(parse_constant=_refuse_constant), [], 0
     try:
         while position < len(text):
             if text[position].isspace():
@@ -165,6 +165,10 @@ def _json_stream(data: bytes) -> list[object]:
     except json.JSONDecodeError as error:
         raise SourceError(f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
     return values
+
+
+def _refuse_constant(word: str) -> object:
+    raise SourceError(f"not JSON: {word} is no number")
 
 
 def _text(data: bytes) -> str:

@@ -101,6 +101,7 @@ def read(data: bytes, *, is_json: bool = False) -> documents.Content | None:
 @few
 @given(bent())
 @example({**LOADED, "spec": {"clusterIP": "1.2.3.4", "ports": [{"port": 10**25}]}})
+@example({**NODE, "status": {"addresses": [{"type": float("inf")}]}})
 def test_strange_values(value: Any) -> None:
     """Invariant: a strange value costs its object, and JSON and YAML say the same about it."""
     text = json.dumps(value)
