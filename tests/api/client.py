@@ -11,10 +11,13 @@ import json
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
+
+from ebpflb.demo import namespaces
 
 Object = dict[str, Any]
 
@@ -67,16 +70,33 @@ def path_of(kind: str, namespace: str = "", name: str = "") -> str:
     return f"{path}/{plural}" + (f"/{name}" if name else "")
 
 
-class Api:
-    """For any thread; each has a connection of its own."""
+class _Connection(http.client.HTTPSConnection):
+    """A connection from a network namespace ("" for that of this process)."""
 
-    def __init__(self, host: str, port: int, bundle: Path, token: str) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout: float, namespace: str) -> None:
+        super().__init__(host, port, context=tls, timeout=timeout)
+        self._namespace = namespace
+
+    def connect(self) -> None:
+        with inside(self._namespace):
+            super().connect()
+
+
+def inside(namespace: str) -> AbstractContextManager[object]:
+    """Sockets that this thread makes in the block belong to a network namespace ("" for that of this process)."""
+    return namespaces.inside(namespace) if namespace else nullcontext()
+
+
+class Api:
+    """For any thread; each has a connection of its own, from the network namespace `namespace`."""
+
+    def __init__(self, host: str, port: int, bundle: Path, token: str, namespace: str = "") -> None:
+        self._host, self._port, self._namespace = host, port, namespace
         self._tls = ssl.create_default_context(cafile=str(bundle))
         self._headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
         self._own = threading.local()
         self._lock = threading.Lock()
-        self._all: list[http.client.HTTPSConnection] = []
+        self._all: list[_Connection] = []
 
     def __enter__(self) -> Api:
         return self
@@ -181,11 +201,11 @@ class Api:
 
     # ---- Connections ----
 
-    def _connect(self, timeout: float) -> http.client.HTTPSConnection:
-        return http.client.HTTPSConnection(self._host, self._port, context=self._tls, timeout=timeout)
+    def _connect(self, timeout: float) -> _Connection:
+        return _Connection(self._host, self._port, self._tls, timeout, self._namespace)
 
-    def _connection(self) -> http.client.HTTPSConnection:
-        found: http.client.HTTPSConnection | None = getattr(self._own, "connection", None)
+    def _connection(self) -> _Connection:
+        found: _Connection | None = getattr(self._own, "connection", None)
         if found is None:
             found = self._own.connection = self._connect(30)
             with self._lock:
@@ -193,7 +213,7 @@ class Api:
         return found
 
     def _ask(
-        self, connection: http.client.HTTPSConnection, method: str, path: str, body: bytes | None,
+        self, connection: _Connection, method: str, path: str, body: bytes | None,
         headers: Mapping[str, str],
     ) -> Answer:  # fmt: skip
         connection.request(method, path, body, dict(headers))

@@ -7,6 +7,7 @@ breaks the control plane mends it.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tests.api.binaries import CURRENT, ETCD, Missing, find
 from tests.api.chaos import ChaosProxy
 from tests.api.client import Api
 from tests.api.control_plane import LOOPBACK, ControlPlane
+from tests.api.nodes import Nodes
 
 OnFailure = Callable[[str, Callable[[], "str | bytes"]], None]
 
@@ -75,3 +77,32 @@ def proxy(cluster: ControlPlane) -> Iterator[ChaosProxy]:
 def loopback_listener() -> socket.socket:
     """Listens on a port of the kernel's choice."""
     return socket.create_server((LOOPBACK, 0), backlog=64)
+
+
+@pytest.fixture(scope="session")
+def standing_nodes(programs: dict[str, Path]) -> Iterator[Nodes]:
+    """Two nodes, as all tests share them; their API server is another one than `cluster`'s."""
+    with Nodes(programs) as found:
+        yield found
+
+
+@pytest.fixture
+def nodes(standing_nodes: Nodes, on_failure: OnFailure) -> Nodes:
+    """The two nodes, and what daemons and programs said if a test fails."""
+    for at in standing_nodes.cluster.nodes:
+        on_failure(f"{at}.log", lambda at=at: standing_nodes.log(at))  # type: ignore[misc]
+        on_failure(f"{at}.json", lambda at=at: json.dumps(standing_nodes.status(at), indent=1))  # type: ignore[misc]
+    for program in standing_nodes.control.programs:
+        on_failure(f"{program.name}.log", program.tail)
+    return standing_nodes
+
+
+@pytest.fixture
+def own(nodes: Nodes) -> Iterator[str]:
+    """A namespace of the test's own, as `namespace` is, in the nodes' API server."""
+    name = f"daemon-{os.getpid()}-{next(_numbers)}"
+    nodes.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield name
+    for kind in ("Pod", "Service", "EndpointSlice"):
+        nodes.api.delete_all(kind, name)
+    nodes.api.delete("Namespace", "", name)

@@ -1,11 +1,11 @@
-"""etcd, kube-apiserver and kube-controller-manager on this machine's loopback.
+"""etcd, kube-apiserver and kube-controller-manager, on this machine's loopback or in a network namespace.
 
 Rules of this file: ports are the kernel's choice, data lies in memory, each program's output in `logs`; whatever was
 started is gone with this object. A program can be stopped, killed and started again, and the API server has the same
 port and certificates ever after, as a real one would.
 
-The `kubernetes` Service's endpoint is ADVERTISED at that port: an address of the box's fabric, where a test that wants
-it puts a proxy.
+The `kubernetes` Service's endpoint is ADVERTISED at that port: an address of the box's fabric, which is where the API
+server is when it runs in that namespace.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from typing import NamedTuple, TypeVar
 
 import yaml
 
+from ebpflb.demo.namespaces import path_of
 from tests.api.authority import Authority, Identity, signing_key
-from tests.api.client import Api, Object
+from tests.api.client import Api, Object, inside
 
 T = TypeVar("T")
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 ADVERTISED = "192.168.0.1"  # tests.world's nodes are there, too
 SERVICE_CIDRS = ("10.96.0.0/16", "fd00:10:96::/112")
 KUBERNETES_IP = "10.96.0.1"
@@ -74,10 +75,11 @@ def until(what: str, probe: Callable[[], T], seconds: float = PATIENCE) -> T:
 class Program:
     """One of them: its process while it runs, and its output, of all its lives."""
 
-    def __init__(self, name: str, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, name: str, argv: Sequence[str], log: Path, namespace: str = "") -> None:
         self.name = name
         self.log = log
-        self.argv = list(argv)
+        # nsenter replaces itself by the program, so that the pid is the program's.
+        self.argv = ["nsenter", f"--net={path_of(namespace)}", "--", *argv] if namespace else list(argv)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -120,12 +122,16 @@ class Program:
 
 class ControlPlane:
     """See the top of this file. `programs` are paths by name; without a kube-controller-manager among them nothing
-    makes EndpointSlices of Pods. `options` are further ones of the API server."""
+    makes EndpointSlices of Pods. `options` are further ones of the API server. In a `namespace` (one that has the
+    address ADVERTISED) it listens on all addresses."""
 
-    def __init__(self, programs: dict[str, Path], *, options: Sequence[str] = ()) -> None:
+    def __init__(self, programs: dict[str, Path], *, options: Sequence[str] = (), namespace: str = "") -> None:
         self._paths = programs
         self._options = tuple(options)
-        self._etcd_port, self._etcd_peer_port, self.port = _free_ports(3)
+        self._namespace = namespace
+        self.address = ADVERTISED if namespace else LOOPBACK
+        with inside(namespace):
+            self._etcd_port, self._etcd_peer_port, self.port = _free_ports(3)
 
     def __enter__(self) -> ControlPlane:
         with ExitStack() as stack:
@@ -155,11 +161,11 @@ class ControlPlane:
 
     @property
     def url(self) -> str:
-        return f"https://{LOOPBACK}:{self.port}"
+        return f"https://{self.address}:{self.port}"
 
     def api_of(self, user: User, *, port: int = 0) -> Api:
         """A client that is this user, directly or through what listens on another port."""
-        return Api(LOOPBACK, port or self.port, self.authority.bundle, user.token)
+        return Api(self.address, port or self.port, self.authority.bundle, user.token, self._namespace)
 
     def kubeconfig(
         self, path: Path, user: User = ADMIN, *, server: str = "", entry: Mapping[str, object] | None = None
@@ -176,9 +182,13 @@ class ControlPlane:
     # ---- What happens to it ----
 
     def start_apiserver(self) -> None:
-        """Start it, and wait until it has all it serves."""
+        """Start it, and wait until it has all it serves. Controllers that run start anew: their back-off, of up to a
+        minute, is not what anybody here waits for."""
         self.apiserver.start()
         self.apiserver.wait(self._apiserver_answers)
+        if self.controllers.running:
+            self.controllers.kill()
+            self.controllers.start()
 
     def compact(self) -> None:
         """etcd forgets every revision before now, and the API server's watch caches go with its process: so starts one
@@ -194,6 +204,8 @@ class ControlPlane:
         """One call of etcd's JSON gateway."""
         connection = http.client.HTTPConnection(LOOPBACK, self._etcd_port, timeout=20)
         try:
+            with inside(self._namespace):
+                connection.connect()
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
             found: dict[str, dict[str, str]] = json.loads(answer.read())
@@ -240,7 +252,8 @@ class ControlPlane:
         return (self.etcd, self.apiserver, self.controllers)
 
     def _program(self, name: str, options: Sequence[str]) -> Program:
-        return Program(name, [str(self._paths.get(name, name)), *options], self.directory / f"{name}.log")
+        argv = [str(self._paths.get(name, name)), *options]
+        return Program(name, argv, self.directory / f"{name}.log", self._namespace)
 
     def _kill_all(self) -> None:
         for name in ("controllers", "apiserver", "etcd"):
@@ -268,7 +281,8 @@ class ControlPlane:
     def _apiserver_options(self) -> list[str]:
         return [
             f"--etcd-servers=http://{LOOPBACK}:{self._etcd_port}", "--etcd-compaction-interval=0",
-            f"--bind-address={LOOPBACK}", f"--secure-port={self.port}", f"--advertise-address={ADVERTISED}",
+            f"--bind-address={ANY if self._namespace else LOOPBACK}", f"--secure-port={self.port}",
+            f"--advertise-address={ADVERTISED}",
             f"--tls-cert-file={self.identity.certificate}", f"--tls-private-key-file={self.identity.key}",
             f"--client-ca-file={self.authority.bundle}", f"--token-auth-file={self._tokens}",
             "--authorization-mode=RBAC", f"--service-cluster-ip-range={','.join(SERVICE_CIDRS)}",

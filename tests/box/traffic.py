@@ -10,20 +10,30 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
-from tests.box.box import Box
-from tests.box.clients import Answer, Nothing, Target
+from ebpflb.demo.cluster import Place
+from tests.box.clients import Answer, Clients, Nothing, Target
 
 PAUSE = 0.002  # seconds between two questions: many, but not all that this machine can do
+
+
+class World(Protocol):
+    """Whatever has places, and clients there."""
+
+    clients: Clients
+
+    def place(self, name: str) -> Place:
+        """By its name."""
 
 
 class Traffic:
     """New connections from one place to one target, one after the other, until the block ends."""
 
-    def __init__(self, box: Box, client: str, to: Target, protocol: str) -> None:
+    def __init__(self, world: World, client: str, to: Target, protocol: str) -> None:
         self.what = f"{client} -> {to}/{protocol}"
         self.got: list[tuple[float, Answer | Nothing]] = []
-        self._ask: Callable[[], Answer | Nothing] = lambda: box.clients.ask(box.place(client), to, protocol)
+        self._ask: Callable[[], Answer | Nothing] = lambda: world.clients.ask(world.place(client), to, protocol)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=self.what, daemon=True)
 
