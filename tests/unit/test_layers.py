@@ -91,7 +91,11 @@ LAYERS = (
     Layer("config_document", ("config", "durations"), pure=True),
     Layer("config_values", ("config", "errors")),
     Layer("config_file", ("errors", "strict_yaml", "durations", "config_document")),
-    Layer("options", ("model", "errors", "config", "durations", "config_document", "config_values", "config_file")),
+    Layer("config_checks", ("model", "errors", "config", "durations", "config_document", "config_values")),
+    Layer(
+        "options",
+        ("errors", "config", "durations", "config_checks", "config_document", "config_file", "config_values"),
+    ),
     Layer("node_setup", ("model", "config")),
     Layer("log", ("config",)),
     Layer("loop", ("errors",)),

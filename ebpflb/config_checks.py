@@ -1,0 +1,207 @@
+"""From a document with its defaults to the parts of a Config.
+
+Rules of this file: what a value means and whether it makes sense, one part a function. Errors are UserErrors, and begin
+with where the value stands: `--cluster-cidr` or `--config FILE: clusterCIDR`. Pure but for asking whether files are
+there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ebpflb import config_document, config_values
+from ebpflb.config import ApiServer, Bind, Conntrack, LogLevel
+from ebpflb.config_document import OFF, EbpflbConfiguration
+from ebpflb.durations import Duration
+from ebpflb.errors import UserError
+from ebpflb.model import DetectLocal, ProxyOptions
+
+# kube-proxy's -v counts up; from 4 on klog calls it debug.
+_DEBUG_VERBOSITY = 4
+
+_MANIFESTS = "a directory of YAML or JSON manifests"
+
+
+class Draft(NamedTuple):
+    """A document, the file that it is from ("" for none), and the options that were laid over it, by path."""
+
+    document: EbpflbConfiguration
+    file: str
+    options: dict[str, str]
+
+    def where(self, path: str) -> str:
+        """Where the value at `path` stands, in words."""
+        return self.options.get(path) or (f"--config {self.file}: {path}" if self.file else path)
+
+
+def refuse_what_is_not_here(draft: Draft) -> None:
+    xdp, where = draft.document.xdp, draft.where("xdp")
+    if xdp not in ("auto", "native", "generic", "off"):
+        raise UserError(f"{where} {xdp}: choose auto or off")
+    if xdp in ("native", "generic"):
+        raise UserError(f"{where} {xdp} is not in this version yet; choose auto or off (both leave XDP alone)")
+
+
+def source(draft: Draft, in_cluster: bool) -> tuple[str, ApiServer | None]:
+    """The manifests' directory or the API server: the one where events come from."""
+    document, where = draft.document, draft.where
+    client = document.client_connection
+    if document.manifests:
+        if client.kubeconfig or document.api_servers:
+            other = "clientConnection.kubeconfig" if client.kubeconfig else "apiServers"
+            raise UserError(f"{where('manifests')} and {other} are two sources of Services: keep one of them")
+        directory = config_values.directory(where("manifests"), document.manifests, _MANIFESTS)
+        return directory, None
+    if not (client.kubeconfig or document.api_servers or in_cluster):
+        raise UserError(
+            "no source of Services: give --kubeconfig FILE or --manifests DIR, or run in a pod with a service account"
+        )
+    urls = (config_values.url(where("apiServers"), text) for text in document.api_servers)
+    return "", ApiServer(
+        kubeconfig=config_values.file(where("clientConnection.kubeconfig"), client.kubeconfig),
+        addresses=tuple(dict.fromkeys(urls)),
+        qps=client.qps,
+        burst=client.burst,
+    )
+
+
+def node_name(given: str, hostname: str) -> str:
+    # kube-proxy trims and lowers both, so that a node is found under the name that the kubelet registered.
+    name = (given or hostname).strip().lower()
+    if not name:
+        raise UserError("this node has no name: give --node-name NAME, as `kubectl get nodes` shows it")
+    return name
+
+
+def dataplane(draft: Draft) -> str:
+    """Who names a dataplane has said more than kube-proxy's word for it can; both as options must agree."""
+    chosen, mode = draft.document.dataplane, draft.document.mode
+    if mode and "mode" in draft.options:
+        if mode not in ("iptables", "ipvs"):
+            chosen = ""
+        elif "dataplane" in draft.options and chosen != mode:
+            raise UserError(f"--proxy-mode {mode} and --dataplane {chosen} disagree; give --dataplane alone")
+    where = draft.where("dataplane" if chosen else "mode")
+    if not chosen and mode == "nftables":
+        instead = "leave the option out" if "mode" in draft.options else "leave it empty, or give --dataplane auto"
+        raise UserError(f"{where} nftables: ebpflb has no nftables dataplane; {instead}")
+    if not chosen and mode not in ("", "iptables", "ipvs"):
+        raise UserError(f"{where} {mode} is unknown; use --dataplane auto or --dataplane bpf")
+    word = chosen or mode or "auto"
+    if word in ("ipvs", "iptables"):
+        raise UserError(f"{where} {word} is not in this version yet; choose --dataplane auto or bpf")
+    if word not in ("auto", "bpf"):
+        raise UserError(f"{where} {word} is unknown; choose auto or bpf")
+    return word
+
+
+def proxy_options(draft: Draft) -> ProxyOptions:
+    document, where = draft.document, draft.where
+    addresses = document.node_port_addresses
+    primary = "primary" in addresses
+    if primary and len(addresses) > 1:
+        raise UserError(f"{where('nodePortAddresses')}: `primary` stands alone; give either it or CIDRs")
+    bridge, prefix = "detectLocal.bridgeInterface", "detectLocal.interfaceNamePrefix"
+    if not config_values.is_address(document.bind_address):
+        raise UserError(f"{where('bindAddress')} {document.bind_address} is not an address; write such as 0.0.0.0")
+    return ProxyOptions(
+        masquerade_all=config_document.masquerade_all(document),
+        detect_local=_detect_local(where("detectLocalMode"), document.detect_local_mode),
+        cluster_cidrs=config_values.cidrs(where("clusterCIDR"), config_values.split((document.cluster_cidr,))),
+        bridge_interface=config_values.interface(where(bridge), document.detect_local.bridge_interface),
+        interface_name_prefix=config_values.interface(where(prefix), document.detect_local.interface_name_prefix),
+        nodeport_addresses=() if primary else config_values.cidrs(where("nodePortAddresses"), addresses),
+        nodeport_primary=primary,
+        localhost_nodeports=document.iptables.localhost_node_ports is not False,
+    )
+
+
+def _detect_local(where: str, mode: str) -> DetectLocal:
+    for known in DetectLocal:
+        if known.value == mode:
+            return known
+    choices = ", ".join(known.value for known in DetectLocal)
+    raise UserError(f"{where} {mode} is unknown; choose one of {choices}")
+
+
+def log_level(draft: Draft) -> LogLevel:
+    if draft.document.log_level:
+        return config_values.choice(draft.where("logLevel"), draft.document.log_level, LogLevel)
+    return LogLevel.DEBUG if draft.document.logging.verbosity >= _DEBUG_VERBOSITY else LogLevel.INFO
+
+
+def bind(draft: Draft, path: str, text: str, default_port: int) -> Bind | None:
+    off = '""' if path in draft.options else OFF
+    return config_values.bind(draft.where(path), "" if text == OFF else text, default_port, off)
+
+
+def period(draft: Draft, path: str, duration: Duration | None, lowest: float) -> float:
+    seconds = duration.seconds if duration else 0.0
+    if seconds < lowest:
+        raise UserError(f"{draft.where(path)} {duration}: give a duration of at least {Duration.of(lowest)}")
+    return seconds
+
+
+def conntrack(draft: Draft) -> Conntrack | None:
+    """None if it leaves everything as it is."""
+    said = draft.document.conntrack
+    found = Conntrack(
+        max_per_core=said.max_per_core or 0,
+        least=said.min or 0,
+        tcp_established=_whole(draft, "tcpEstablishedTimeout", said.tcp_established_timeout),
+        tcp_close_wait=_whole(draft, "tcpCloseWaitTimeout", said.tcp_close_wait_timeout),
+        tcp_be_liberal=said.tcp_be_liberal,
+        udp=_whole(draft, "udpTimeout", said.udp_timeout),
+        udp_stream=_whole(draft, "udpStreamTimeout", said.udp_stream_timeout),
+    )
+    timeouts = (found.tcp_established, found.tcp_close_wait, found.udp, found.udp_stream)
+    return found if found.max_per_core or found.tcp_be_liberal or any(timeouts) else None
+
+
+def _whole(draft: Draft, name: str, duration: Duration | None) -> int | None:
+    """Whole seconds, as the kernel counts; None for zero, which leaves the kernel's."""
+    if duration is not None and duration.nanoseconds < 0:
+        raise UserError(
+            f"{draft.where(f'conntrack.{name}')} {duration}: give at least 0s, which leaves the kernel's own"
+        )
+    return int(duration.seconds) or None if duration else None
+
+
+def oom_score_adj(draft: Draft) -> int | None:
+    score = draft.document.oom_score_adj
+    if score is not None and not -1000 <= score <= 1000:
+        raise UserError(f"{draft.where('oomScoreAdj')} {score}: give a number from -1000 to 1000")
+    return score
+
+
+def service_metrics(draft: Draft) -> int:
+    number = draft.document.service_metrics
+    if number < 0:
+        raise UserError(f"{draft.where('serviceMetrics')} {number}: give a number of Services, 0 for none")
+    return number
+
+
+def warnings(draft: Draft, proxy: ProxyOptions, retired: tuple[str, ...]) -> tuple[str, ...]:
+    found = (_undetected(proxy), _without_meaning(draft, retired))
+    return tuple(each for each in found if each)
+
+
+def _undetected(proxy: ProxyOptions) -> str:
+    """What kube-proxy also only warns of: a detect-local mode without its value detects nothing."""
+    missing = {
+        DetectLocal.CLUSTER_CIDR: ("" if proxy.cluster_cidrs else "--cluster-cidr"),
+        DetectLocal.NODE_CIDR: "",
+        DetectLocal.BRIDGE_INTERFACE: ("" if proxy.bridge_interface else "--pod-bridge-interface"),
+        DetectLocal.INTERFACE_NAME_PREFIX: ("" if proxy.interface_name_prefix else "--pod-interface-name-prefix"),
+    }[proxy.detect_local]
+    if not missing:
+        return ""
+    return (
+        f"detect-local mode {proxy.detect_local.value} needs {missing}, which is not given: "
+        "pods are not told from other clients"
+    )
+
+
+def _without_meaning(draft: Draft, retired: tuple[str, ...]) -> str:
+    paths = (*config_document.meaningless(draft.document), *retired)
+    return f"--config {draft.file}: without meaning for ebpflb: {', '.join(paths)}" if paths else ""
