@@ -19,8 +19,8 @@ from tests.api.chaos import ChaosProxy
 from tests.api.client import Api, Object
 from tests.api.control_plane import ADVERTISED, ControlPlane
 from tests.deploy import base
-from tests.deploy.pod import machine_root
-from tests.deploy.stage import Running, Stage, config_files, endpoint_slice, service
+from tests.deploy.pod import Container, machine_root
+from tests.deploy.stage import PROTOCOLS, Running, Stage, config_files, endpoint_slice, service
 
 pytestmark = pytest.mark.api
 
@@ -149,3 +149,22 @@ def test_the_pod_serves_what_the_api_server_says(served: Running, api: Api, name
     assert daemon.process.wait(10) == 0, daemon.words()
     assert list((served.host.directory / "var/lib/ebpflb").iterdir())  # for a start while the server is away
     assert "ERROR" not in daemon.words() and "Traceback" not in daemon.words(), daemon.words()
+
+
+@pytest.mark.root
+@pytest.mark.box
+def test_what_removes_it_leaves_nothing_on_the_node(served: Running, kubectl: Kubectl) -> None:
+    stage = served.stage
+    served.prepare()
+    daemon = served.serve()
+    kubectl("apply", "-k", base.DEPLOY / "remove")
+    stored = json.loads(kubectl("get", "daemonset", "ebpflb", "--namespace", "kube-system", "-o", "json"))
+    removing = stored["spec"]["template"]["spec"]
+    assert [each["name"] for each in (*removing["initContainers"], *removing["containers"])] == ["clean-up", "wait"]
+    daemon.process.terminate()
+    assert daemon.process.wait(10) == 0
+    assert stage.unanswered() == {}, "without a daemon it goes on"
+    cleaning = Container(served.host, removing, "clean-up", served.root, files=served.files)
+    assert cleaning.process.wait(60) == 0 and "removed filter" in cleaning.words(), cleaning.words()
+    assert not (served.host.directory / "sys/fs/bpf/ebpflb").exists()
+    assert set(stage.unanswered()) == {f"{who} {how}" for who in ("client", "sandbox", "outside") for how in PROTOCOLS}

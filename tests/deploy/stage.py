@@ -29,6 +29,7 @@ PORT = 8080
 CLUSTER_IP = "10.96.0.80"
 NODE_PORT = 30080
 SERVERS = ("web1", "web2")
+PROTOCOLS = ("TCP", "UDP")
 MANIFESTS = "/manifests"
 _numbers = itertools.count(1)
 
@@ -37,7 +38,7 @@ def service(namespace: str) -> Object:
     """The Service, TCP and UDP."""
     ports = [
         {"name": protocol.lower(), "protocol": protocol, "port": 80, "targetPort": PORT, "nodePort": NODE_PORT}
-        for protocol in ("TCP", "UDP")
+        for protocol in PROTOCOLS
     ]
     spec = {"type": "NodePort", "clusterIP": CLUSTER_IP, "clusterIPs": [CLUSTER_IP], "ports": ports}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": namespace}, "spec": spec}
@@ -109,8 +110,8 @@ class Stage:
         found: dict[str, object] = {}
         for name, target in asked:
             place = self.cluster.outside if name == "outside" else self.cluster.pods[name]
-            for protocol in ("TCP", "UDP"):
-                answer = self.clients.ask(place, target, protocol)
+            for protocol in PROTOCOLS:
+                answer = self.clients.ask(place, target, protocol, patience=1.0)
                 if not isinstance(answer, Answer) or answer.server not in SERVERS:
                     found[f"{name} {protocol}"] = answer
         return found
