@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ebpflb import config_document, config_values
+from ebpflb import config_defaults, config_values
 from ebpflb.config import ApiServer, Bind, Conntrack, LogLevel
 from ebpflb.config_document import OFF, EbpflbConfiguration
 from ebpflb.durations import Duration
@@ -35,6 +35,7 @@ class Draft(NamedTuple):
 
 
 def refuse_what_is_not_here(draft: Draft) -> None:
+    """What a later version brings must be left alone in this one."""
     xdp, where = draft.document.xdp, draft.where("xdp")
     if xdp not in ("auto", "native", "generic", "off"):
         raise UserError(f"{where} {xdp}: choose auto or off")
@@ -66,6 +67,7 @@ def source(draft: Draft, in_cluster: bool) -> tuple[str, ApiServer | None]:
 
 
 def node_name(given: str, hostname: str) -> str:
+    """Under which name the API server has this node."""
     # kube-proxy trims and lowers both, so that a node is found under the name that the kubelet registered.
     name = (given or hostname).strip().lower()
     if not name:
@@ -96,6 +98,7 @@ def dataplane(draft: Draft) -> str:
 
 
 def proxy_options(draft: Draft) -> ProxyOptions:
+    """What shapes routes."""
     document, where = draft.document, draft.where
     addresses = document.node_port_addresses
     primary = "primary" in addresses
@@ -105,7 +108,7 @@ def proxy_options(draft: Draft) -> ProxyOptions:
     if not config_values.is_address(document.bind_address):
         raise UserError(f"{where('bindAddress')} {document.bind_address} is not an address; write such as 0.0.0.0")
     return ProxyOptions(
-        masquerade_all=config_document.masquerade_all(document),
+        masquerade_all=config_defaults.masquerade_all(document),
         detect_local=_detect_local(where("detectLocalMode"), document.detect_local_mode),
         cluster_cidrs=config_values.cidrs(where("clusterCIDR"), config_values.split((document.cluster_cidr,))),
         bridge_interface=config_values.interface(where(bridge), document.detect_local.bridge_interface),
@@ -125,17 +128,20 @@ def _detect_local(where: str, mode: str) -> DetectLocal:
 
 
 def log_level(draft: Draft) -> LogLevel:
+    """By its name, or by how much kube-proxy would say."""
     if draft.document.log_level:
         return config_values.choice(draft.where("logLevel"), draft.document.log_level, LogLevel)
     return LogLevel.DEBUG if draft.document.logging.verbosity >= _DEBUG_VERBOSITY else LogLevel.INFO
 
 
 def bind(draft: Draft, path: str, text: str, default_port: int) -> Bind | None:
+    """Where a server listens; None for nowhere."""
     off = '""' if path in draft.options else OFF
     return config_values.bind(draft.where(path), "" if text == OFF else text, default_port, off)
 
 
 def period(draft: Draft, path: str, duration: Duration | None, lowest: float) -> float:
+    """Seconds, `lowest` at least."""
     seconds = duration.seconds if duration else 0.0
     if seconds < lowest:
         raise UserError(f"{draft.where(path)} {duration}: give a duration of at least {Duration.of(lowest)}")
@@ -168,6 +174,7 @@ def _whole(draft: Draft, name: str, duration: Duration | None) -> int | None:
 
 
 def oom_score_adj(draft: Draft) -> int | None:
+    """None leaves the kernel's."""
     score = draft.document.oom_score_adj
     if score is not None and not -1000 <= score <= 1000:
         raise UserError(f"{draft.where('oomScoreAdj')} {score}: give a number from -1000 to 1000")
@@ -175,6 +182,7 @@ def oom_score_adj(draft: Draft) -> int | None:
 
 
 def service_metrics(draft: Draft) -> int:
+    """How many Services may have metrics of their own."""
     number = draft.document.service_metrics
     if number < 0:
         raise UserError(f"{draft.where('serviceMetrics')} {number}: give a number of Services, 0 for none")
@@ -182,6 +190,7 @@ def service_metrics(draft: Draft) -> int:
 
 
 def warnings(draft: Draft, proxy: ProxyOptions, retired: tuple[str, ...]) -> tuple[str, ...]:
+    """Sentences about what can be served, but hardly be meant."""
     found = (_undetected(proxy), _without_meaning(draft, retired))
     return tuple(each for each in found if each)
 
@@ -203,5 +212,5 @@ def _undetected(proxy: ProxyOptions) -> str:
 
 
 def _without_meaning(draft: Draft, retired: tuple[str, ...]) -> str:
-    paths = (*config_document.meaningless(draft.document), *retired)
+    paths = (*config_defaults.meaningless(draft.document), *retired)
     return f"--config {draft.file}: without meaning for ebpflb: {', '.join(paths)}" if paths else ""

@@ -54,6 +54,7 @@ def read(path: str) -> Said:
 
 
 def digest(data: bytes) -> str:
+    """Of all bytes of a file."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -46,6 +46,7 @@ def file(where: str, path: str) -> str:
 
 
 def in_bpffs(where: str, path: str, example: str) -> str:
+    """An absolute path in its shortest form, which need not be there."""
     # Not made absolute: nobody stands in a BPF file system, so a relative path is a slip.
     if not os.path.isabs(path):
         what = f"{path} is a relative path" if path else "is empty"
@@ -96,6 +97,7 @@ def is_address(text: str) -> bool:
 
 
 def interface(where: str, name: str) -> str:
+    """An interface's name, or the beginning of one; may be empty."""
     if len(name) > 15 or "/" in name or any(letter.isspace() for letter in name):
         raise UserError(f"{where} {name}: not an interface name (at most 15 characters, no spaces or slashes)")
     return name
@@ -137,6 +139,7 @@ def split(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def choice(where: str, value: str, kind: type[E]) -> E:
+    """The member of `kind` that has this value."""
     try:
         return kind(value)
     except ValueError:
@@ -145,6 +148,7 @@ def choice(where: str, value: str, kind: type[E]) -> E:
 
 
 def seconds(where: str, value: float, lowest: float) -> float:
+    """`lowest` at least, and not for ever."""
     if not lowest <= value < float("inf"):
         raise UserError(f"{where} {value:g}: give seconds, at least {lowest:g}")
     return value

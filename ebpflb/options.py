@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ebpflb import config_checks, config_document, config_values
+from ebpflb import config_checks, config_defaults, config_document, config_values
 from ebpflb.config import DEFAULT_BPFFS, DEFAULT_HEALTHZ_PORT, DEFAULT_METRICS_PORT, Config, LogFormat
 from ebpflb.config_checks import Draft
 from ebpflb.config_document import OFF, EbpflbConfiguration, Said
@@ -128,7 +128,7 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
     is a source too. Raises UserError in one line for the first thing that is wrong."""
     said = _said(options.config)
     draft = _laid_over(said.document, options)
-    document = config_document.with_defaults(draft.document)
+    document = config_defaults.with_defaults(draft.document)
     draft = draft._replace(document=document)
     config_checks.refuse_what_is_not_here(draft)
     manifests, api = config_checks.source(draft, in_cluster) if need_source else ("", None)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpflb import config_file
-from ebpflb.config_document import EbpflbConfiguration, as_plain, with_defaults
+from ebpflb.config_defaults import with_defaults
+from ebpflb.config_document import EbpflbConfiguration, as_plain
 from ebpflb.errors import UserError
 
 WHOLE: dict[str, Any] = as_plain(with_defaults(EbpflbConfiguration()))
