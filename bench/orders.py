@@ -75,7 +75,7 @@ class Answer(msgspec.Struct, frozen=True):
     requests: tuple[Asked, ...] = ()
 
 
-def churned(turn: int, services: int, spread: int = 1000) -> tuple[int, str]:
+def churned(turn: int, services: int, spread: int = 10_000) -> tuple[int, str]:
     """Which Service a churn's change `turn` is about, and its new address. Each of `spread` Services has its turn
     before the first has its next, and none has the same address twice in a row. One change in a hundred is about the
     Service that comes after all the others, whose one backend takes turns among LIVE."""
@@ -125,6 +125,10 @@ class ApiServer:
         port = self._answer().port
         self.kubeconfig = directory / f"kubeconfig-{port}"
         self.kubeconfig.write_text(_kubeconfig(port, certificate.read_bytes()))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def do(self, order: Order) -> Answer:
         """Have an order carried out."""
