@@ -3,6 +3,7 @@ the operator's looks like from here."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import ssl
@@ -318,6 +319,61 @@ def test_close_ends_the_wait_for_an_answer_over_tls(setting: Setting, ca: Author
     caught: list[str] = []
     _ended_by_close(client, lambda: caught.append(refused(client)), begun)
     assert caught == ["the connection to the API server was closed by us"]
+
+
+def test_close_ends_a_handshake_that_the_server_does_not_take_up(setting: Setting) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE_SECONDS)
+        client = setting.client(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        begun = threading.Event()
+        caught: list[str] = []
+
+        def shake() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(1)
+                begun.set()
+                with contextlib.suppress(ConnectionResetError):
+                    while peer.recv(4096):
+                        pass
+
+        server = threading.Thread(target=shake)
+        server.start()
+        _ended_by_close(client, lambda: caught.append(refused(client)), begun)
+        server.join()
+    assert caught == ["the connection to the API server was closed by us"]
+
+
+def test_close_ends_a_connection_that_is_not_answered(setting: Setting) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        # A full queue of those who wait to be accepted has the kernel drop what else comes.
+        waiting = [socket.socket() for _ in range(2)]
+        try:
+            for each in waiting:
+                each.setblocking(False)
+                each.connect_ex(listener.getsockname())
+            client = setting.client(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            caught: list[str] = []
+            thread = threading.Thread(target=lambda: caught.append(refused(client)), daemon=True)
+            thread.start()
+            port = listener.getsockname()[1]
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while syn_sent(port) < 2:  # one of those who wait, and the client
+                assert time.monotonic() < deadline
+            began = time.monotonic()
+            client.close()
+            thread.join(PATIENCE_SECONDS)
+            assert time.monotonic() - began < 2
+        finally:
+            for each in waiting:
+                each.close()
+    assert caught == ["the connection to the API server was closed by us"]
+
+
+def syn_sent(port: int) -> int:
+    """How many connections to this port have had no answer yet."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(line.split()[2].endswith(f":{port:04X}") and line.split()[3] == "02" for line in lines)
 
 
 def _ended_by_close(client: Client, act: Callable[[], object], begun: threading.Event) -> None:

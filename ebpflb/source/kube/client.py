@@ -280,7 +280,7 @@ class HttpClient:
         try:
             access = self._resolver.resolve()
             if state is None or access != state.access:
-                self._replace(state, Reach(access, self._clock))
+                self._replace(state, Reach(access, self._live, self._clock))
         except EbpflbError as error:
             trouble = str(error)
             if state is not None and trouble != self._trouble:

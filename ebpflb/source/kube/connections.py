@@ -7,6 +7,7 @@ each read. Keys never touch a disk: OpenSSL reads them from a file in memory.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -102,6 +103,60 @@ class Live:
                 _shut(each)
 
 
+class _Opening:
+    """A connection that is coming about: its socket may be ended before there is a connection that has one."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._handle: socket.socket | None = None
+
+    def socket_to(self, host: str, port: int, timeout: float) -> socket.socket:
+        """Connected to the first of the host's addresses that lets us. Raises OSError."""
+        refused: OSError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        for family, kind, protocol, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            if self._live.ended:
+                break
+            found = socket.socket(family, kind, protocol)
+            try:
+                self._hold(found)
+                for option in SOCKET_OPTIONS:
+                    found.setsockopt(*option)
+                found.settimeout(timeout)
+                found.connect(where)
+                return found
+            except OSError as error:
+                refused = error
+                found.close()
+        raise refused
+
+    def _hold(self, each: socket.socket) -> None:
+        self.over()
+        # A second descriptor, since TLS takes the first one over and shows it only once it has shaken hands.
+        self._handle = each.dup()
+        self._live.add(self._handle)
+
+    def over(self) -> None:
+        """It has come about, or never will."""
+        if self._handle is not None:
+            self._live.discard(self._handle)
+            self._handle.close()
+            self._handle = None
+
+
+class _Plain(HTTPConnection):
+    opening: _Opening
+
+    def _new_conn(self) -> socket.socket:
+        return self.opening.socket_to(self._dns_host, self.port, CONNECT_SECONDS)
+
+
+class _Tls(HTTPSConnection):
+    opening: _Opening
+
+    def _new_conn(self) -> socket.socket:
+        return self.opening.socket_to(self._dns_host, self.port, CONNECT_SECONDS)
+
+
 def _shut(each: socket.socket) -> None:
     # Not SSLSocket's own, which takes the TLS state away from under the reading thread.
     with suppress(OSError):
@@ -111,9 +166,10 @@ def _shut(each: socket.socket) -> None:
 class Connections:
     """Those to one address. Any thread may call any method."""
 
-    def __init__(self, address: Address, context: ssl.SSLContext | None) -> None:
+    def __init__(self, address: Address, context: ssl.SSLContext | None, live: Live) -> None:
         self.address = address
         self._context = context
+        self._live = live
         self._lock = threading.Lock()
         self._idle: list[HTTPConnection] = []
         self._closed = False
@@ -141,6 +197,8 @@ class Connections:
         except BaseException:
             connection.close()
             raise
+        finally:
+            connection.opening.over()
         return connection
 
     def keep(self, connection: HTTPConnection) -> None:
@@ -173,19 +231,23 @@ class Connections:
             return _proxy_headers(self.address.proxy)
         return {}
 
-    def _new(self) -> HTTPConnection:
+    def _new(self) -> _Plain | _Tls:
+        connection = self._made()
+        connection.opening = _Opening(self._live)
+        return connection
+
+    def _made(self) -> _Plain | _Tls:
         proxy = parse_url(self.address.proxy) if self.address.proxy else None
         host, port = self._host, self._port
         if proxy is not None:
             host, port = (proxy.host or "").strip("[]"), proxy.port or (443 if proxy.scheme == "https" else 80)
         if self._context is None:
-            return HTTPConnection(host, port, timeout=CONNECT_SECONDS, socket_options=SOCKET_OPTIONS)
+            return _Plain(host, port, timeout=CONNECT_SECONDS)
         trust = ssl.create_default_context() if proxy is not None and proxy.scheme == "https" else None
-        connection = HTTPSConnection(
+        connection = _Tls(
             host,
             port,
             timeout=CONNECT_SECONDS,
-            socket_options=SOCKET_OPTIONS,
             ssl_context=self._context,
             server_hostname=self.address.server_name or None,
             proxy=proxy,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ebpflb.source.kube import Unreachable
 from ebpflb.source.kube.access import Access, Address
-from ebpflb.source.kube.connections import Connections, tls_context
+from ebpflb.source.kube.connections import Connections, Live, tls_context
 
 log = logging.getLogger("ebpflb.api")
 
@@ -64,10 +64,12 @@ class Token:
 class Reach:
     """One Access, and what has come of it so far."""
 
-    def __init__(self, access: Access, clock: Callable[[], float]) -> None:
+    def __init__(self, access: Access, live: Live, clock: Callable[[], float]) -> None:
         self.access = access
         context = tls_context(access) if any(address.tls for address in access.addresses) else None
-        self.places = tuple(Connections(address, context if address.tls else None) for address in access.addresses)
+        self.places = tuple(
+            Connections(address, context if address.tls else None, live) for address in access.addresses
+        )
         self.token = Token(access, clock)
         self._lock = threading.Lock()
         self._current = 0

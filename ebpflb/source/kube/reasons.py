@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 from urllib3.exceptions import (
@@ -206,7 +207,7 @@ def _retry_after(status: _Status, headers: Mapping[str, str]) -> float | None:
 
 
 def _host(url: str) -> str:
-    return url.partition("://")[2].partition("/")[0]
+    return urlsplit(url).hostname or url
 
 
 def _without_secrets(proxy: str) -> str:
