@@ -21,7 +21,7 @@ from ebpflb.source.kube import Client, Reply, decode
 from ebpflb.source.kube.access import Access, Address, Resolves
 from ebpflb.source.kube.client import HttpClient
 from ebpflb.source.kube.lastgood import Saved
-from ebpflb.source.kube.listwatch import Timing
+from ebpflb.source.kube.lists import Timing
 from ebpflb.source.kube.source import NAME, KubeSource
 from ebpflb.source.store import Store
 from tests.api.client import Api

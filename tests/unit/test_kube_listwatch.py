@@ -14,7 +14,8 @@ from ebpflb.model import ServiceName
 from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutService, PutSlice, Synced
 from ebpflb.source.kube import Unreachable, decode
 from ebpflb.source.kube.decode import Kind
-from ebpflb.source.kube.listwatch import ListWatch, Timing
+from ebpflb.source.kube.lists import Timing
+from ebpflb.source.kube.listwatch import ListWatch
 from ebpflb.source.kube.outbox import Outbox
 from tests.kubeapi import RESTORED, ApiServer, Fault, ModelClient, node, service, slice_
 

@@ -31,7 +31,7 @@ from ebpflb.source import (
 )
 from ebpflb.source.kube import decode
 from ebpflb.source.kube.lastgood import Saved
-from ebpflb.source.kube.listwatch import Timing
+from ebpflb.source.kube.lists import Timing
 from ebpflb.source.kube.outbox import Outbox
 from ebpflb.source.kube.source import KubeSource
 from ebpflb.source.store import Store

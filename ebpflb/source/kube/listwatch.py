@@ -14,8 +14,7 @@ When a list is needed, and when a watch goes on where the last one was:
   one object), and a watch that is silent for longer than bookmarks ever are is followed by a list.
 * Three failures in a row that are answers, no cuts: list again, in case it is what we ask for that is wrong.
 
-A list is streamed (a watch that begins with all that exists) where the server knows how, because that costs the server
-least; else, and after a streaming list that failed, it comes in pages.
+How a list comes is the matter of `lists`.
 """
 
 from __future__ import annotations
@@ -29,39 +28,16 @@ import msgspec
 from ebpflb.errors import SourceError
 from ebpflb.model import Problem
 from ebpflb.source.kube import ApiError, Client, Reply, Unreachable, decode
-from ebpflb.source.kube.decode import Kind, Said
+from ebpflb.source.kube.decode import Kind
+from ebpflb.source.kube.lists import Lists, Timing, refusal, watch_seconds
 from ebpflb.source.kube.outbox import Outbox
 
 log = logging.getLogger("ebpflb.kubernetes")
 
-_BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE, _INVALID = 400, 401, 403, 404, 410, 422
-
-# Objects of a streaming list that leave together.
-_TOGETHER = 200
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE = 401, 403, 404, 410
 
 # Answers in a row after which what we ask for is thought to be at fault.
 _STUBBORN = 3
-
-
-class Timing(msgspec.Struct, frozen=True):
-    """All in seconds but `page`, the objects in one page of a list.
-
-    `answer` bounds each silence of a list; `silence` that of a watch, where a bookmark comes once a minute. The server
-    is asked to end a watch after `watch_least` to `watch_most`, so that watches spread over servers again.
-    A failed attempt is repeated after `retry_first`, then twice as long each time up to `retry_most`, each wait
-    shortened at random by up to half; longer if the server asks for that, up to `retry_asked`. A watch that lived for
-    `proven` has worked.
-    """
-
-    page: int = 500
-    answer: float = 30.0
-    silence: float = 130.0
-    watch_least: float = 300.0
-    watch_most: float = 600.0
-    retry_first: float = 0.2
-    retry_most: float = 30.0
-    retry_asked: float = 60.0
-    proven: float = 1.0
 
 
 class Stop(Protocol):
@@ -112,11 +88,9 @@ class ListWatch:
         self._born = born
         self._timing = timing or Timing()
         self._told = told
+        self._lists = Lists(kind, client, outbox, alive=self._lives, random=random, timing=self._timing)
         self._version: str | None = None  # to watch from; None: list first
         self._unsure = False  # the last watch did not end properly
-        self._fields = kind.fields
-        self._streams = True  # the server may know streaming lists
-        self._in_pages = False  # the last streaming list failed
         self._failures = 0
         self._inside = False  # a watch was granted, and has not ended
         self._failed_inside = False  # the last failure was inside a watch
@@ -132,7 +106,7 @@ class ListWatch:
 
     def attempt(self) -> float:
         """List if need be, then watch until that ends; seconds to wait before the next attempt."""
-        self.alive = self._clock()
+        self._lives()
         self._inside = False
         try:
             if self._version is not None and self._unsure:
@@ -150,25 +124,15 @@ class ListWatch:
             return self._failed(SourceError(f"unexpected {type(error).__name__}: {error}".replace("\n", " ")))
         return 0.0
 
+    def _lives(self) -> None:
+        self.alive = self._clock()
+
     # ---- Lists ----
 
     def _list(self) -> None:
         """All that exists. Raises SourceError."""
         self._doing_what, began = "list", self._clock()
-        while True:
-            streaming = self._streams and not self._in_pages
-            self._outbox.begin(self.kind)
-            self._in_pages = streaming  # until it has worked
-            try:
-                version = self._streamed() if streaming else self._paged()
-            except ApiError as error:
-                if not self._asked_too_much(error, streaming):
-                    raise
-                self._in_pages = False
-            else:
-                break
-        self._in_pages = False
-        self._version, self._unsure = version, False
+        self._version, self._unsure = self._lists.all(), False
         known, gone = self._outbox.listed(self.kind)
         log.info(
             "%s: %d listed%s in %.2f s", self.kind.resource, known, f", {gone} gone" if gone else "",
@@ -176,83 +140,10 @@ class ListWatch:
         )  # fmt: skip
         self._note(msgspec.structs.replace(self.doing, listed=True))
 
-    def _asked_too_much(self, error: ApiError, streaming: bool) -> bool:
-        """Give up what this server does not know: a field to select by, or streaming lists. Whether there was any."""
-        if error.status not in (_BAD_REQUEST, _INVALID):
-            return False
-        has_field = self.kind.fields_optional and bool(self._fields)
-        if has_field and ("field label" in str(error) or "field selector" in str(error)):
-            self._fields = ""
-        elif streaming:
-            self._streams = False
-        elif has_field and error.status == _BAD_REQUEST:
-            self._fields = ""
-        else:
-            return False
-        log.debug("%s: the server does not know all that it was asked for: %s", self.kind.resource, error)
-        return True
-
-    def _streamed(self) -> str:
-        """A streaming list; the resourceVersion that it is complete at."""
-        query = self._query(
-            watch="true",
-            sendInitialEvents="true",
-            resourceVersionMatch="NotOlderThan",
-            allowWatchBookmarks="true",
-            timeoutSeconds=self._watch_seconds(),
-        )
-        batch: list[Said] = []
-        with self._get(query, self._timing.answer, stream=True) as reply:
-            for data in reply.lines():
-                self.alive = self._clock()
-                match decode.line(self.kind, data):
-                    case decode.Change(said=said):
-                        batch.append(said)
-                        if len(batch) == _TOGETHER:
-                            self._outbox.put(self.kind, batch)
-                            batch = []
-                    case decode.Bookmark(version=version, initial=True):
-                        self._outbox.put(self.kind, batch)
-                        return version
-                    case decode.Failure() as failure:
-                        raise _error(failure)
-        raise SourceError(f"the streaming list of {self.kind.resource} ended before it was complete")
-
-    def _paged(self) -> str:
-        """A list in pages; its resourceVersion. Where its tokens expire twice, it is asked for in one piece."""
-        token, version, expired = "", "", 0
-        while True:
-            query = self._query()
-            if expired < 2:
-                query["limit"] = str(self._timing.page)
-            if token:
-                query["continue"] = token
-            try:
-                page = self._page(query)
-            except ApiError as error:
-                if error.status != _GONE or not token:
-                    raise
-                token, version, expired = "", "", expired + 1
-                self._outbox.begin(self.kind)
-                continue
-            self._outbox.put(self.kind, page.said)
-            version = version or page.version
-            if not version:
-                raise SourceError(f"the list of {self.kind.resource} has no resourceVersion")
-            if not page.more:
-                return version
-            token = page.more
-
-    def _page(self, query: dict[str, str]) -> decode.Page:
-        with self._get(query, self._timing.answer) as reply:
-            data = reply.read()
-        self.alive = self._clock()
-        return decode.page(self.kind, data)
-
     def _look_back(self) -> None:
         """Whether the version to go on from is still of the past; else a list is needed."""
         self._doing_what = "list"
-        now = self._page(self._query(limit="1")).version
+        now = self._lists.version()
         if _is_before(now, self._version):
             self._went_back(now)
 
@@ -268,12 +159,12 @@ class ListWatch:
     def _watch(self) -> None:
         """Every change from the version on, until the server ends the watch. Raises SourceError."""
         self._doing_what = "watch"
-        asked = self._watch_seconds()
-        query = self._query(
+        asked = watch_seconds(self._timing, self._random)
+        query = self._lists.query(
             watch="true", resourceVersion=self._version or "", allowWatchBookmarks="true", timeoutSeconds=asked
         )
         self._unsure = True
-        with self._get(query, self._timing.silence, stream=True) as reply:
+        with self._client.get(self.kind.path, query, timeout=self._timing.silence, stream=True) as reply:
             began = self._established()
             try:
                 said = self._follow(reply)
@@ -297,7 +188,7 @@ class ListWatch:
             self.alive = self._clock()
             line = decode.line(self.kind, data, after=self._born)
             if isinstance(line, decode.Failure):
-                raise _error(line)
+                raise refusal(line)
             if _is_before(line.version, self._version):
                 self._went_back(line.version)
                 raise SourceError(f"the watch of {self.kind.resource} went back in time")
@@ -319,18 +210,7 @@ class ListWatch:
         self._inside = True
         return self.alive
 
-    # ---- Requests and failures ----
-
-    def _query(self, **more: str) -> dict[str, str]:
-        query = {"labelSelector": self.kind.labels, "fieldSelector": self._fields, **more}
-        return {key: value for key, value in query.items() if value}
-
-    def _watch_seconds(self) -> str:
-        least, most = self._timing.watch_least, self._timing.watch_most
-        return str(int(least + (most - least) * self._random()))
-
-    def _get(self, query: dict[str, str], timeout: float, *, stream: bool = False) -> Reply:
-        return self._client.get(self.kind.path, query, timeout=timeout, stream=stream)
+    # ---- Failures ----
 
     def _failed(self, error: SourceError) -> float:
         """Take note of a failed attempt; seconds until the next one."""
@@ -390,10 +270,6 @@ def _is_before(version: str, other: str | None) -> bool:
     if not other or not (version.isascii() and version.isdigit() and other.isascii() and other.isdigit()):
         return False
     return int(version) < int(other)
-
-
-def _error(failure: decode.Failure) -> ApiError:
-    return ApiError(failure.code, failure.reason, failure.message, failure.retry_after)
 
 
 def _advice(error: ApiError, kind: Kind) -> str:

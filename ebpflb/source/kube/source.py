@@ -16,7 +16,8 @@ from ebpflb.model import Problem, ServiceName
 from ebpflb.source import Condition, Event, PutNode, PutService, PutSlice, SourceState
 from ebpflb.source.kube import Client, decode
 from ebpflb.source.kube.lastgood import Saved
-from ebpflb.source.kube.listwatch import Doing, ListWatch, Timing
+from ebpflb.source.kube.lists import Timing
+from ebpflb.source.kube.listwatch import Doing, ListWatch
 from ebpflb.source.kube.outbox import Outbox
 
 log = logging.getLogger("ebpflb.kubernetes")
