@@ -30,8 +30,9 @@ from ebpflb.source import Event, PutSlice, Source
 
 log = logging.getLogger("ebpflb.reconcile")
 
-# An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
-_AUDIT_SHARE = 100
+# An audit reads every row, and changes wait meanwhile: it may have one part in so many of the time, however large the
+# tables. One in a hundred would be enough to be seen in the 99th percentile of what changes wait.
+_AUDIT_SHARE = 400
 
 # Changes of pods whose latency is remembered while the kernel takes nothing: enough for a picture.
 _MOST_TRIGGERS = 10_000
