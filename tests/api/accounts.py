@@ -1,4 +1,7 @@
-"""Service accounts with the role that ebpflb ships, and with less."""
+"""Service accounts with the role that ebpflb ships, and with less.
+
+Rules of this file: all has names of the tests' own, so that what is shipped can itself be applied beside it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ from tests.conftest import CHECKOUT
 
 SHIPPED = CHECKOUT / "deploy" / "base" / "rbac.yaml"
 NAMESPACE = "kube-system"
-NAME = "ebpflb"
+NAME = "ebpflb-tests"
 
 
 def shipped(path: Path = SHIPPED) -> list[Object]:
-    """The account, its role and their binding, as they are deployed."""
+    """The account, its role and their binding, as they are deployed, but for their names."""
     found: list[Object] = list(yaml.safe_load_all(path.read_text()))
+    for each in found:
+        each["metadata"]["name"] = NAME
+        for named in (*each.get("subjects", ()), each.get("roleRef", {})):
+            named["name"] = NAME
     return found
 
 

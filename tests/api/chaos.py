@@ -92,8 +92,11 @@ class ChaosProxy:
 
     @budget.setter
     def budget(self, size: int | None) -> None:
+        asyncio.run_coroutine_threadsafe(self._set_budget(size), self._loop).result(10)
+
+    async def _set_budget(self, size: int | None) -> None:
         self._budget = size
-        for connection in tuple(self._connections):
+        for connection in self._connections:
             connection.carried = 0
 
     def cut(self) -> None:
@@ -191,8 +194,8 @@ class ChaosProxy:
                 if self.swallowing:
                     continue
                 left = None if self._budget is None else self._budget - connection.carried
+                connection.carried += len(piece)
                 connection.client.write(piece if left is None else piece[: max(left, 0)])
                 await connection.client.drain()
-                connection.carried += len(piece)
                 if left is not None and left < len(piece):
                     return
