@@ -23,7 +23,7 @@ from ebpflb.metrics.page import handlers
 from ebpflb.model import Family
 from ebpflb.notices import Notices
 from ebpflb.observer import Observer, Observers
-from ebpflb.overview import Overview, count
+from ebpflb.overview import Overview, counting
 from ebpflb.parts import Choice, Watch
 from ebpflb.ports import Port, Ports
 from ebpflb.problems import Found
@@ -54,7 +54,7 @@ class DaemonAttendants:
         self._keeper = keeper
         self._events = events
         self._metrics = Metrics(
-            dataplane, sources, count, clock=clock, each_service=config.service_metrics, release=release_memory
+            dataplane, sources, counting, clock=clock, each_service=config.service_metrics, release=release_memory
         )
         self._health = Health(
             sources,

@@ -6,7 +6,8 @@ anything happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from typing import cast
 
 import msgspec
 
@@ -14,6 +15,9 @@ from ebpflb.model import Address, Protocol
 from ebpflb.problems import Found
 from ebpflb.routes import Backend, RouteTable, ServicePortName
 from ebpflb.source import Condition, Source
+
+# Routes that are counted at once.
+_STEP = 2000
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -58,18 +62,31 @@ class Counts(msgspec.Struct, frozen=True):
 
 def count(routes: RouteTable | None) -> Counts:
     """How much there is. A backend counts once per Service port, in however many routes it stands."""
+    steps = counting(routes)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as over:
+            return cast(Counts, over.value)
+
+
+def counting(routes: RouteTable | None) -> Generator[None, None, Counts]:
+    """The same in steps of a few milliseconds, for whom changes must not wait."""
     if routes is None:
         return Counts()
     # Both scopes, and all frontends of a Service port, mostly share one tuple. Only where they do not is it looked
     # into, for a set of all backends would cost more memory than the routes.
     shared: dict[tuple[ServicePortName, Protocol], tuple[Backend, ...]] = {}
     mixed: dict[tuple[ServicePortName, Protocol], set[tuple[Address, int]]] = {}
-    for (frontend, _scope), route in routes.items():
+    for number, ((frontend, _scope), route) in enumerate(routes.items(), 1):
         port = (route.service, frontend.protocol)
         first = shared.setdefault(port, route.backends)
         if first is not route.backends and first != route.backends:
             places = mixed.setdefault(port, {(backend.address, backend.port) for backend in first})
             places.update((backend.address, backend.port) for backend in route.backends)
-    backends = sum(len(mixed.get(port, first)) for port, first in shared.items())
+        if number % _STEP == 0:
+            yield
     services = {name.service for name, _protocol in shared}
+    yield
+    backends = sum(len(mixed.get(port, first)) for port, first in shared.items())
     return Counts(len(services), len(routes) // 2, len(routes), backends)

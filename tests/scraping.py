@@ -5,7 +5,7 @@ Rules of this file: time passes only when a test says so; what is read is the pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from ebpflb.dataplane import Report
 from ebpflb.httpd import Request, Response
@@ -80,8 +80,9 @@ class Bench:
         self.table = RouteTable()
         self.clock.advance(started)
 
-    def _count(self, table: RouteTable) -> Amounts:
+    def _count(self, table: RouteTable) -> Generator[None, None, Amounts]:
         self.counted.append(table)
+        yield
         return Amounts(table)
 
     def wall(self) -> float:

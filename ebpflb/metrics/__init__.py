@@ -8,7 +8,7 @@ cross threads in cells alone. The client library's global registry is not used: 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from ebpflb.dataplane import Dataplane
 from ebpflb.metrics.cells import Cell
@@ -34,7 +34,7 @@ class Metrics(Observers):
         self,
         dataplane: Dataplane,
         sources: Sequence[Source],
-        amounts: Callable[[RouteTable], Amounts],
+        amounts: Callable[[RouteTable], Generator[None, None, Amounts]],
         *,
         clock: Callable[[], float],
         wall: Callable[[], float] = time.time,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -72,9 +72,9 @@ class _Row(msgspec.Struct, frozen=True):
 class Sampler:
     """A Worker of the daemon's loop, with a descriptor that wakes it when a scrape has come.
 
-    `amounts` counts a table; `seats` is how many Services may have series of their own, 0 for none; `release` is called
-    after each look, which needed more memory than what stays of it; `clock` is the loop's, `wall` the time of day in
-    seconds since the epoch.
+    `amounts` counts a table, in steps; `seats` is how many Services may have series of their own, 0 for none; `release`
+    is called after each look, which needed more memory than what stays of it; `clock` is the loop's, `wall` the time of
+    day in seconds since the epoch.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Sampler:
         metrics: OwnMetrics,
         dataplane: Dataplane,
         sources: Sequence[Source],
-        amounts: Callable[[RouteTable], Amounts],
+        amounts: Callable[[RouteTable], Generator[None, None, Amounts]],
         *,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -177,8 +177,7 @@ class Sampler:
                 self._metrics.unreadable.add(1)
                 log.warning("metrics: the kernel's tables cannot be read: %s", error)
             yield
-        self._count_routes()
-        yield
+        yield from self._count_routes()
         self._release()
 
     def _look_at_counters(self) -> None:
@@ -199,12 +198,12 @@ class Sampler:
         self._metrics.packets.replace({port: carried.packets for port, carried in series.items()})
         self._metrics.bytes.replace({port: carried.bytes for port, carried in series.items()})
 
-    def _count_routes(self) -> None:
+    def _count_routes(self) -> Iterator[None]:
         routes = self._metrics.routes
         if routes is None or routes is self._counted:
             return
+        amounts = yield from self._amounts(routes)
         self._counted = routes
-        amounts = self._amounts(routes)
         for name, gauge in self._metrics.amounts.items():
             gauge.set(getattr(amounts, name))
 

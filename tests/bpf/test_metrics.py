@@ -13,7 +13,7 @@ from ebpflb.dataplane.bpf.facts import has_set_retval
 from ebpflb.httpd import Request
 from ebpflb.metrics import Metrics
 from ebpflb.observer import Attempt
-from ebpflb.overview import count
+from ebpflb.overview import counting
 from ebpflb.routes import RouteTable
 from tests.bpf.test_devices import Namespace
 from tests.bpf.test_sync import SIZES, Node, carried, table
@@ -42,7 +42,7 @@ class Shown:
     def __init__(self, dataplane: BpfDataplane, each_service: int = 0) -> None:
         self._clock = FakeClock()
         self._dataplane = dataplane
-        self.metrics = Metrics(dataplane, (), count, clock=self._clock, each_service=each_service)
+        self.metrics = Metrics(dataplane, (), counting, clock=self._clock, each_service=each_service)
 
     def after(self, routes: RouteTable) -> dict[str, float]:
         """By sample, when `routes` have been synced and all was looked at."""
