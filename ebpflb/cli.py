@@ -261,7 +261,7 @@ def _parts(parts: Parts | None) -> Parts:
 def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> Config:
     from ebpflb import log
     from ebpflb.config import SERVICE_ACCOUNT_TOKEN
-    from ebpflb.options import Options, configure
+    from ebpflb.config.options import Options, configure
 
     config = configure(
         Options(**typed),

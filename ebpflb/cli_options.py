@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ebpflb.durations import Duration, parse_duration
+from ebpflb.config.durations import Duration, parse_duration
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -215,7 +215,7 @@ def _set_up_node(config: Config) -> Iterable[Problem]:
 def _config_changes(config: Config) -> Changes | None:
     if not config.file:
         return None
-    from ebpflb.config_file import Watch as FileWatch
+    from ebpflb.config.file import Watch as FileWatch
 
     return FileWatch(config.file, config.file_digest)
 

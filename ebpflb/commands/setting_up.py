@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 
-from ebpflb import config_file
 from ebpflb.commands import OK, Result
 from ebpflb.commands.daemon import require_privilege
 from ebpflb.config import Config
+from ebpflb.config import file as config_file
 from ebpflb.errors import UserError
 from ebpflb.parts import Parts
 

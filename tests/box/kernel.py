@@ -11,11 +11,11 @@ import json
 from types import TracebackType
 
 from ebpflb.config import Config
+from ebpflb.config.options import Options, configure
 from ebpflb.dataplane import Dataplane
 from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Cluster
 from ebpflb.demo.network import POD_CIDRS
-from ebpflb.options import Options, configure
 from ebpflb.routes import RouteTable
 from ebpflb.wiring import real_parts
 

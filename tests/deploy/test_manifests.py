@@ -10,8 +10,8 @@ import yaml
 
 from ebpflb import __version__
 from ebpflb.config import Bind
+from ebpflb.config.options import Options, configure
 from ebpflb.dataplane.bpf import artifact
-from ebpflb.options import Options, configure
 from ebpflb.source.kube import decode
 from tests.conftest import CHECKOUT
 from tests.deploy.base import BASE, DEPLOY, Object, container, containers, kustomization, objects, pod, the

@@ -9,9 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpflb import config_file
-from ebpflb.config_defaults import with_defaults
-from ebpflb.config_document import EbpflbConfiguration, as_plain
+from ebpflb.config import file as config_file
+from ebpflb.config.defaults import with_defaults
+from ebpflb.config.document import EbpflbConfiguration, as_plain
 from ebpflb.errors import UserError
 
 WHOLE: dict[str, Any] = as_plain(with_defaults(EbpflbConfiguration()))

@@ -12,11 +12,11 @@ import pytest
 
 from ebpflb.attendants import DaemonAttendants
 from ebpflb.config import Bind, Config
+from ebpflb.config.options import Options, configure
 from ebpflb.dataplane import Report
 from ebpflb.errors import UserError
 from ebpflb.model import Family, Node, Problem, ServiceName
 from ebpflb.observer import Attempt
-from ebpflb.options import Options, configure
 from ebpflb.parts import Choice
 from ebpflb.routes import HealthCheck, RouteTable
 from ebpflb.source import PutNode, Synced

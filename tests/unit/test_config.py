@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
+from ebpflb.config.options import Options, configure
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
-from ebpflb.options import Options, configure
 
 
 def config(need_source: bool = False, hostname: str = "node-1", **options: Any) -> Config:

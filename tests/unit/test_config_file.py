@@ -13,11 +13,12 @@ import msgspec
 import pytest
 import yaml
 
-from ebpflb import config_document, config_file
 from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
+from ebpflb.config import document as config_document
+from ebpflb.config import file as config_file
+from ebpflb.config.options import Options, configure
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
-from ebpflb.options import Options, configure
 
 # What `kubeadm init --pod-network-cidr` writes into the ConfigMap kube-proxy; KUBECONFIG stands for its kubeconfig.
 KUBEADM = """

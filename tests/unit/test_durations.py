@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpflb.durations import Duration, parse_duration
+from ebpflb.config.durations import Duration, parse_duration
 
 
 @pytest.mark.parametrize(

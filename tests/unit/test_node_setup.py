@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from ebpflb.config import Config, Conntrack
+from ebpflb.config.options import Options, configure
 from ebpflb.model import Problem
 from ebpflb.node_setup import Files, most_tracked, set_up
-from ebpflb.options import Options, configure
 
 ESTABLISHED, CLOSE_WAIT = "nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait"
 KERNELS = {
@@ -170,7 +170,7 @@ from pathlib import Path
 import msgspec
 from ebpflb.config import Conntrack
 from ebpflb.node_setup import set_up
-from ebpflb.options import Options, configure
+from ebpflb.config.options import Options, configure
 bare = configure(Options(), hostname="node-1", need_source=False)
 conntrack = Conntrack(
     max_per_core=1, least=54321, tcp_established=4242, tcp_close_wait=43, tcp_be_liberal=True, udp=44, udp_stream=45

@@ -9,8 +9,8 @@ import pytest
 
 from ebpflb.commands.daemon import run_daemon
 from ebpflb.commands.look import compare
+from ebpflb.config.options import Options, configure
 from ebpflb.model import ProxyOptions, ServiceName, Snapshot
-from ebpflb.options import Options, configure
 from ebpflb.output import Format
 from ebpflb.policy import Router
 from ebpflb.policy import routes as routes_from_scratch

@@ -1,7 +1,7 @@
 """The configuration as a document: the fields of kube-proxy's KubeProxyConfiguration, with ours beside them.
 
 Rules of this file: names and types. A field that was not given is zero or None, as kube-proxy has it; what that stands
-for is in `config_defaults`, and whether values make sense in `config_checks`. Decoded strictly: a string is no number.
+for is in `defaults`, and whether values make sense in `checks`. Decoded strictly: a string is no number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from ebpflb.durations import Duration
+from ebpflb.config.durations import Duration
 
 KUBE_PROXY_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KUBE_PROXY_KIND = "KubeProxyConfiguration"

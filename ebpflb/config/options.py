@@ -14,11 +14,19 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ebpflb import config_checks, config_defaults, config_document, config_values
-from ebpflb.config import DEFAULT_BPFFS, DEFAULT_HEALTHZ_PORT, DEFAULT_METRICS_PORT, Config, LogFormat
-from ebpflb.config_checks import Draft
-from ebpflb.config_document import OFF, EbpflbConfiguration, Said
-from ebpflb.durations import Duration
+from ebpflb.config import (
+    DEFAULT_BPFFS,
+    DEFAULT_HEALTHZ_PORT,
+    DEFAULT_METRICS_PORT,
+    Config,
+    LogFormat,
+    checks,
+    defaults,
+    values,
+)
+from ebpflb.config.checks import Draft
+from ebpflb.config.document import OFF, EbpflbConfiguration, Said, as_plain
+from ebpflb.config.durations import Duration
 from ebpflb.errors import UserError
 
 
@@ -81,7 +89,7 @@ def _server(address: str) -> str:
 
 
 def _seconds(option: str, lowest: float) -> Callable[[float], Duration]:
-    return lambda value: Duration.of(config_values.seconds(option, value, lowest))
+    return lambda value: Duration.of(values.seconds(option, value, lowest))
 
 
 _ROWS = (
@@ -91,10 +99,10 @@ _ROWS = (
     _Row("proxy_mode", "--proxy-mode", "mode"),
     _Row("cgroup", "--cgroup", "cgroup", _absolute),
     _Row("bpffs", "--bpffs", "bpffs"),
-    _Row("devices", "--devices", "devices", config_values.split),
+    _Row("devices", "--devices", "devices", values.split),
     _Row("xdp", "--xdp", "xdp"),
-    _Row("nodeport_addresses", "--nodeport-addresses", "nodePortAddresses", config_values.split),
-    _Row("cluster_cidr", "--cluster-cidr", "clusterCIDR", lambda texts: ",".join(config_values.split(texts))),
+    _Row("nodeport_addresses", "--nodeport-addresses", "nodePortAddresses", values.split),
+    _Row("cluster_cidr", "--cluster-cidr", "clusterCIDR", lambda texts: ",".join(values.split(texts))),
     _Row("detect_local_mode", "--detect-local-mode", "detectLocalMode"),
     _Row("pod_bridge_interface", "--pod-bridge-interface", "detectLocal.bridgeInterface"),
     _Row("pod_interface_name_prefix", "--pod-interface-name-prefix", "detectLocal.interfaceNamePrefix"),
@@ -128,48 +136,48 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
     is a source too. Raises UserError in one line for the first thing that is wrong."""
     said = _said(options.config)
     draft = _laid_over(said.document, options)
-    document = config_defaults.with_defaults(draft.document)
+    document = defaults.with_defaults(draft.document)
     draft = draft._replace(document=document)
-    config_checks.refuse_what_is_not_here(draft)
-    manifests, api = config_checks.source(draft, in_cluster) if need_source else ("", None)
-    proxy = config_checks.proxy_options(draft)
+    checks.refuse_what_is_not_here(draft)
+    manifests, api = checks.source(draft, in_cluster) if need_source else ("", None)
+    proxy = checks.proxy_options(draft)
     where = draft.where
     return Config(
         manifests=manifests,
         api=api,
         state_dir=_absolute(document.state_dir or ""),
-        node_name=config_checks.node_name(document.hostname_override, hostname),
-        dataplane=config_checks.dataplane(draft),
-        cgroup=config_values.directory(
+        node_name=checks.node_name(document.hostname_override, hostname),
+        dataplane=checks.dataplane(draft),
+        cgroup=values.directory(
             where("cgroup"), document.cgroup, "the cgroup2 directory whose processes are to be served"
         ),
-        bpffs=config_values.in_bpffs(where("bpffs"), document.bpffs, DEFAULT_BPFFS),
-        devices=config_values.devices(where("devices"), document.devices),
+        bpffs=values.in_bpffs(where("bpffs"), document.bpffs, DEFAULT_BPFFS),
+        devices=values.devices(where("devices"), document.devices),
         proxy=proxy,
-        log_format=config_values.choice(where("logging.format"), document.logging.format, LogFormat),
-        log_level=config_checks.log_level(draft),
-        min_sync_period=config_checks.period(draft, "minSyncPeriod", document.min_sync_period, 0.0),
-        audit_period=config_checks.period(draft, "auditPeriod", document.audit_period, 1.0),
-        healthz=config_checks.bind(draft, "healthzBindAddress", document.healthz_bind_address, DEFAULT_HEALTHZ_PORT),
-        metrics=config_checks.bind(draft, "metricsBindAddress", document.metrics_bind_address, DEFAULT_METRICS_PORT),
+        log_format=values.choice(where("logging.format"), document.logging.format, LogFormat),
+        log_level=checks.log_level(draft),
+        min_sync_period=checks.period(draft, "minSyncPeriod", document.min_sync_period, 0.0),
+        audit_period=checks.period(draft, "auditPeriod", document.audit_period, 1.0),
+        healthz=checks.bind(draft, "healthzBindAddress", document.healthz_bind_address, DEFAULT_HEALTHZ_PORT),
+        metrics=checks.bind(draft, "metricsBindAddress", document.metrics_bind_address, DEFAULT_METRICS_PORT),
         bind_hard_fail=document.bind_address_hard_fail,
-        health_timeout=config_checks.period(draft, "healthTimeout", document.health_timeout, 1.0),
-        conntrack=config_checks.conntrack(draft),
-        oom_score_adj=config_checks.oom_score_adj(draft),
-        service_metrics=config_checks.service_metrics(draft),
+        health_timeout=checks.period(draft, "healthTimeout", document.health_timeout, 1.0),
+        conntrack=checks.conntrack(draft),
+        oom_score_adj=checks.oom_score_adj(draft),
+        service_metrics=checks.service_metrics(draft),
         file=os.path.abspath(options.config) if options.config else "",
         file_digest=said.digest,
-        document=config_document.as_plain(document),
-        warnings=config_checks.warnings(draft, proxy, said.retired),
+        document=as_plain(document),
+        warnings=checks.warnings(draft, proxy, said.retired),
     )
 
 
 def _said(path: str | None) -> Said:
     if not path:
         return Said(EbpflbConfiguration())
-    from ebpflb import config_file  # most commands have no use for its parser
+    from ebpflb.config import file  # most commands have no use for its parser
 
-    return config_file.read(path)
+    return file.read(path)
 
 
 # ---- Options over the file ----
@@ -178,7 +186,7 @@ def _said(path: str | None) -> Said:
 def _laid_over(document: EbpflbConfiguration, options: Options) -> Draft:
     """Some options are about the same thing: what was typed puts out what the file says about it elsewhere."""
     if options.bpffs == "":
-        config_values.in_bpffs("--bpffs", "", DEFAULT_BPFFS)
+        values.in_bpffs("--bpffs", "", DEFAULT_BPFFS)
     if options.manifests and (options.kubeconfig or options.apiserver):
         other = "--kubeconfig" if options.kubeconfig else "--apiserver"
         raise UserError(f"--manifests and {other} are two sources of Services: give one of them")

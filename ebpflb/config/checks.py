@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ebpflb import config_defaults, config_values
-from ebpflb.config import ApiServer, Bind, Conntrack, LogLevel
-from ebpflb.config_document import OFF, EbpflbConfiguration
-from ebpflb.durations import Duration
+from ebpflb.config import ApiServer, Bind, Conntrack, LogLevel, defaults, values
+from ebpflb.config.document import OFF, EbpflbConfiguration
+from ebpflb.config.durations import Duration
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal, ProxyOptions
 
@@ -51,15 +50,15 @@ def source(draft: Draft, in_cluster: bool) -> tuple[str, ApiServer | None]:
         if client.kubeconfig or document.api_servers:
             other = "clientConnection.kubeconfig" if client.kubeconfig else "apiServers"
             raise UserError(f"{where('manifests')} and {other} are two sources of Services: keep one of them")
-        directory = config_values.directory(where("manifests"), document.manifests, _MANIFESTS)
+        directory = values.directory(where("manifests"), document.manifests, _MANIFESTS)
         return directory, None
     if not (client.kubeconfig or document.api_servers or in_cluster):
         raise UserError(
             "no source of Services: give --kubeconfig FILE or --manifests DIR, or run in a pod with a service account"
         )
-    urls = (config_values.url(where("apiServers"), text) for text in document.api_servers)
+    urls = (values.url(where("apiServers"), text) for text in document.api_servers)
     return "", ApiServer(
-        kubeconfig=config_values.file(where("clientConnection.kubeconfig"), client.kubeconfig),
+        kubeconfig=values.file(where("clientConnection.kubeconfig"), client.kubeconfig),
         addresses=tuple(dict.fromkeys(urls)),
         qps=client.qps,
         burst=client.burst,
@@ -105,15 +104,15 @@ def proxy_options(draft: Draft) -> ProxyOptions:
     if primary and len(addresses) > 1:
         raise UserError(f"{where('nodePortAddresses')}: `primary` stands alone; give either it or CIDRs")
     bridge, prefix = "detectLocal.bridgeInterface", "detectLocal.interfaceNamePrefix"
-    if not config_values.is_address(document.bind_address):
+    if not values.is_address(document.bind_address):
         raise UserError(f"{where('bindAddress')} {document.bind_address} is not an address; write such as 0.0.0.0")
     return ProxyOptions(
-        masquerade_all=config_defaults.masquerade_all(document),
+        masquerade_all=defaults.masquerade_all(document),
         detect_local=_detect_local(where("detectLocalMode"), document.detect_local_mode),
-        cluster_cidrs=config_values.cidrs(where("clusterCIDR"), config_values.split((document.cluster_cidr,))),
-        bridge_interface=config_values.interface(where(bridge), document.detect_local.bridge_interface),
-        interface_name_prefix=config_values.interface(where(prefix), document.detect_local.interface_name_prefix),
-        nodeport_addresses=() if primary else config_values.cidrs(where("nodePortAddresses"), addresses),
+        cluster_cidrs=values.cidrs(where("clusterCIDR"), values.split((document.cluster_cidr,))),
+        bridge_interface=values.interface(where(bridge), document.detect_local.bridge_interface),
+        interface_name_prefix=values.interface(where(prefix), document.detect_local.interface_name_prefix),
+        nodeport_addresses=() if primary else values.cidrs(where("nodePortAddresses"), addresses),
         nodeport_primary=primary,
         localhost_nodeports=document.iptables.localhost_node_ports is not False,
     )
@@ -130,14 +129,14 @@ def _detect_local(where: str, mode: str) -> DetectLocal:
 def log_level(draft: Draft) -> LogLevel:
     """By its name, or by how much kube-proxy would say."""
     if draft.document.log_level:
-        return config_values.choice(draft.where("logLevel"), draft.document.log_level, LogLevel)
+        return values.choice(draft.where("logLevel"), draft.document.log_level, LogLevel)
     return LogLevel.DEBUG if draft.document.logging.verbosity >= _DEBUG_VERBOSITY else LogLevel.INFO
 
 
 def bind(draft: Draft, path: str, text: str, default_port: int) -> Bind | None:
     """Where a server listens; None for nowhere."""
     off = '""' if path in draft.options else OFF
-    return config_values.bind(draft.where(path), "" if text == OFF else text, default_port, off)
+    return values.bind(draft.where(path), "" if text == OFF else text, default_port, off)
 
 
 def period(draft: Draft, path: str, duration: Duration | None, lowest: float) -> float:
@@ -212,5 +211,5 @@ def _undetected(proxy: ProxyOptions) -> str:
 
 
 def _without_meaning(draft: Draft, retired: tuple[str, ...]) -> str:
-    paths = (*config_defaults.meaningless(draft.document), *retired)
+    paths = (*defaults.meaningless(draft.document), *retired)
     return f"--config {draft.file}: without meaning for ebpflb: {', '.join(paths)}" if paths else ""

@@ -19,7 +19,7 @@ from ebpflb.config import (
     DEFAULT_MIN_SYNC_SECONDS,
     DEFAULT_STATE_DIR,
 )
-from ebpflb.config_document import (
+from ebpflb.config.document import (
     KIND,
     VERSION,
     EbpflbConfiguration,
@@ -30,7 +30,7 @@ from ebpflb.config_document import (
     Routing,
     Winkernel,
 )
-from ebpflb.durations import Duration
+from ebpflb.config.durations import Duration
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)

@@ -19,7 +19,7 @@ import yaml
 from inotify_simple import INotify, flags
 
 from ebpflb import strict_yaml
-from ebpflb.config_document import (
+from ebpflb.config.document import (
     KIND,
     KUBE_PROXY_KIND,
     KUBE_PROXY_VERSION,
@@ -30,7 +30,7 @@ from ebpflb.config_document import (
     Part,
     Said,
 )
-from ebpflb.durations import Duration, parse_duration
+from ebpflb.config.durations import Duration, parse_duration
 from ebpflb.errors import UserError
 
 # A configuration is a page or two; a file beyond this is something else.
