@@ -43,8 +43,8 @@ def require_privilege(parts: Parts) -> None:
 def unheard(sources: Sequence[Source], parts: Parts) -> SourceError:
     """That one of `sources` has not said everything in time, in its own words."""
     waiting = next((source for source in sources if source.condition().state is not SourceState.LIVE), sources[0])
-    detail = waiting.condition().detail or "it goes on being written"
-    return SourceError(f"{waiting.name} has not said everything within {parts.patience:g} s: {detail}; try again")
+    detail = waiting.condition().detail or f"it goes on being written after {parts.patience:g} s"
+    return SourceError(f"{waiting.name} has not said everything: {detail}; try again")
 
 
 def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:

@@ -39,6 +39,11 @@ from ebpflb.source import Source
 
 log = logging.getLogger("ebpflb.look")
 
+# Failed attempts of a source in a row after which somebody at a terminal would rather hear why, and the seconds between
+# two looks at that.
+_ENOUGH = 3
+_GLANCE = 0.2
+
 # How `kind` of a document spells what `dump` was asked for.
 _KINDS = {
     "services": "Service",
@@ -97,7 +102,8 @@ def wanted(config: Config, parts: Parts) -> RouteTable:
 
 
 def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
-    """Read until every source has said everything. Raises SourceError in the words of one that has not."""
+    """Read until every source has said everything. Raises SourceError in the words of one that has not in time, or
+    that fails again and again."""
     deadline = parts.clock() + parts.patience
     with selectors.DefaultSelector() as selector:
         for source in sources:
@@ -110,10 +116,9 @@ def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
             if desired.synced:
                 return
             left = deadline - parts.clock()
-            if left <= 0:
-                break
-            ready = [key.data for key, _ in selector.select(left)]
-    raise unheard(sources, parts)
+            if left <= 0 or any(source.condition().failures >= _ENOUGH for source in sources):
+                raise unheard(sources, parts)
+            ready = [key.data for key, _ in selector.select(min(left, _GLANCE))]
 
 
 def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | None, Route | None]]:

@@ -217,7 +217,7 @@ def test_run_once_does_not_wait_for_ever(shell: Shell, world: World, manifests: 
     said = shell(world.but(clock=time.monotonic, patience=0.05), "run", "--once", "--manifests", manifests)
     assert said.status == 1
     assert said.err.splitlines()[-1] == (
-        "ebpflb: kubernetes has not said everything within 0.05 s: https://10.0.0.1:6443: connection refused; try again"
+        "ebpflb: kubernetes has not said everything: https://10.0.0.1:6443: connection refused; try again"
     )
     assert world.dataplane.held is None
 
@@ -489,9 +489,20 @@ def test_a_source_that_does_not_come_to_an_end_is_said_in_its_words(shell: Shell
     said = shell(parts, "plan", "--manifests", manifests)
     assert said.status == 1
     assert said.err == (
-        "ebpflb: kubernetes has not said everything within 0 s: https://10.0.0.1:6443: connection refused; try again\n"
+        "ebpflb: kubernetes has not said everything: https://10.0.0.1:6443: connection refused; try again\n"
     )
     assert source.closed
+
+
+def test_a_source_that_fails_again_and_again_is_not_waited_out(shell: Shell, world: World, manifests: str) -> None:
+    source = FakeSource("kubernetes")
+    source.state = Condition(SourceState.STARTING, detail="kubeconfig: it has no current-context", failures=3)
+    parts = world.but(sources=lambda config: (source,), patience=3600.0)
+    said = shell(parts, "plan", "--manifests", manifests)
+    assert (said.status, said.err) == (
+        1,
+        "ebpflb: kubernetes has not said everything: kubeconfig: it has no current-context; try again\n",
+    )
 
 
 def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
