@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.deploy.stage import Running
 pytestmark = [pytest.mark.root, pytest.mark.box, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MEGABYTES = 600
+BLOB_CACHE = Path("/var/lib/containers/cache")  # is there whatever storage.conf says
 
 
 class Image(NamedTuple):
@@ -44,6 +46,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     (directory / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\n{places}')
     environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(directory / "storage.conf")}
 
+    had_cache = BLOB_CACHE.exists()
+
     def run(*words: str | Path) -> str:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-4000:])
@@ -57,6 +61,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     finally:
         run("buildah", "rm", "--all")
         run("buildah", "rmi", "--all", "--force")
+        if not had_cache:
+            shutil.rmtree(BLOB_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

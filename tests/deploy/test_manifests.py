@@ -134,6 +134,7 @@ def test_only_the_preparation_is_privileged() -> None:
     context = container("ebpflb")["securityContext"]
     assert context["privileged"] is False and context["readOnlyRootFilesystem"] is True
     assert context["capabilities"]["drop"] == ["ALL"]
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     assert set(context["capabilities"]["add"]) == CAPABILITIES
 
 
