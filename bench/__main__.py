@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from bench.api import Effort, api
+from bench.beside import beside
 from bench.daemon import daemon
 from bench.decoding import decoding
 from bench.lab import CHECKOUT, Lab, lab
@@ -22,8 +23,9 @@ from bench.plane import plane
 from bench.programs import programs
 from bench.report import TARGETS, Figure, Report, table
 from ebpflb.errors import EbpflbError
+from tests.api import binaries
 
-GROUPS = ("programs", "plane", "daemon", "decode", "api", "paths")
+GROUPS = ("programs", "plane", "daemon", "decode", "api", "beside", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -47,6 +49,15 @@ def machine() -> dict[str, str]:
     }
 
 
+def _kube_proxy() -> Path | None:
+    """The one that the tests have built, if they have."""
+    try:
+        return binaries.find(binaries.CURRENT)["kube-proxy"]
+    except binaries.Missing as missing:
+        print(f"\nkube-proxy is not measured: {missing}", file=sys.stderr)
+        return None
+
+
 def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Iterator[Figure]:
     """The figures of the groups asked for."""
     with lab() as place:
@@ -64,6 +75,7 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
                 Effort(2, 50, 2000, 500, 4.0, 1.0) if quick else Effort(5, 1000, 30_000, 1000, 60.0),
                 say,
             ),
+            "beside": lambda here: beside(here, 100 if quick else 1000, 2 if quick else 10, _kube_proxy(), say),
             "paths": lambda here: paths(here, 4 if quick else 12, say),
         }
         for group in groups:

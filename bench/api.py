@@ -351,7 +351,7 @@ def _probing(lab: Lab, services: int) -> Iterator[Callable[[], Tally]]:
     """Somebody connects all the time to the Service after the last; call what is given to end that."""
     cgroup = lab.cgroup / "prober"
     cgroup.mkdir(exist_ok=True)
-    argv = [sys.executable, "-m", "bench.prober", cluster_ip(services), str(PORT), *LIVE]
+    argv = [sys.executable, "-m", "bench.prober", "tally", cluster_ip(services), str(PORT), *LIVE]
     process = namespaces.spawn(
         lab.namespace(*PLACE), cgroup, argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT
     )

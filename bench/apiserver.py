@@ -84,6 +84,9 @@ class _Connection(threading.Thread):
             self._whole(201, body)
             return True
         url = urlsplit(target)
+        if url.path.startswith("/api/v1/nodes/"):
+            self._whole(200, self._cluster.resources["/api/v1/nodes"].one())
+            return True
         resource = self._cluster.resources.get(url.path)
         if resource is None:
             self._refuse(404, "NotFound")

@@ -61,6 +61,11 @@ class Resource:
         notes = ',"annotations":{"k8s.io/initial-events-end":"true"}' if initial else ""
         return self._line("BOOKMARK", f'{{"metadata":{{"resourceVersion":"{revision}"{notes}}}}}'.encode())
 
+    def one(self) -> bytes:
+        """Of a resource that has one object, that object."""
+        (item,) = self._items.values()
+        return self._prefix + item[1:]
+
     def lines(self) -> Iterator[bytes]:
         """All of them, as a streaming list says them."""
         return (self._line("ADDED", item) for item in list(self._items.values()))
@@ -102,6 +107,7 @@ class Cluster:
             "/api/v1/services": Resource("Service", "v1", "services"),
             "/apis/discovery.k8s.io/v1/endpointslices": self.slices,
             "/api/v1/nodes": Resource("Node", "v1", "nodes"),
+            "/apis/networking.k8s.io/v1/servicecidrs": Resource("ServiceCIDR", "networking.k8s.io/v1", "servicecidrs"),
         }
         for number in range(services + 1):
             addresses = endpoint_ips(number, endpoints) if number < services else [LIVE[0]]
