@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
 
 def ask(place: Place, host: str, port: int, path: str = "/") -> Answer | None:
-    """None if nobody listens."""
+    """None if nobody listens, or stops listening just then."""
     with inside(place.name):
         connection = http.client.HTTPConnection(host, port, timeout=10)
         try:
@@ -65,7 +65,7 @@ def ask(place: Place, host: str, port: int, path: str = "/") -> Answer | None:
             response = connection.getresponse()
             weight = response.getheader("X-Load-Balancing-Endpoint-Weight")
             return Answer(response.status, weight, json.loads(response.read()))
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):
             return None
         finally:
             connection.close()
