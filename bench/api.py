@@ -44,6 +44,9 @@ _WATCHED = 3  # Services, EndpointSlices, the Node
 # What the daemon writes and looks at after its first sync has then been done: the snapshot, the first audit.
 _SETTLED = 35.0
 
+# What a scrape makes the daemon look at has then been looked at.
+_LOOKED = 2.0
+
 # Of a churn: which changes are looked for, and seconds between two scrapes.
 _EVERY, _SCRAPE_EVERY = 10, 10.0
 
@@ -89,7 +92,7 @@ def api(lab: Lab, sizes: tuple[int, ...], effort: Effort, say: Callable[[str], N
                     yield middle(f"api.ready.{services}", f"exec to ready, lists streamed, {size}", ready, "s")
                     if largest:
                         yield from _scrape(lab, node, size)
-                    yield from _idle(node, services, effort, say)
+                    yield from _idle(lab, node, services, effort, say)
                     if largest:
                         yield Figure(
                             "api.rss", f"daemon, resident, {size}", memory(node.daemon.pid)["VmRSS"] / 1024, "MB"
@@ -216,18 +219,25 @@ def _scrape(lab: Lab, node: Node, size: str) -> Iterator[Figure]:
     yield Figure("api.scrape", f"a scrape of /metrics, {size}", statistics.median(times), "ms", tuple(times), first)
 
 
-def _idle(node: Node, services: int, effort: Effort, say: Callable[[str], None]) -> Iterator[Figure]:
-    """With a bookmark for each watch in that time, as servers send them once a minute."""
+def _idle(lab: Lab, node: Node, services: int, effort: Effort, say: Callable[[str], None]) -> Iterator[Figure]:
+    """With a bookmark for each watch in that time, as servers send them once a minute. Audits are figures of their own
+    (`audit.…`): whether one falls into this time is chance."""
     say(f"nothing happens at {services} Services")
     time.sleep(effort.settled)
+    seconds, number = (f'ebpflb_sync_duration_seconds_{what}{{kind="audit"}}' for what in ("sum", "count"))
+    before = _metrics(lab)
+    time.sleep(_LOOKED)
     begin, used = time.monotonic(), _used(node)
     time.sleep(effort.idle / 2)
     node.server.do(Bookmark())
     time.sleep(effort.idle / 2)
-    spent = (_used(node) - used) * 1000 * 60 / (time.monotonic() - begin)
+    took, spent = time.monotonic() - begin, _used(node) - used
+    after = _metrics(lab)
+    audits, auditing = after[number] - before[number], after[seconds] - before[seconds]
     yield Figure(
-        f"api.idle.{services}", f"idle at {services:,} Services: processor time a minute", spent, "ms", (),
-        f"over {effort.idle:g} s",
+        f"api.idle.{services}", f"idle at {services:,} Services, between audits: processor time a minute",
+        max(0.0, spent - auditing) * 1000 * 60 / took, "ms", (),
+        f"over {effort.idle:g} s; {audits:g} audits besides, {auditing * 1000:.0f} ms",
     )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ def _change_figures(lab: Lab, sizes: tuple[int, ...], changes: int, say: Callabl
                 each.times.append(next(each.changer) * 1000)
         for each in series:
             each.changer.close()  # type: ignore[attr-defined]
+        audits = [figure for dataplane, _, _, services in made for figure in _audits(dataplane, services)]
         gc.unfreeze()
     for each in series:
         where = "" if each.spread == each.services else f", always one of the same {each.spread}"
@@ -131,6 +132,26 @@ def _change_figures(lab: Lab, sizes: tuple[int, ...], changes: int, say: Callabl
         "change.flatness", f"p50 at {large:,} ÷ at {small:,}, the same {small} change", medians[1] / medians[0], ""
     )
     yield Figure("change.spread", f"p50 at {large:,} ÷ at {small:,}, all change in turn", medians[2] / medians[0], "")
+    yield from audits
+
+
+def _audits(dataplane: BpfDataplane, services: int) -> Iterator[Figure]:
+    """One after changes, which looks at every row, and those after one that found all right. Changes wait meanwhile."""
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        report = dataplane.audit()
+        times.append((time.perf_counter() - begin) * 1000)
+        if not report.complete or report.written or report.removed:
+            raise EbpflbError(f"an audit found what nobody did: {report}")
+    yield Figure(f"audit.{services}.changed", f"an audit after changes, {services:,} Services", times[0], "ms")
+    yield Figure(
+        f"audit.{services}.same",
+        f"an audit with nothing changed since the last, {services:,} Services",
+        statistics.median(times[1:]),
+        "ms",
+        tuple(times[1:]),
+    )
 
 
 @contextmanager
