@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,14 @@ from tests.api.nodes import Nodes
 OnFailure = Callable[[str, Callable[[], "str | bytes"]], None]
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def being_ended_is_an_interruption() -> Iterator[None]:
+    """SIGTERM, with which a CI job is cut short, takes everything down as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -78,8 +78,9 @@ class Program:
     def __init__(self, name: str, argv: Sequence[str], log: Path, namespace: str = "") -> None:
         self.name = name
         self.log = log
-        # nsenter replaces itself by the program, so that the pid is the program's.
-        self.argv = ["nsenter", f"--net={path_of(namespace)}", "--", *argv] if namespace else list(argv)
+        # Each of these replaces itself by what follows, so that the pid is the program's. None outlives the tests.
+        inside = ["nsenter", f"--net={path_of(namespace)}", "--"] if namespace else []
+        self.argv = [*inside, "setpriv", "--pdeathsig", "KILL", "--", *argv]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

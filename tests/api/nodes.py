@@ -10,19 +10,23 @@ object have the same name and addresses; places stay, objects come and go. Serve
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from ebpflb.demo import network
 from ebpflb.demo.cluster import Cluster, Place
+from ebpflb.demo.daemon import environment
 from ebpflb.demo.network import POD_CIDRS
 from tests.api import accounts
 from tests.api.client import Api, Object
-from tests.api.control_plane import ControlPlane, User, write_kubeconfig
+from tests.api.control_plane import KUBERNETES_IP, ControlPlane, User, write_kubeconfig
 from tests.api.objects import node, pod, put_node, put_pod
 from tests.box.clients import Answer, Clients, Nothing, Target
 from tests.box.servers import Servers
@@ -34,6 +38,7 @@ TARGET = 8080
 ZONES = {"node1": "a", "node2": "b"}
 PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb")}
 PATIENCE = 20.0
+ACCOUNT = Path("/run/secrets/kubernetes.io/serviceaccount")  # behind /var/run, where a pod has it
 
 
 class ApiCluster(Cluster):
@@ -186,6 +191,34 @@ class Nodes:
     def log(self, at: str) -> str:
         """All that a node's daemons have said."""
         return self.cluster.log(at).read_text(errors="replace")
+
+    @contextmanager
+    def in_a_pod(self, at: str, *options: str) -> Iterator[Path]:
+        """A node's daemon as a pod's process finds itself: no kubeconfig, but its service account, and an environment
+        that names the API server by its Service. The block gets its log."""
+        account = self.cluster.directory / "account"
+        account.mkdir(exist_ok=True)
+        shutil.copy(self.token, account / "token")
+        shutil.copy(self.control.authority.bundle, account / "ca.crt")
+        variables = {"KUBERNETES_SERVICE_HOST": KUBERNETES_IP, "KUBERNETES_SERVICE_PORT": "443", **environment()}
+        argv = [sys.executable, "-m", "ebpflb", "run", "--node-name", at, *self.cluster.target(at)]
+        argv += ["--cluster-cidr", ",".join(POD_CIDRS), *options]
+        log = self.cluster.directory / "in-a-pod.log"
+        ACCOUNT.mkdir(parents=True, exist_ok=True)  # empty but for that process
+        enter = ["unshare", "--mount", "sh", "-c", f'mount --bind "$0" {ACCOUNT} && exec "$@"', str(account)]
+        try:
+            with log.open("wb") as output:
+                process = self.cluster.spawn(
+                    self.place(at), [*enter, *argv], stdout=output, stderr=output, env=variables
+                )
+            try:
+                yield log
+            finally:
+                process.kill()
+                process.wait()
+        finally:
+            with suppress(OSError):  # somebody else's, too
+                os.removedirs(ACCOUNT)
 
     def reboot(self, at: str) -> None:
         """The daemon goes, and with it everything that it has in the kernel; only its files stay."""

@@ -17,7 +17,7 @@ import pytest
 
 from tests.api.authority import Authority
 from tests.api.client import Api, Object
-from tests.api.control_plane import NOBODY
+from tests.api.control_plane import KUBERNETES_IP, NOBODY
 from tests.api.nodes import TARGET, Nodes, until
 from tests.api.objects import endpoint_slice, service, set_ready
 from tests.box.clients import Answer, Nothing, Target
@@ -171,15 +171,27 @@ def test_types_change_live(nodes: Nodes, own: str) -> None:
 
 
 def test_another_zone_label_changes_the_topology_at_once(nodes: Nodes, own: str) -> None:
-    to = web(nodes, own, "a2", "b1", trafficDistribution="PreferSameZone")
-    try:
-        nodes.until_reaches("a1", to, "a2")
-        zone = {"metadata": {"labels": {"topology.kubernetes.io/zone": "b"}}}
-        nodes.api.patch("Node", "", "node1", zone)
-        nodes.until_reaches("a1", to, "a2", "b1")  # both are in b now, as the controller finds out a little later
-    finally:
-        nodes.api.patch("Node", "", "node1", {"metadata": {"labels": {"topology.kubernetes.io/zone": "a"}}})
+    """The slices are the test's own: the controller looks at zones again only when pods change."""
+    nodes.api.create(service(own, "near", trafficDistribution="PreferSameZone"))
+    for name, zone in (("a2", "a"), ("b1", "b")):
+        found = endpoint_slice(own, name, "near", [nodes.place(name).addresses.ipv4], ports=(TARGET,))
+        found["ports"][0]["name"] = "p80"
+        found["endpoints"][0] |= {"zone": zone, "hints": {"forZones": [{"name": zone}]}}
+        nodes.api.create(found)
+    to = nodes.cluster_ip(own, "near")
     nodes.until_reaches("a1", to, "a2")
+    try:
+        nodes.api.patch("Node", "", "node1", zone_label("b"))
+        nodes.until_reaches("a1", to, "b1")
+        nodes.api.patch("Node", "", "node1", zone_label(None))
+        nodes.until_reaches("a1", to, "a2", "b1")
+    finally:
+        nodes.api.patch("Node", "", "node1", zone_label("a"))
+    nodes.until_reaches("a1", to, "a2")
+
+
+def zone_label(zone: str | None) -> Object:
+    return {"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}}
 
 
 # ---- What the daemon says ----
@@ -283,6 +295,31 @@ def test_a_node_that_boots_while_the_api_server_is_down_serves_what_it_remembers
         nodes.until_reaches("a1", to, "a2", seconds=45)
         nodes.until_source("node1", "live")
         assert nodes.status("node1")["rememberedSince"] is None
+
+
+def test_the_api_servers_own_service_answers_on_nodes(nodes: Nodes) -> None:
+    """In pods it would, too, but the network between the nodes, where this server is, knows no pod."""
+    for at in nodes.cluster.nodes:
+        argv = ["curl", "-sk", "--max-time", "5", f"https://{KUBERNETES_IP}/readyz"]
+        assert nodes.cluster.run(nodes.place(at), argv).stdout == "ok"
+
+
+def test_a_pod_whose_api_server_is_a_service_remembers_where_it_really_is(nodes: Nodes, own: str) -> None:
+    """The environment names the Service kubernetes, which nobody carries before this very daemon does."""
+    to = web(nodes, own, "b1")
+    nodes.until_reaches("a1", to, "b1")
+    state = str(nodes.cluster.state("node1"))
+    with nodes.mended():
+        daemon = nodes.cluster.nodes["node1"].daemon
+        assert daemon is not None and daemon.stop() == 0
+        nodes.reboot("node1")
+        with nodes.in_a_pod("node1", "--state-dir", "") as log:
+            until("told", lambda: "give --apiserver URL" in log.read_text(), True)
+            assert nodes.source("node1")["state"] == "starting"
+        with nodes.in_a_pod("node1", "--state-dir", state) as log:
+            nodes.until_source("node1", "live")
+            nodes.until_reaches("a1", to, "b1")
+            assert "Traceback" not in log.read_text()
 
 
 # ---- Mistakes ----
