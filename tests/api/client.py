@@ -127,7 +127,6 @@ class Api:
         try:
             return self._ask(connection, method, path, payload, headers)
         except (OSError, http.client.HTTPException):
-            connection.close()
             if fresh or (method != "GET" and method != "PUT"):
                 raise
         # A server that was restarted has closed the connection that was kept.
@@ -216,6 +215,10 @@ class Api:
         self, connection: _Connection, method: str, path: str, body: bytes | None,
         headers: Mapping[str, str],
     ) -> Answer:  # fmt: skip
-        connection.request(method, path, body, dict(headers))
-        answer = connection.getresponse()
-        return Answer(answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read())
+        try:
+            connection.request(method, path, body, dict(headers))
+            answer = connection.getresponse()
+            return Answer(answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read())
+        except BaseException:  # nor may an interruption leave half an answer to the next request
+            connection.close()
+            raise

@@ -136,8 +136,9 @@ class ControlPlane:
 
     def __enter__(self) -> ControlPlane:
         with ExitStack() as stack:
-            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ebpflb-api-", dir=memory)))
+            _sweep()
+            made = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=_MEMORY)
+            self.directory = Path(stack.enter_context(made))
             stack.callback(self._kill_all)
             self._make_files()
             self.etcd = self._program("etcd", self._etcd_options())
@@ -330,6 +331,15 @@ def write_kubeconfig(path: Path, server: str, bundle: Path, user: Mapping[str, o
 
 
 _numbers = itertools.count(1)
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+_PREFIX = "ebpflb-api-"
+
+
+def _sweep() -> None:
+    """Remove what processes left that were killed: their data would stay in memory."""
+    for directory in Path(_MEMORY).glob(f"{_PREFIX}*-*"):
+        if not Path("/proc", directory.name.removeprefix(_PREFIX).partition("-")[0]).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def batches(objects: Iterable[Object], size: int) -> Iterator[list[Object]]:
