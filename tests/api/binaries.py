@@ -60,16 +60,14 @@ def cache() -> Path:
 
 def find(build: Build) -> dict[str, Path]:
     """The programs of a build by name. Raises Missing if one is not there."""
-    assets = os.environ.get("KUBEBUILDER_ASSETS") if build in (ETCD, CURRENT) else None
-    ready = {name: Path(assets, name) for name in build.packages if assets and os.access(Path(assets, name), os.X_OK)}
-    wanting = [name for name in build.packages if name not in ready]
-    if wanting:
+    found = _assets(build)
+    if len(found) < len(build.packages):
         directory = _directory(build, _go())
-        ready |= {name: directory / name for name in wanting}
-    for name in wanting:
-        if not ready[name].exists():
+        found = {name: directory / name for name in build.packages} | found
+    for name, path in found.items():
+        if not path.exists():
             raise Missing(f"{name} ({build.name}) has not been built yet; run: {sys.executable} -m {__spec__.name}")
-    return ready
+    return found
 
 
 def make(build: Build) -> dict[str, Path]:
@@ -84,10 +82,18 @@ def make(build: Build) -> dict[str, Path]:
         go = _go() or _install_go()
         directory = _directory(build, go)
         directory.mkdir(parents=True, exist_ok=True)
+        ready = _assets(build)
         for name, package in build.packages.items():
-            if not (directory / name).exists():
+            if name not in ready and not (directory / name).exists():
                 _build(go, build, name, package, directory)
     return find(build)
+
+
+def _assets(build: Build) -> dict[str, Path]:
+    """Ready programs that the user names; of the newest release only."""
+    assets = os.environ.get("KUBEBUILDER_ASSETS") if build in (ETCD, CURRENT) else None
+    places = {name: Path(assets, name) for name in build.packages} if assets else {}
+    return {name: path for name, path in places.items() if os.access(path, os.X_OK)}
 
 
 # ---- Go ----
