@@ -130,9 +130,11 @@ class Weather:
         self._proxy.cut()
 
 
-def storm(following: Follower, weather: Weather, seconds: float = SECONDS) -> None:
-    over = time.monotonic() + seconds
-    while time.monotonic() < over:
+def storm(following: Follower, weather: Weather, writer: Writer, seconds: float = SECONDS, changes: int = 100) -> None:
+    """For that long, and until the writer has made so many changes in it."""
+    over, enough = time.monotonic() + seconds, writer.changes + changes
+    while time.monotonic() < over or writer.changes < enough:
+        assert time.monotonic() < over + 60, f"{writer.changes} changes, waited for {enough}"
         weather.blow()
         following.read(0.02)
 
@@ -143,8 +145,8 @@ def test_after_a_storm_on_the_network_all_is_as_a_fresh_list_says(
 ) -> None:
     with Follower(access(cluster, ADMIN, proxy.port), timing=HASTY) as following:
         with Writer(api, namespace, seed) as writer:
-            storm(following, Weather(proxy, seed))
-        assert writer.changes > 100 and not writer.failed
+            storm(following, Weather(proxy, seed), writer)
+        assert not writer.failed
         proxy.behave()
         following.agrees(api)
         following.until("no problem", lambda: not following.source.problems(), 10)
@@ -157,12 +159,11 @@ def test_after_a_storm_in_which_the_server_dies_and_history_is_lost_too(
         weather = Weather(proxy, 4)
         with Writer(api, namespace, 4) as writer:
             for _ in range(2):
-                storm(following, weather, 1.5)
+                storm(following, weather, writer, 1.5, 30)
                 cluster.compact()
                 cluster.apiserver.kill()
                 cluster.start_apiserver()
-                storm(following, weather, 1.5)
-        assert writer.changes > 100
+                storm(following, weather, writer, 1.5, 30)
         proxy.behave()
         following.agrees(api)
 
