@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
+import queue
 import socket
 import ssl
 import sys
@@ -21,6 +23,7 @@ from ebpflb.errors import SourceError
 from ebpflb.source.kube import ApiError, Client, Unreachable
 from ebpflb.source.kube.access import Access, Address
 from ebpflb.source.kube.client import HttpClient
+from ebpflb.source.kube.reach import Token
 from tests.web import PATIENCE_SECONDS, Answer, Authority, Exchange, Web, authority, web
 
 SERVICES = "/api/v1/services"
@@ -505,6 +508,23 @@ def test_a_token_file_that_is_gone_for_a_moment_changes_nothing(setting: Setting
     token.unlink()
     setting.now += 61
     listed(client)
+
+
+def test_whoever_comes_while_the_token_is_read_for_the_first_time_waits_for_it(tmp_path: Path) -> None:
+    """Three lists begin at once. A request without a token would be one of system:anonymous, and forbidden."""
+    path = tmp_path / "token"
+    os.mkfifo(path)
+    access = Access(addresses=(Address("http://127.0.0.1:1"),), token_file=str(path))
+    token, said = Token(access, time.monotonic), queue.SimpleQueue[str]()
+    threads = [threading.Thread(target=lambda: said.put(token.text()), daemon=True) for _ in range(2)]
+    threads[0].start()
+    with open(path, "w") as file:  # once the first one is there to read
+        threads[1].start()
+        threads[1].join(0.05)
+        file.write("good")
+    assert [said.get(timeout=PATIENCE_SECONDS) for _ in threads] == ["good", "good"]
+    for thread in threads:
+        thread.join()
 
 
 def test_a_token_file_that_never_was_is_one_line(setting: Setting, tmp_path: Path) -> None:

@@ -21,19 +21,22 @@ _MOST_FAULTS = 3
 
 
 class Token:
-    """The token that is sent; of a file, what it last held."""
+    """The token that is sent; of a file, what it last held. Any thread may call any method."""
 
     def __init__(self, access: Access, clock: Callable[[], float]) -> None:
         self._path = access.token_file
         self._text = access.token
         self._identity = access.identity
         self._clock = clock
+        # Held while the file is read: who comes meanwhile would go as nobody, and be refused for that.
+        self._lock = threading.Lock()
         self._read_at: float | None = None
         self._trouble = ""
 
     def text(self) -> str:
-        if self._path and (self._read_at is None or self._clock() - self._read_at >= _TOKEN_SECONDS):
-            self.read()
+        with self._lock:
+            if self._path and (self._read_at is None or self._clock() - self._read_at >= _TOKEN_SECONDS):
+                self._read()
         if not (self._text.isascii() and self._text.isprintable()):
             # It would be in the text of what the library raises.
             raise Unreachable(f"{self._identity} cannot be sent: it holds characters that no token has")
@@ -41,6 +44,10 @@ class Token:
 
     def read(self) -> None:
         """Read the file now. What it last held stays where it cannot be read. Raises Unreachable if it never could."""
+        with self._lock:
+            self._read()
+
+    def _read(self) -> None:
         self._read_at = self._clock()
         trouble = ""
         try:
