@@ -60,7 +60,8 @@ class ApiServer:
             raise error
         name = query["fieldSelector"].removeprefix("metadata.name=")
         items = [{"metadata": {"uid": self.services[name]}}] if name in self.services else []
-        return Reply(json.dumps({"kind": "ServiceList", "items": items}).encode())
+        document = json.dumps({"kind": "ServiceList", "items": items}, ensure_ascii=False)
+        return Reply(document.encode(errors="surrogateescape"))
 
     def send(self, method: str, path: str, body: bytes, *, content_type: str, timeout: float) -> bytes:
         self.asked += 1
@@ -346,6 +347,28 @@ def test_what_the_server_will_never_take_is_left_out(desk: Desk, status: int) ->
 
 
 # ---- The thread ----
+
+
+def test_a_fault_in_writing_one_event_costs_that_one_only(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    desk.server.fail = lambda method, path: RuntimeError("no idea") if method == "POST" else None
+    desk.sender.post(notice("first"))
+    with caplog.at_level(logging.WARNING, "ebpflb"):
+        desk.work()
+    assert desk.sender.dropped == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "an Event could not be written: unexpected RuntimeError: no idea"
+    desk.server.fail = lambda method, path: None
+    desk.sender.post(notice("second"))
+    desk.work()
+    assert desk.server.notes() == ["second"]
+
+
+def test_a_list_that_is_no_text_gives_no_uid(desk: Desk) -> None:
+    desk.server.services["web"] = "\udcff"
+    desk.sender.post(notice())
+    desk.work()
+    ((_, _, event),) = desk.server.written
+    assert "uid" not in event["regarding"]
 
 
 def test_the_thread_writes_what_is_posted_and_ends_when_closed() -> None:

@@ -200,6 +200,12 @@ class EventSender:
             return self._put_off(error, now)
         except SourceError as error:
             return self._back_off(str(error), now)
+        except Exception as error:
+            # A fault of ours in one Event must not end the thread for all others.
+            with self._changed:
+                self._dropped += 1
+            log.error("an Event could not be written: unexpected %s: %s", type(error).__name__, error)
+            log.debug("an Event could not be written", exc_info=True)
         self._settle(notice, waiting, count)
         return 0.0
 
@@ -298,7 +304,7 @@ class EventSender:
         try:
             # From the server's cache, which costs it little but may be behind.
             found = self._listed(service, {"resourceVersion": "0"}) or self._listed(service, {})
-        except msgspec.DecodeError:
+        except ValueError:  # a DecodeError or text that is not UTF-8
             return ""
         except ApiError as error:
             if error.status == 403:
