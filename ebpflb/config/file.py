@@ -107,7 +107,7 @@ def _type(value: Mapping[Any, Any]) -> type[KubeProxyConfiguration]:
     kind, version = value.get("kind"), value.get("apiVersion")
     if kind == "ConfigMap":
         data = value.get("data")
-        inside = next((key for key in data if "config" in key), "") if isinstance(data, dict) else ""
+        inside = next((key for key in data if "config" in str(key)), "") if isinstance(data, dict) else ""
         raise UserError(f"it is a ConfigMap; give what is in it{f' under data, {inside}' if inside else ''}")
     for name, got in (("kind", kind), ("apiVersion", version)):
         if not got:

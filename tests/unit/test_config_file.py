@@ -421,6 +421,7 @@ def test_a_slip_is_named_with_its_remedy(file: File, case: str) -> None:
         ("- a\n- b\n", "it holds no fields"),
         ("just words", "it holds no fields"),
         ("apiVersion: v1\nkind: ConfigMap\ndata: {config.conf: 'x'}\n", "give what is in it under data, config.conf"),
+        ("apiVersion: v1\nkind: ConfigMap\ndata: {1: x}\n", "it is a ConfigMap; give what is in it"),
         ("kind: KubeProxyConfiguration\n", "apiVersion is missing"),
         ("a: {b: [", "not YAML"),
         ("[" * 100_000, "cannot be parsed: it is nested too deeply"),
