@@ -17,7 +17,7 @@ from ebpflb.errors import UserError
 from ebpflb.health import Health, ping
 from ebpflb.healthchecks import HealthChecks
 from ebpflb.httpd import HttpServer, routed
-from ebpflb.loop import Worker
+from ebpflb.loop import Dispensable, Worker
 from ebpflb.metrics import Metrics
 from ebpflb.metrics.page import handlers
 from ebpflb.model import Family
@@ -82,7 +82,7 @@ class DaemonAttendants:
         if self._notices is not None:
             watching.append(self._notices)
         self.observer = Observers(watching)
-        self.workers: Sequence[Worker] = tuple(workers)
+        self.workers: Sequence[Worker] = tuple(Dispensable(worker, clock) for worker in workers)
         self.watches = (Watch(self._metrics.sampler.fileno(), self._metrics.sampler.woken),)
 
     def request(self, method: str, host: str, status: int | None, seconds: float | None) -> None:

@@ -7,12 +7,15 @@ are passed in.
 
 from __future__ import annotations
 
+import logging
 import selectors
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
+
+log = logging.getLogger("ebpflb.loop")
 
 # Reading goes before working, but an endless talker must not keep the work from being done.
 _MOST_ROUNDS = 64
@@ -26,6 +29,30 @@ class Worker(Protocol):
 
     def work(self) -> object:
         """Do what is due, if anything is."""
+
+
+class Dispensable:
+    """A Worker whose faults are its own: one is logged, and it is left alone for `pause` seconds."""
+
+    def __init__(self, worker: Worker, clock: Callable[[], float], pause: float = 5.0) -> None:
+        self._worker = worker
+        self._clock = clock
+        self._pause = pause
+        self._not_before: float | None = None
+
+    def due(self) -> float | None:
+        return self._worker.due() if self._not_before is None else self._not_before
+
+    def work(self) -> None:
+        if self._not_before is not None and self._clock() < self._not_before:
+            return
+        self._not_before = None
+        try:
+            self._worker.work()
+        except Exception as error:
+            self._not_before = self._clock() + self._pause
+            log.error("%s failed unexpectedly: %s: %s", type(self._worker).__name__, type(error).__name__, error)
+            log.debug("%s failed", type(self._worker).__name__, exc_info=True)
 
 
 class Stop:
