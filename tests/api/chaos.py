@@ -159,6 +159,9 @@ class ChaosProxy:
         except OSError:
             return  # no server: the client's connection ends, too
         connection = _Connection(writer, server)
+        if self.refusing:  # since a moment ago
+            connection.abort()
+            return
         self._connections.add(connection)
         ways = (
             self._loop.create_task(self._asks(reader, connection)),
