@@ -2,7 +2,7 @@
 
 Rules of this file: ports are opened in the caller's thread, where it hears of a failure, and can be opened again when
 `close` returns; all else happens in the server's thread, which is told by a queue and an eventfd. That thread ends when
-it is asked to; should it end otherwise, everybody hears of it.
+it is asked to; should it end otherwise, `failure` has the reason.
 
 What an address means is Go's net.Listen, which kube-proxy's users know: "", "0.0.0.0" and "::" are all the same
 without a family, namely every address of both (a node with IPv6 alone is reached at the default 0.0.0.0:10256), and
@@ -53,8 +53,8 @@ class Listening:
 class HttpServer:
     """Answers on any number of ports. `listen` and `close` may be called from any thread, before `start` too.
 
-    `clock` counts seconds from anywhere and is never set back. `died` is called with one line, in the server's thread,
-    should that end unasked; its ports are closed then, so that a prober is refused rather than kept waiting.
+    `clock` counts seconds from anywhere and is never set back. Should the thread end unasked, `failure` says why, and
+    its ports are closed, so that a prober is refused rather than kept waiting.
     """
 
     def __init__(
@@ -62,10 +62,8 @@ class HttpServer:
         *,
         clock: Callable[[], float] = time.monotonic,
         limits: Limits | None = None,
-        died: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._clock = clock
-        self._died = died
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -150,7 +148,6 @@ class HttpServer:
             log.debug("the HTTP server ended", exc_info=True)
             self._failure = reason
             self._end()
-            self._died(reason)
         else:
             self._end()
 
@@ -159,10 +156,10 @@ class HttpServer:
             self._ended = True
             left = {listening for _, listening in self._asked}
             self._asked.clear()
-        self._clients.drop_all()
         for listening in left | self._open:
             listening.socket.close()
         self._open.clear()
+        self._clients.drop_all()
 
     def _turn(self) -> None:
         for key, events in self._selector.select(self._clients.patience()):

@@ -351,22 +351,13 @@ def test_handlers_run_in_the_servers_thread(server: HttpServer) -> None:
 
 def test_the_threads_death_does_not_go_unnoticed(caplog: pytest.LogCaptureFixture) -> None:
     time = iter([0.0, 1.0, 2.0])  # and then an error, as a fault of ours would be
-    dead = threading.Event()
-    reasons: list[str] = []
-
-    def died(reason: str) -> None:
-        reasons.append(reason)
-        dead.set()
-
-    made = HttpServer(clock=lambda: next(time), died=died)
+    made = HttpServer(clock=lambda: next(time))
     port = made.listen("127.0.0.1", 0, saying("ok"))
     made.start()
     with caplog.at_level("INFO", logger="ebpflb.http"), Client(port.port) as client:
-        client.rest()
-        assert dead.wait(PATIENCE)
-    assert reasons == ["the HTTP server ended: StopIteration: "]
+        client.rest()  # to the end, which is that of the server
     assert [record.levelname for record in caplog.records] == ["CRITICAL"]
-    assert (made.alive, made.failure) == (False, reasons[0])
+    assert (made.alive, made.failure) == (False, "the HTTP server ended: StopIteration: ")
     with pytest.raises(ConnectionRefusedError):
         ask(port.port)
     with pytest.raises(OSError, match="the HTTP server has ended"):
