@@ -147,7 +147,6 @@ def _kube_source(config: Config, api: ApiServer, kubernetes: _Kubernetes) -> Kub
     from ebpflb.source.kube.endpoints import ApiServers
     from ebpflb.source.kube.source import NAME, KubeSource
 
-    access.check(api, environ=os.environ)
     path = lastgood.path_in(config.state_dir, NAME) if config.state_dir else ""
 
     def recall() -> lastgood.Saved | None:

@@ -30,7 +30,7 @@ from ebpflb.source.kube.proxies import checked, proxy_for
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod has the token and the CA of its service account."""
 
-NOTHING_TO_GO_BY = "nothing says where the API server is: give --manifests DIR, --kubeconfig FILE or --apiserver URL"
+_NOTHING_TO_GO_BY = "nothing says where the API server is: give --manifests DIR, --kubeconfig FILE or --apiserver URL"
 
 # A plugin may have to ask a cloud, which may be slow; the daemon waits in the thread of the one who asked.
 _CHILD_SECONDS = 60.0
@@ -64,17 +64,14 @@ class Address(msgspec.Struct, frozen=True):
         return self.url.startswith("https:")
 
 
-class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a client needs. Certificates and keys are PEM. `ca` is "" for the authorities that the system trusts,
-    `ca_from` where it came from, in words. `verify`: whether the server must prove who it is. `token_file` goes before
-    `token`, and is to be read again; `authorization` is a whole header for what is no token. `expires` is when
-    credentials end by what their giver said (seconds since the epoch, None if nothing was said), `renewable` whether
-    asking anew gives new ones. `identity` is whom we go as, in words. `files` are what it was all read from, but for
-    the token's."""
+class Credentials(msgspec.Struct, frozen=True, kw_only=True):
+    """As whom we go, and whom we believe. Certificates and keys are PEM. `ca` is "" for the authorities that the system
+    trusts. `verify`: whether the server must prove itself. `token_file` goes before `token`, and is to be read again;
+    `authorization` is a whole header for what is no token. `expires` is when credentials end by what their giver said
+    (seconds since the epoch, None if nothing was said), `renewable` whether asking anew gives new ones. `identity` is
+    whom we go as, in words. `files` are what it was all read from, but for the token's."""
 
-    addresses: tuple[Address, ...]
     ca: str = ""
-    ca_from: str = "the system"
     verify: bool = True
     certificate: str = ""
     key: str = ""
@@ -87,6 +84,16 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.identity})"
+
+
+class Access(Credentials, frozen=True, kw_only=True):
+    """All that a client needs: where, and as whom. `ca_from` is where the CA came from, in words."""
+
+    addresses: tuple[Address, ...]
+    ca_from: str = "the system"
+
+    def __repr__(self) -> str:
         return f"Access({', '.join(each.url for each in self.addresses)} as {self.identity})"
 
     @property
@@ -94,23 +101,12 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.certificate or self.token or self.token_file or self.authorization)
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a kubeconfig says, as the child tells it. The fields are those of Access; `server` is "" if it has none."""
+class Told(Credentials, frozen=True, kw_only=True, tag=True):
+    """What a kubeconfig says, as the child tells it; `server` is "" if it has none."""
 
     server: str = ""
     server_name: str = ""
     proxy: str = ""
-    verify: bool = True
-    ca: str = ""
-    certificate: str = ""
-    key: str = ""
-    token: str = ""
-    token_file: str = ""
-    authorization: str = ""
-    expires: float | None = None
-    renewable: bool = False
-    identity: str = ""
-    files: tuple[str, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -167,22 +163,6 @@ def read_kubeconfig(path: str, environ: Mapping[str, str], timeout: float = _CHI
     return answer
 
 
-def check(api: ApiServer, *, environ: Mapping[str, str], service_account: Path = SERVICE_ACCOUNT) -> None:
-    """What can be seen to be wrong at once, before anything is started. Raises UserError in one line."""
-    for url in api.addresses:
-        _address("--apiserver", url)
-    if api.kubeconfig:
-        try:
-            with open(api.kubeconfig, "rb"):
-                pass
-        except FileNotFoundError:
-            raise UserError(f"kubeconfig {api.kubeconfig}: there is no such file") from None
-        except OSError as error:
-            raise UserError(f"kubeconfig {api.kubeconfig} cannot be read: {error.strerror}") from None
-    elif not api.addresses and not _in_pod(environ, service_account):
-        raise UserError(NOTHING_TO_GO_BY)
-
-
 class Resolver:
     """Works out the Access for what the operator asked for, each time anew.
 
@@ -232,7 +212,7 @@ class Resolver:
         if _has_account(self._service_account):
             return self._by_service_account()
         if not self._api.addresses:
-            raise UserError(NOTHING_TO_GO_BY)
+            raise UserError(_NOTHING_TO_GO_BY)
         return Access(addresses=self._given())
 
     def _given(self, server_name: str = "", proxy: str = "") -> tuple[Address, ...]:
@@ -316,10 +296,6 @@ def _bracketed(host: str) -> str:
 
 def _has_account(service_account: Path) -> bool:
     return (service_account / "token").is_file()
-
-
-def _in_pod(environ: Mapping[str, str], service_account: Path) -> bool:
-    return _has_account(service_account) and bool(environ.get(_HOST))
 
 
 def _signature(path: str) -> tuple[int, int, int] | None:

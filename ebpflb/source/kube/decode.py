@@ -167,8 +167,9 @@ class _Details(msgspec.Struct, rename="camel", frozen=True, gc=False):
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """v1 Status: how the API says no."""
+    """v1 Status: how the API says no, in place of an answer or inside a watch."""
 
+    kind: str | None = None
     code: int | None = None
     reason: str | None = None
     message: str | None = None

@@ -51,13 +51,20 @@ class Stop(Protocol):
 
 class Doing(msgspec.Struct, frozen=True):
     """How a kind's list and watch is doing. `broken` is since when nothing has come in (the clock's time; None while a
-    watch stands), `failures` the attempts since that failed, `retry_at` the time of the next one."""
+    watch stands), `failures` the attempts since that failed, `retry_at` the time of the next one. `granted` is since
+    when a watch stands: its predecessor's problem stays until this one has said something, or has proved itself by
+    standing."""
 
     listed: bool = False
     broken: float | None = None
     failures: int = 0
     retry_at: float | None = None
     problem: Problem | None = None
+    granted: float | None = None
+
+    def trouble(self, now: float, proven: float) -> Problem | None:
+        """The problem that there is now; a watch that has stood for `proven` seconds has none."""
+        return None if self.granted is not None and now - self.granted >= proven else self.problem
 
 
 class ListWatch:
@@ -204,9 +211,10 @@ class ListWatch:
     def _established(self) -> float:
         """The server has granted the watch; when."""
         self.alive = self._clock()
-        # One that was granted and then failed has its problem until the next one has said something.
+        # Where one was granted and then failed, the next one may, too: else a problem would come and go.
         problem = self.doing.problem if self._failed_inside else None
-        self._note(Doing(listed=True, failures=self._failures if problem else 0, problem=problem))
+        failures = self._failures if problem else 0
+        self._note(Doing(listed=True, failures=failures, problem=problem, granted=self.alive))
         self._inside = True
         return self.alive
 

@@ -29,6 +29,7 @@ from urllib3.exceptions import (
 
 from ebpflb.source.kube import ApiError
 from ebpflb.source.kube.access import Access, Address
+from ebpflb.source.kube.decode import Status
 from ebpflb.source.kube.expiry import certificate_end, day, token_end
 
 _SYSTEM = {
@@ -59,19 +60,6 @@ _NOT_TLS = {
 _PLAIN_TO_TLS = (b"HTTP request to an HTTPS server", b"plain HTTP request was sent to HTTPS port")
 
 _MOST_TEXT = 300
-
-
-class _Details(msgspec.Struct):
-    retryAfterSeconds: float | None = None
-
-
-class _Status(msgspec.Struct):
-    """meta/v1 Status, as much as we read."""
-
-    kind: str = ""
-    message: str = ""
-    reason: str = ""
-    details: _Details | None = None
 
 
 class Answer(NamedTuple):
@@ -169,19 +157,19 @@ def not_an_api_server(answer: Answer, address: Address) -> str | None:
 def refusal(answer: Answer, access: Access, token: str, now: float) -> ApiError:
     """The error for an answer that is not 2xx; `token` is the one that was sent, `now` the time of day."""
     try:
-        status = msgspec.json.decode(answer.body, type=_Status)
+        status = msgspec.json.decode(answer.body, type=Status)
     except ValueError:  # a DecodeError or text that is not UTF-8
-        status = _Status()
+        status = Status()
     if status.kind != "Status":
-        status = _Status()
-    message = _plain(status.message)
+        status = Status()
+    message = _plain(status.message or "")
     if answer.status == 401:
         message = _unauthorized(access, token, now)
     elif not message:
         said = _plain(answer.body.decode(errors="replace"))
         message = f"the API server answers HTTP {answer.status} {http.client.responses.get(answer.status, '')}".rstrip()
         message += f": {said}" if said else ""
-    return ApiError(answer.status, status.reason, message, _retry_after(status, answer.headers))
+    return ApiError(answer.status, status.reason or "", message, _retry_after(status, answer.headers))
 
 
 def _unauthorized(access: Access, token: str, now: float) -> str:
@@ -199,9 +187,9 @@ def _unauthorized(access: Access, token: str, now: float) -> str:
     return f"the API server does not accept our credentials: {said}"
 
 
-def _retry_after(status: _Status, headers: Mapping[str, str]) -> float | None:
-    if status.details and status.details.retryAfterSeconds:
-        return float(status.details.retryAfterSeconds)
+def _retry_after(status: Status, headers: Mapping[str, str]) -> float | None:
+    if status.details and status.details.retry_after_seconds:
+        return status.details.retry_after_seconds
     text = headers.get("Retry-After", "")
     return float(text) if text.isdecimal() else None
 

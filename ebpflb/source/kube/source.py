@@ -17,7 +17,7 @@ from ebpflb.source import Condition, Event, PutNode, PutService, PutSlice, Sourc
 from ebpflb.source.kube import Client, decode
 from ebpflb.source.kube.lastgood import Saved
 from ebpflb.source.kube.lists import Timing
-from ebpflb.source.kube.listwatch import Doing, ListWatch
+from ebpflb.source.kube.listwatch import ListWatch
 from ebpflb.source.kube.outbox import Outbox
 
 log = logging.getLogger("ebpflb.kubernetes")
@@ -65,6 +65,7 @@ class KubeSource:
         self._recall = recall
         self._patience = patience
         self._grace = grace
+        self._proven = (timing or Timing()).proven
         kinds = (decode.SERVICES, decode.SLICES, decode.node(node_name))
         self._outbox = Outbox(NAME, kinds)
         self._stop = threading.Event()
@@ -96,11 +97,16 @@ class KubeSource:
 
     def problems(self) -> tuple[Problem, ...]:
         """Why the server cannot be read, and which of its objects cannot."""
-        found = [each.doing.problem for each in self._watches]
-        problems = dict.fromkeys(each for each in found if each is not None)
+        problems = dict.fromkeys(self._troubles())
         if self._no_recall and not self._outbox.synced:
             problems[Problem("snapshot", self._no_recall, "NoSnapshot")] = None
         return (*problems, *self._outbox.problems())
+
+    def _troubles(self) -> list[Problem]:
+        """What is wrong with each kind's list or watch now."""
+        now = self._clock()
+        found = [each.doing.trouble(now, self._proven) for each in self._watches]
+        return [each for each in found if each is not None]
 
     def condition(self) -> Condition:
         """How the worst of the three is doing."""
@@ -114,7 +120,7 @@ class KubeSource:
         return Condition(
             state,
             since,
-            _detail(all_doing),
+            next((each.reason for each in self._troubles()), ""),
             max((each.failures for each in broken), default=0),
             max(0.0, min(times) - now) if times else None,
             max(0.0, now - min(each.alive for each in self._watches)) if self._threads else 0.0,
@@ -190,7 +196,3 @@ def _by_resource(events: Iterable[Event]) -> dict[str, list[tuple[ServiceName, E
             case PutNode(node=node):
                 found.setdefault("nodes", []).append((ServiceName("", node.name), event))
     return found
-
-
-def _detail(all_doing: Iterable[Doing]) -> str:
-    return next((each.problem.reason for each in all_doing if each.problem is not None), "")
