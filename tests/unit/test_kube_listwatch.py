@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from ebpflb.model import ServiceName
@@ -15,7 +16,7 @@ from ebpflb.source import DropNode, DropService, DropSlice, Event, PutNode, PutS
 from ebpflb.source.kube import Unreachable, decode
 from ebpflb.source.kube.decode import Kind
 from ebpflb.source.kube.lists import Timing
-from ebpflb.source.kube.listwatch import ListWatch
+from ebpflb.source.kube.listwatch import Doing, ListWatch
 from ebpflb.source.kube.outbox import Outbox
 from tests.kubeapi import RESTORED, ApiServer, Fault, ModelClient, node, service, slice_
 
@@ -617,6 +618,27 @@ def test_what_fails_inside_a_watch_stays_a_problem_until_a_watch_says_something(
         watch.attempt()
     words = "the API server refused to watch services: it is broken"
     assert [each for each, before in zip(seen, ["", *seen], strict=False) if each != before] == [words, ""]
+    outbox.close()
+
+
+def test_a_watch_that_has_stood_for_a_while_ends_the_problem_of_the_last_one(server: ApiServer) -> None:
+    """A quiet kind says nothing for a minute: `status` must not name an outage that has been over for as long."""
+    outbox = Outbox("kubernetes", [decode.SERVICES])
+    granted: list[Doing] = []
+    watch = ListWatch(
+        decode.SERVICES, ModelClient(server), outbox, stop=Open(server), clock=server.clock, random=lambda: 0.0,
+        told=lambda: granted.append(watch.doing) if watch.doing.granted is not None else None,
+    )  # fmt: skip
+    watch.attempt()
+    server.fault("services", *[fault for _ in range(3) for fault in (Fault("error", status=500), Fault(""))][:-1])
+    for _ in range(4):
+        watch.attempt()
+    doing = next(each for each in granted if each.problem)
+    assert doing.granted is not None
+    assert doing.trouble(doing.granted + 0.5, 1.0) == doing.problem, "it may fail as well"
+    assert doing.trouble(doing.granted + 1.0, 1.0) is None
+    broken = msgspec.structs.replace(doing, granted=None)
+    assert broken.trouble(doing.granted + 3600, 1.0) == doing.problem
     outbox.close()
 
 
