@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,8 @@ class Api:
         headers = {**self._headers, "Content-Type": content_type, **(more or {})}
         payload = None if body is None else json.dumps(body).encode()
         connection = self._connection()
+        if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()  # nothing was asked: the server has ended it
         fresh = connection.sock is None
         try:
             return self._ask(connection, method, path, payload, headers)

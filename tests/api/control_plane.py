@@ -237,15 +237,18 @@ class ControlPlane:
         self.apiserver.wait(self._apiserver_answers)
         return copy
 
-    def restore(self, saved: Path) -> None:
-        """All is again as it was when `saved` was made, resource versions too; the API server starts anew."""
+    def restore(self, saved: Path) -> int:
+        """All is again as it was when `saved` was made, resource versions too; the API server starts anew. Gives the
+        revision that etcd went back to, from which it counts on at once."""
         self.apiserver.kill()
         self.etcd.kill()
         shutil.rmtree(self._data)
         shutil.copytree(saved, self._data)
         self.etcd.start()
         self.etcd.wait(self._etcd_answers)
+        revision = self.revision()
         self.start_apiserver()
+        return revision
 
     # ---- Its parts ----
 

@@ -318,11 +318,11 @@ def test_a_restored_etcd_takes_back_what_was_made_since(cluster: ControlPlane, a
     saved = cluster.save()
     with follower(cluster) as following:
         following.sync()
-        for number in range(60):
-            api.create(service(namespace, f"new-{number}"))
-        following.until("the last", lambda: following.has(namespace, "new-59"))
+        with ThreadPoolExecutor(4) as writers:  # more than the server writes by itself when it starts
+            list(writers.map(lambda number: api.create(service(namespace, f"new-{number}")), range(300)))
+        following.until("the last", lambda: following.has(namespace, "new-299"))
         cluster.restore(saved)
-        following.until("taken back", lambda: not following.has(namespace, "new-59"))
+        following.until("taken back", lambda: not following.has(namespace, "new-299"))
         assert following.has(namespace, "old")
         following.agrees(api)
         api.create(service(namespace, "another"))

@@ -95,9 +95,8 @@ def test_a_restored_etcd_has_forgotten_what_came_since(cluster: ControlPlane, ap
     for number in range(30):
         api.create(service(namespace, f"new-{number}"))
     before = cluster.revision()
-    cluster.restore(saved)
+    assert cluster.restore(saved) < before
     assert [each["metadata"]["name"] for each in api.list("Service", namespace)] == ["old"]
-    assert int(api.create(service(namespace, "other"))["metadata"]["resourceVersion"]) < before
 
 
 def test_objects_stored_by_the_thousand_are_like_others(cluster: ControlPlane, api: Api, namespace: str) -> None:
