@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpflb.config import file as config_file
@@ -38,7 +38,6 @@ def said(data: bytes) -> EbpflbConfiguration | None:
         return None
 
 
-@settings(max_examples=50)
 @given(st.sampled_from(PATHS), VALUES)
 def test_any_value_anywhere(path: tuple[str, ...], value: object) -> None:
     document = {**WHOLE}
@@ -51,7 +50,6 @@ def test_any_value_anywhere(path: tuple[str, ...], value: object) -> None:
         assert said(config_file.written(as_plain(found)).encode()) == found
 
 
-@settings(max_examples=50)
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
 def test_any_fields(fields: dict[Any, Any]) -> None:
     said(yaml.safe_dump({"kind": "EbpflbConfiguration", "apiVersion": "ebpflb/v1", **fields}).encode())

@@ -9,15 +9,13 @@ import copy
 import json
 from typing import Any
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ebpflb.errors import SourceError
 from ebpflb.source import documents, parse
 from tests.unit.test_documents import SLICE_JSON
 from tests.unit.test_parse import service_object
-
-few = settings(max_examples=100, deadline=None)
 
 LOADED: dict[str, Any] = service_object(
     {
@@ -98,7 +96,6 @@ def read(data: bytes, *, is_json: bool = False) -> documents.Content | None:
     return content
 
 
-@few
 @given(bent())
 @example({**LOADED, "spec": {"clusterIP": "1.2.3.4", "ports": [{"port": 10**25}]}})
 @example({**NODE, "status": {"addresses": [{"type": float("inf")}]}})
@@ -112,7 +109,6 @@ def test_strange_values(value: Any) -> None:
         assert bool(in_json.entries) or bool(in_json.remarks)
 
 
-@few
 @given(bent())
 def test_what_is_accepted_is_canonical(value: Any) -> None:
     """Invariant: no address and no CIDR leaves here in another than its canonical form, and no port out of range."""
@@ -131,7 +127,6 @@ def test_what_is_accepted_is_canonical(value: Any) -> None:
             assert 0 < port.port <= 65535
 
 
-@few
 @given(
     st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))),
     st.booleans(),
@@ -141,7 +136,6 @@ def test_any_bytes(data: bytes, is_json: bool) -> None:
     read(data, is_json=is_json)
 
 
-@few
 @given(st.text(":-?{}[]&*!|>'\"%@#, \n\tab1~<", max_size=30))
 @example("a: &a [*a]")
 @example("? {a: b}\n: c")

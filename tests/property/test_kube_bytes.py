@@ -18,8 +18,7 @@ from ebpflb.source.kube import decode
 from ebpflb.source.kube.decode import Kind
 from tests.kubeapi import bookmark, event, node, service, slice_
 
-few = settings(max_examples=200, deadline=None)
-many = settings(max_examples=20_000, deadline=None)
+many = settings(max_examples=20_000)
 
 NODE = decode.node("node1")
 KINDS = [decode.SERVICES, decode.SLICES, NODE]
@@ -85,7 +84,6 @@ def check_an_object(kind: Kind, obj: dict[str, Any]) -> None:
     assert (bad.event is None) == bool(bad.wrong)
 
 
-@few
 @given(objects)
 def test_an_object_costs_no_more_than_itself(found: tuple[Kind, dict[str, Any]]) -> None:
     check_an_object(*found)
@@ -128,7 +126,6 @@ def check_bytes(kind: Kind, data: bytes) -> None:
             assert "\n" not in str(error)
 
 
-@few
 @given(kinds, damaged() | st.binary(max_size=50))
 def test_bytes_cost_no_more_than_a_source_error(kind: Kind, data: bytes) -> None:
     check_bytes(kind, data)

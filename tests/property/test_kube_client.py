@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ebpflb.errors import SourceError
@@ -17,7 +17,6 @@ from ebpflb.source.kube.client import HttpClient
 
 PATIENCE_SECONDS = 10.0
 
-few = settings(max_examples=100, deadline=None)
 
 STATUS = b'{"kind": "Status", "message": "no\\u0007", "reason": "Expired", "details": {"retryAfterSeconds": 1}}'
 HEADS = st.sampled_from(
@@ -125,7 +124,6 @@ class Known:
         return False
 
 
-@few
 @given(answer=ANSWERS, stream=st.booleans())
 @example(answer=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", stream=False)
 @example(answer=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7fffffffffffffdf", stream=False)

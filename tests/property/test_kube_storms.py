@@ -22,8 +22,6 @@ from ebpflb.source.kube.outbox import Outbox
 from ebpflb.source.store import Store
 from tests.kubeapi import ApiServer, Clock, Fault, ModelClient, Object, event, node, service, slice_
 
-few = settings(max_examples=150, deadline=None)
-
 KINDS = {kind.resource: kind for kind in (decode.SERVICES, decode.SLICES, decode.node("node1"))}
 KEPT = ServiceName("ns", "kept")
 
@@ -197,7 +195,6 @@ worlds = st.builds(
 )
 
 
-@few
 @given(worlds, st.lists(acts, max_size=40))
 def test_after_any_storm_the_store_is_what_a_fresh_list_says(world: World, storm: list[Act]) -> None:
     """Invariant: no object was lost or kept."""
@@ -205,7 +202,7 @@ def test_after_any_storm_the_store_is_what_a_fresh_list_says(world: World, storm
 
 
 @pytest.mark.fuzz
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(worlds, st.lists(acts, max_size=80))
 def test_after_any_long_storm_too(world: World, storm: list[Act]) -> None:
     weather(world, storm)

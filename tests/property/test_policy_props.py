@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpflb.model import (
@@ -47,8 +47,6 @@ from tests.world import SCTP, TCP, UDP, snapshot, v6
 NAMES = [ServiceName("ns1", name) for name in ("a", "b", "c")]
 PROTOCOLS = (TCP, UDP, SCTP)
 PORT_NAMES = ("", "p")
-
-few = settings(max_examples=40, deadline=None)
 
 
 # ---- Random clusters ----
@@ -195,7 +193,6 @@ def is_local(snapshot: Snapshot, route: Route, scope: Scope) -> bool:
     return scope is Scope.EXTERNAL and service.external_policy is TrafficPolicy.LOCAL
 
 
-@few
 @given(things, nodes, choices)
 def test_backends_are_those_who_may_serve(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions
@@ -222,7 +219,6 @@ def test_backends_are_those_who_may_serve(
             assert (active, draining) == (leaving, set())
 
 
-@few
 @given(things, nodes, choices)
 def test_verdicts(said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions) -> None:
     """Invariant: REJECT if and only if nobody could serve, on any node; DROP only under policy Local; else FORWARD."""
@@ -234,7 +230,6 @@ def test_verdicts(said: list[Service | EndpointSlice], node: Node, chosen: Proxy
         assert any(each.state is BackendState.ACTIVE for each in route.backends) == (route.verdict is Verdict.FORWARD)
 
 
-@few
 @given(things, nodes, choices)
 def test_rows_are_canonical(said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions) -> None:
     """Invariant: every frontend has both scopes, of one Service; a route holds one family; everything in it is sorted,
@@ -252,7 +247,6 @@ def test_rows_are_canonical(said: list[Service | EndpointSlice], node: Node, cho
         assert route.verdict is Verdict.FORWARD or (route.backends, route.masquerade) == ((), Masquerade.NEVER)
 
 
-@few
 @given(things, nodes, choices, st.randoms(use_true_random=False))
 def test_order_of_events(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, chance: random.Random
@@ -272,7 +266,6 @@ def test_order_of_events(
         assert table == wanted and table.problems == wanted.problems
 
 
-@few
 @given(things, nodes, choices, st.randoms(use_true_random=False))
 def test_slicing(said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, chance: random.Random) -> None:
     """Invariant: how endpoints are spread over slices does not matter, nor does saying one twice."""
@@ -302,7 +295,6 @@ steps = st.lists(
 )
 
 
-@few
 @given(things, nodes, choices, steps)
 def test_router_is_routes(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, history: list[tuple[str, object]]

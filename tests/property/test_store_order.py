@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpflb.model import Endpoint, EndpointSlice, Family, Node, ServiceName, Snapshot
@@ -24,8 +24,6 @@ from ebpflb.source import (
 )
 from ebpflb.source.store import Store
 from tests.world import service, slice_port
-
-few = settings(max_examples=150, deadline=None)
 
 SERVICES = [ServiceName("ns1", name) for name in ("a", "b", "c")]
 SLICES = [ServiceName("ns1", f"slice-{number}") for number in range(4)]
@@ -96,7 +94,6 @@ def from_scratch(history: Iterable[Event]) -> Snapshot:
     return made.snapshot()
 
 
-@few
 @given(histories, st.data())
 def test_order_among_objects(history: list[Event], data: st.DataObject) -> None:
     """Invariant: any interleaving that keeps each object's own order gives the same Snapshot."""
@@ -108,14 +105,12 @@ def test_order_among_objects(history: list[Event], data: st.DataObject) -> None:
     assert store(*(next(iterators[key]) for key in order)).snapshot() == store(*history).snapshot()
 
 
-@few
 @given(histories)
 def test_the_last_word_counts(history: list[Event]) -> None:
     """Invariant: a history leaves what its last words alone would have made."""
     assert store(*history).snapshot() == from_scratch(history)
 
 
-@few
 @given(histories, st.sets(st.integers(0, 24)))
 def test_taking_does_not_matter(history: list[Event], when: set[int]) -> None:
     """Invariant: how a history is cut into Snapshots does not change the last one."""
@@ -127,7 +122,6 @@ def test_taking_does_not_matter(history: list[Event], when: set[int]) -> None:
     assert made.snapshot() == store(*history).snapshot()
 
 
-@few
 @given(histories, histories)
 def test_touched_covers_what_differs(before: list[Event], after: list[Event]) -> None:
     """Invariant: a Service whose own objects differ between two Snapshots is touched; nothing new is no Change; a Node
@@ -156,7 +150,6 @@ def test_touched_covers_what_differs(before: list[Event], after: list[Event]) ->
     )
 
 
-@few
 @given(histories)
 def test_repetition_is_no_news(history: list[Event]) -> None:
     """Invariant: what is in force already, said again, changes and touches nothing."""

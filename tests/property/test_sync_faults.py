@@ -142,4 +142,4 @@ class Node(RuleBasedStateMachine):
 
 
 TestNode = Node.TestCase
-TestNode.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestNode.settings = settings(stateful_step_count=12)

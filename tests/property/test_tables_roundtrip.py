@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpflb.dataplane.bpf.locality import NodeFacts, pack_settings, pack_sources, unpack_facts, unpack_locality
@@ -100,7 +100,6 @@ def test_facts(known: NodeFacts) -> None:
     assert unpack_facts(pack_settings(known, Locality()))[0] == known
 
 
-@settings(max_examples=30)
 @given(tables())
 def test_table(routes: RouteTable) -> None:
     """Invariant: what was synced is what is read back: state() == routes, and a second sync writes nothing."""

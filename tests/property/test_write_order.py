@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpflb.dataplane.bpf.writer import Writer
@@ -36,7 +36,6 @@ class Watch:
         assert interpret(self.maps) == after
 
 
-@settings(max_examples=40)
 @given(st.lists(tables(), min_size=1, max_size=6))
 def test_every_prefix_is_sound(history: list[RouteTable]) -> None:
     """Invariant: at every prefix of the writes of any history, each frontend's row leads only to rows that are there
@@ -48,7 +47,6 @@ def test_every_prefix_is_sound(history: list[RouteTable]) -> None:
         watch.sync(writer, routes)
 
 
-@settings(max_examples=30)
 @given(st.lists(tables(), min_size=2, max_size=8))
 def test_every_prefix_is_sound_where_numbers_are_scarce(history: list[RouteTable]) -> None:
     """Invariant: the same where maps are so small that freed slots and ids are taken again at once, and where

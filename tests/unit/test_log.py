@@ -103,12 +103,12 @@ def test_the_first_error_of_a_kind_is_written_at_once_and_its_repeats_are_counte
 
 def test_an_error_that_goes_on_is_a_line_a_minute(bench: Bench) -> None:
     written = []
-    for _ in range(3 * 3600):
+    for _ in range(3600):
         bench.log.error("it hurts")
         written += bench.after(1)
     assert written[0] == "ERROR it hurts"
     assert set(written[1:]) <= {f"ERROR it hurts (and {number} more like it)" for number in (58, 59, 60)}
-    assert 175 <= len(written) <= 181
+    assert 58 <= len(written) <= 61
 
 
 def test_repeats_that_nothing_follows_are_told_after_a_minute(bench: Bench) -> None:
@@ -178,10 +178,10 @@ def test_json_has_the_number_as_a_field() -> None:
 
 
 def test_kinds_that_are_over_are_forgotten(bench: Bench) -> None:
-    for number in range(10_000):
+    for number in range(1_000):
         bench.log.warning("%s is gone", f"name-{number}")
         bench.clock.advance(10)
-    assert len(bench.lines()) == 10_000
+    assert len(bench.lines()) == 1_000
     assert len(bench.repeats._held) < 10  # memory is what this test is about
 
 
