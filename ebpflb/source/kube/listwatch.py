@@ -255,8 +255,16 @@ class ListWatch:
         return max(pause, min(asked, timing.retry_asked) + random) if asked else pause
 
     def _problem(self, error: SourceError) -> Problem:
+        """What `error` is called; as the one that there is, where they differ in no more than whether a list (in pages,
+        or streamed, which is a watch) or a watch was refused: a problem that lasts is one, whatever is tried next."""
+        found, known = self._named(error), self.doing.problem
+        return known if known is not None and _alike(found, known) else found
+
+    def _named(self, error: SourceError) -> Problem:
         if isinstance(error, Unreachable):
             return Problem("API server", str(error), "Unreachable")
+        if isinstance(error, ApiError) and error.status == _UNAUTHORIZED:
+            return Problem("API server", str(error), error.reason or "Unauthorized")  # of no kind more than of another
         resource, doing = self.kind.resource, self._doing_what
         if isinstance(error, ApiError):
             advice = _advice(error, self.kind)
@@ -280,13 +288,16 @@ def _is_before(version: str, other: str | None) -> bool:
     return int(version) < int(other)
 
 
+def _alike(one: Problem, other: Problem) -> bool:
+    """Whether they say the same but for the verb, of the same thing."""
+    return one.subject == other.subject and one.reason.replace("watch", "list") == other.reason.replace("watch", "list")
+
+
 def _advice(error: ApiError, kind: Kind) -> str:
     """What to do about it, if anything can be done on this side."""
     if error.status == _FORBIDDEN:
         group = f" in API group {kind.group}" if kind.group else ""
         return f"; give the ServiceAccount list and watch on {kind.resource}{group}"
-    if error.status == _UNAUTHORIZED:
-        return "; the credentials are not accepted: renew the token or the client certificate"
     if error.status == _NOT_FOUND:
         return f"; this server has no {kind.path}: is it a Kubernetes API server?"
     return ""
