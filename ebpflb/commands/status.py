@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -98,7 +98,7 @@ def status_document(identity: Identity, dataplane: Dataplane, overview: Overview
         version=__version__,
         pid=os.getpid(),
         since=identity.since,
-        healthy=overview.healthy,
+        healthy=overview.healthy and not _ill(overview.problems),
         sources_synced=overview.synced_sources,
         remembered_since=_stamp(overview.remembered),
         sources=tuple(_source(name, condition) for name, condition in overview.sources.items()),
@@ -113,6 +113,11 @@ def status_document(identity: Identity, dataplane: Dataplane, overview: Overview
     )
     item: Mapping[str, object] = msgspec.to_builtins(status)
     return document("Status", [item], Format.JSON).encode()
+
+
+def _ill(problems: Iterable[Found]) -> str:
+    """Why /healthz says 503, "" if it does not: `status` is not to say anything else."""
+    return next((found.reason for found in problems if found.part == "health"), "")
 
 
 def _source(name: str, condition: Condition) -> SourceStatus:
@@ -189,7 +194,10 @@ def _sentence(status: Status) -> str:
         age += f", compared with the kernel {status.last_audit_seconds:.1f} s ago"
     if status.remembered_since is not None:
         age += f"; serving what was remembered on {status.remembered_since}"
-    return age if status.healthy else f"{age}, {status.failed_attempts} failed attempts since"
+    if status.failed_attempts:
+        age += f", {status.failed_attempts} failed attempts since"
+    reason = _ill(status.problems)
+    return f"{age}; {reason}" if reason else age
 
 
 def _percent(fill: Fill) -> str:

@@ -275,6 +275,7 @@ def test_a_healthy_daemon(name: str) -> None:
         (overview(synced_sources=False, first_sync=False, complete=False), "waiting for the sources' first lists"),
         (overview(first_sync=False, complete=False, failures=3), "no complete sync yet after 3 attempts"),
         (overview(complete=False, failures=2), "last sync 1.2 s ago, 2 failed attempts since"),
+        (overview(problems=(Found("health", "health", "a source hangs"),)), "last sync 1.2 s ago; a source hangs"),
     ],
 )
 def test_a_daemon_in_trouble(found: Overview, sentence: str, name: str) -> None:
