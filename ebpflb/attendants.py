@@ -23,7 +23,7 @@ from ebpflb.metrics.page import handlers
 from ebpflb.model import Family
 from ebpflb.notices import Notices
 from ebpflb.observer import Observer, Observers
-from ebpflb.overview import Overview, counting
+from ebpflb.overview import counting
 from ebpflb.parts import Choice, Watch
 from ebpflb.ports import Port, Ports
 from ebpflb.problems import Found
@@ -89,7 +89,7 @@ class DaemonAttendants:
         """A request to the API server ended, as `HttpClient.told` says it; from any thread."""
         self._metrics.kube_proxy.request(method, host, status, seconds)
 
-    def begin(self, overview: Callable[[], Overview]) -> None:
+    def begin(self) -> None:
         """Answer on the two ports, and tell that we are here. Raises UserError if a port cannot be had and
         `bind_hard_fail` is on."""
         self._server.start()

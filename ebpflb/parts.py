@@ -16,7 +16,6 @@ from ebpflb.errors import EbpflbError, Unsupported
 from ebpflb.loop import Worker
 from ebpflb.model import Problem
 from ebpflb.observer import Observer, Observers
-from ebpflb.overview import Overview
 from ebpflb.problems import Found
 from ebpflb.reconcile import Desired
 from ebpflb.source import Source
@@ -70,9 +69,9 @@ class Attendants(Protocol):
     def watches(self) -> Sequence[Watch]:
         """What the loop is to listen to for them, until they are closed."""
 
-    def begin(self, overview: Callable[[], Overview]) -> None:
-        """Start what has threads and sockets. `overview` may be called in the loop's thread only. Raises UserError for
-        an address that cannot be had, if that is to be fatal."""
+    def begin(self) -> None:
+        """Start what has threads and sockets. Raises UserError for an address that cannot be had, if that is to be
+        fatal."""
 
     def problems(self) -> Iterable[Found]:
         """What is wrong with what they do, now."""
@@ -88,7 +87,7 @@ class NoAttendants:
     workers: Sequence[Worker] = ()
     watches: Sequence[Watch] = ()
 
-    def begin(self, overview: Callable[[], Overview]) -> None:
+    def begin(self) -> None:
         """Nothing to begin."""
 
     def problems(self) -> Iterable[Found]:

@@ -92,7 +92,7 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
             after_whole_tables=release_memory,
             observer=attendants.observer,
         )
-        attendants.begin(reconciler.overview)
+        attendants.begin()
         for watch in attendants.watches:
             selector.register(watch.fd, selectors.EVENT_READ, watch.handle)
         for source in sources:

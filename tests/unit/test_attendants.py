@@ -86,7 +86,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: object) -> Iterator[Place]:
     made = Place(config(tmp_path))
-    made.attendants.begin(lambda: pytest.fail("nobody needs it"))
+    made.attendants.begin()
     yield made
     made.attendants.close()
     made.source.close()
@@ -167,7 +167,7 @@ def test_a_taken_port_is_a_problem_until_it_is_free(tmp_path: object) -> None:
         place = Place(config(tmp_path))
         busy = msgspec.structs.replace(place.config, metrics=Bind(LOOPBACK, taken.getsockname()[1]))
         place = Place(busy)
-        place.attendants.begin(lambda: pytest.fail("nobody needs it"))
+        place.attendants.begin()
         (problem,) = place.attendants.problems()
         assert problem.subject == "metrics" and "Address already in use" in problem.reason
     place.clock.advance(60.0)
@@ -183,7 +183,7 @@ def test_a_taken_port_is_fatal_to_those_who_asked_for_it(tmp_path: object) -> No
         busy = Bind(LOOPBACK, taken.getsockname()[1])
         place = Place(msgspec.structs.replace(place.config, healthz=busy, bind_hard_fail=True))
         with pytest.raises(UserError, match="healthz: cannot listen on 127.0.0.1"):
-            place.attendants.begin(lambda: pytest.fail("nobody needs it"))
+            place.attendants.begin()
         place.attendants.close()
 
 

@@ -28,7 +28,6 @@ from ebpflb.dataplane import Requirement
 from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Problem, ProxyOptions, ServiceName
 from ebpflb.observer import Attempt, Observers
-from ebpflb.overview import Overview
 from ebpflb.parts import NoAttendants, Parts
 from ebpflb.problems import Found
 from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
@@ -277,8 +276,8 @@ class Company(NoAttendants):
         self.observer = Story()
         self.story = self.observer.told
 
-    def begin(self, overview: Callable[[], Overview]) -> None:
-        self.story.append(f"begin {overview().first_sync}")
+    def begin(self) -> None:
+        self.story.append("begin")
 
     def problems(self) -> Iterable[Found]:
         return (Found("health", "ns/web", "port 30000 is taken"),)
@@ -293,7 +292,7 @@ def test_attendants_go_along_from_before_the_first_event_to_the_end(shell: Shell
     world.node_problems = (Problem("nf_conntrack_max", "there is no such file"),)
     said = shell(world, "run", "--manifests", manifests)
     assert said.status == 0
-    assert company.story == ["begin False", "queued", "Synced", "sync", "close"]
+    assert company.story == ["begin", "queued", "Synced", "sync", "close"]
     assert "health: ns/web: port 30000 is taken" in said.err
     assert "node: nf_conntrack_max: there is no such file" in said.err
 
