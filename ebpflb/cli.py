@@ -96,7 +96,7 @@ def run(
     """The daemon, in the foreground; logs to stderr.
 
     Exit status: 0 on SIGTERM or SIGINT, 2 for a wrong option, 3 if nothing on this node can carry services. With
-    --once: 0 synced, 1 something was refused, by the kernel or in the manifests.
+    --once: 0 synced, 1 something was refused, by the kernel or in what the source says.
     """
     from ebpflb.commands.cleanup import cleanup
     from ebpflb.commands.daemon import run_daemon
@@ -123,8 +123,8 @@ def run(
 def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **typed: Any) -> Result:
     """What the kernel holds now, read back; changes nothing.
 
-    WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, raw (every map, every
-    field). Exit status: 0, 4 if nothing is programmed.
+    WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, traffic (with
+    --service-metrics), raw (every map, every field). Exit status: 0, 4 if nothing is programmed.
     """
     from ebpflb.commands.look import WHATS
     from ebpflb.commands.look import dump as act
@@ -143,7 +143,7 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
 def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
     """What a sync would change, as additions, changes and removals; changes nothing.
 
-    What is wrong with the manifests is said on stderr. Exit status: 0 nothing to do, 5 there are changes.
+    What is wrong with what the source says goes to stderr. Exit status: 0 nothing to do, 5 there are changes.
     """
     return _compare(parts, "Change", service, output, typed)
 
@@ -154,9 +154,9 @@ def plan(parts: Parts | None, /, service: str | None, output: str, **typed: Any)
 @cli_options.output
 @click.pass_obj
 def verify(parts: Parts | None, /, service: str | None, output: str, **typed: Any) -> Result:
-    """The manifests against the kernel: every entry that differs, by name.
+    """The source (manifests or the API server) against the kernel: every entry that differs, by name.
 
-    What is wrong with the manifests is said on stderr. Exit status: 0 all agree, 5 drift.
+    What is wrong with what the source says goes to stderr. Exit status: 0 all agree, 5 drift.
     """
     return _compare(parts, "Difference", service, output, typed)
 

@@ -1,8 +1,8 @@
 """The daemon's one loop: waits on descriptors and on time, and calls whoever is concerned.
 
-Rules of this file: it knows nothing of Services. Everything runs in this one thread, so nothing needs a lock. All that
-is readable is read before any work is done, so that what came together is done together. The selector and the clock
-are passed in.
+Rules of this file: it knows nothing of Services. Everything that it calls runs in this one thread, so that nothing of
+it needs a lock; what other threads have to say wakes a descriptor. All that is readable is read before any work is
+done, so that what came together is done together. The selector and the clock are passed in.
 """
 
 from __future__ import annotations

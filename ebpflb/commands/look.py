@@ -152,7 +152,7 @@ def compare(config: Config, parts: Parts, *, kind: str, service: ServiceName | N
             items.append(_locality_item(want, have))
         return Result(document(kind, items, form), status)
     if status == OK:
-        return Result("nothing to do: the kernel holds what the manifests say\n", status)
+        return Result("nothing to do: the kernel holds what the source says\n", status)
     return Result(_changes_text(rows, want if locality else None, wide=form is Format.WIDE), status)
 
 
