@@ -17,7 +17,7 @@ from bench.api import Effort, api
 from bench.beside import beside
 from bench.daemon import daemon
 from bench.decoding import decoding
-from bench.lab import CHECKOUT, Lab, lab
+from bench.lab import CHECKOUT, Lab, ahead, lab
 from bench.paths import paths
 from bench.plane import plane
 from bench.programs import programs
@@ -60,7 +60,7 @@ def _kube_proxy() -> Path | None:
 
 def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Iterator[Figure]:
     """The figures of the groups asked for."""
-    with lab() as place:
+    with lab() as place, ahead(0):
         sizes = (10, 1000) if quick else (10, 1000, 10000)
         runs: dict[str, Callable[[Lab], Iterator[Figure]]] = {
             "programs": lambda here: programs(here, sizes, 100_000 if quick else 1_000_000, say),

@@ -146,7 +146,7 @@ def _node(lab: Lab, server: ApiServer, services: int) -> Iterator[Node]:
     begin = time.monotonic()
     daemon = Daemon(namespace, cgroup, options, lab.directory / "daemon.log")
     try:
-        with ahead(0), ahead(server.pid), ahead(daemon.pid):
+        with ahead(server.pid), ahead(daemon.pid):
             with namespaces.inside(namespace):
                 _await_ready(daemon)
             seconds = time.monotonic() - begin

@@ -54,7 +54,7 @@ def beside(
     )
     size = f"{services:,} Services × {ENDPOINTS}"
     who = ["ebpflb"] if kube_proxy is None else ["ebpflb", "iptables", "nftables"]
-    with ApiServer(namespace, lab.directory, services, ENDPOINTS) as server, ahead(0), ahead(server.pid):
+    with ApiServer(namespace, lab.directory, services, ENDPOINTS) as server, ahead(server.pid):
         for name in who:
             say(f"{name} with {services} Services")
             words = name if name == "ebpflb" else f"kube-proxy, {name}"
