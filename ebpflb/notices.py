@@ -7,35 +7,15 @@ Problems of the source itself make no Notice: a server that cannot be reached ta
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
-
-import msgspec
 
 from ebpflb.model import ServiceName
 from ebpflb.observer import Attempt
 from ebpflb.problems import Found
 from ebpflb.source import Event
+from ebpflb.source.kube.event_objects import Notice, NoticeType
 
-
-class NoticeType(enum.Enum):
-    """An Event's `type`."""
-
-    NORMAL = "Normal"
-    WARNING = "Warning"
-
-
-class Notice(msgspec.Struct, frozen=True):
-    """Something to tell whoever looks at an object. `about` is a Service, or None for this node. `reason` and `action`
-    are CamelCase words for machines: why, and what was done or failed. `note` is a sentence or two. `everywhere`:
-    every node of the cluster comes to say the very same, so that one Event will do for all."""
-
-    about: ServiceName | None
-    type: NoticeType
-    reason: str
-    action: str
-    note: str
-    everywhere: bool = False
+__all__ = ["Notice", "NoticeType", "Notices", "notice_of"]
 
 
 _PROGRAM = "Program"

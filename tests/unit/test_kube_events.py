@@ -12,8 +12,8 @@ from typing import Any, Self
 import pytest
 
 from ebpflb.model import ServiceName
-from ebpflb.notices import Notice, NoticeType
 from ebpflb.source.kube import ApiError, Unreachable
+from ebpflb.source.kube.event_objects import Notice, NoticeType
 from ebpflb.source.kube.events import EventSender
 
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"

@@ -1,4 +1,4 @@
-"""A Notice as an Event object of events.k8s.io/v1.
+"""A Notice, and how it looks as an Event object of events.k8s.io/v1.
 
 Rules of this file: pure. What the API server demands is kept here: lengths, names, which fields a new Event needs.
 
@@ -9,10 +9,12 @@ the node's name instead, by the custom of kubelet and kube-proxy, and lies in th
 from __future__ import annotations
 
 import datetime
+import enum
 import hashlib
 
+import msgspec
+
 from ebpflb.model import ServiceName
-from ebpflb.notices import Notice
 
 CONTROLLER = "ebpflb"
 """The Events' reportingController."""
@@ -21,6 +23,26 @@ CONTROLLER = "ebpflb"
 _MOST_NOTE = 1024  # bytes
 _MOST_INSTANCE = 128
 _MOST_NAME = 253
+
+
+class NoticeType(enum.Enum):
+    """An Event's `type`."""
+
+    NORMAL = "Normal"
+    WARNING = "Warning"
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """Something to tell whoever looks at an object. `about` is a Service, or None for this node. `reason` and `action`
+    are CamelCase words for machines: why, and what was done or failed. `note` is a sentence or two. `everywhere`:
+    every node of the cluster comes to say the very same, so that one Event will do for all."""
+
+    about: ServiceName | None
+    type: NoticeType
+    reason: str
+    action: str
+    note: str
+    everywhere: bool = False
 
 
 def namespace_of(notice: Notice) -> str:

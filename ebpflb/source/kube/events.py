@@ -19,9 +19,8 @@ import msgspec
 
 from ebpflb.errors import SourceError
 from ebpflb.model import ServiceName
-from ebpflb.notices import Notice
 from ebpflb.source.kube import ApiError, Client
-from ebpflb.source.kube.event_objects import event_of, name_of, namespace_of, series_of
+from ebpflb.source.kube.event_objects import Notice, event_of, name_of, namespace_of, series_of
 
 log = logging.getLogger("ebpflb.events")
 
