@@ -196,8 +196,11 @@ class Container:
             *(f"mkdir -p $root{target}" for source, target, _ in targets if source.is_dir()),
             *(f"mkdir -p $root{target.parent}; : >>$root{target}" for source, target, _ in targets if source.is_file()),
         ]
+        # A volume hides what is below its place, such as a checkout in /tmp: there it is put on top.
+        hidden = [each for each in self._root.also if any(each.is_relative_to(target) for _, target, _ in targets)]
         for directory in self._root.also:
-            lines += [f"mkdir -p $root{directory}", f"mount --bind {directory} $root{directory}"]
+            if directory not in hidden:
+                lines += _bound(directory)
         if self._context.get("readOnlyRootFilesystem"):
             lines.append("mount -o remount,ro $root")
         lines.append(_BEFORE.format(sysfs="" if self._privileged else "-o ro"))
@@ -209,6 +212,8 @@ class Container:
             lines.append(f"mount --make-{_PROPAGATION[mount.get('mountPropagation', 'None')]} $root{target}")
             if mount.get("readOnly"):
                 lines.append(f"mount -o remount,bind,ro $root{target}")
+        for directory in hidden:
+            lines += _bound(directory)
         lines.append(f"cd $root; exec /usr/sbin/chroot . {shlex.join(self._entry)}")
         return "\n".join(lines)
 
@@ -221,6 +226,12 @@ class Container:
             if actual.is_symlink():
                 found = Path(os.path.normpath(found.parent / os.readlink(actual)))
         return found
+
+
+def _bound(directory: Path) -> list[str]:
+    """A directory of this machine at its own place in the root file system."""
+    place = shlex.quote(str(directory))
+    return [f"mkdir -p $root{place}", f"mount --bind {place} $root{place}"]
 
 
 def _mounted_below(directory: Path) -> list[Path]:
