@@ -307,6 +307,20 @@ def test_gone_means_a_new_list_at_once(follower: Follower, fault: Fault) -> None
     assert follower.asked() == ["watch", "stream", "watch"]
 
 
+def test_history_that_was_forgotten_during_an_outage_is_no_trouble(follower: Follower) -> None:
+    follower.round()
+    follower.server.fault("services", *[Fault("down")] * 6)
+    while follower.server.faults["services"]:
+        follower.round()
+    assert "connection refused" in follower.problem()
+    follower.server.fault("services", Fault(""), Fault("refuse", status=410, reason="Expired"))
+    follower.round()
+    assert not follower.problem()
+    follower.server.fault("services", Fault(""), Fault("refuse", status=410, reason="Expired"))
+    follower.round()
+    assert "refused to watch services" in follower.problem()  # the list has not helped
+
+
 def test_gone_again_and_again_is_waited_out(follower: Follower) -> None:
     follower.round()
     for _ in range(3):

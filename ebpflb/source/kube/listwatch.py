@@ -101,6 +101,7 @@ class ListWatch:
         self._failures = 0
         self._inside = False  # a watch was granted, and has not ended
         self._failed_inside = False  # the last failure was inside a watch
+        self._expired = False  # the last failure was that our version is history
         self._doing_what = "list"
 
     def run(self) -> None:
@@ -229,13 +230,15 @@ class ListWatch:
         self._failures += 1
         self._failed_inside = self._inside
         log.debug("%s: attempt %d to %s: %s", self.kind.resource, self._failures, self._doing_what, error)
-        if gone and self._version is not None:
+        again, self._expired = self._expired, gone and self._version is not None
+        if self._expired:
             log.info("%s: the history that the watch was at is gone: listing all again", self.kind.resource)
         if gone or (self._failures >= _STUBBORN and not isinstance(error, Unreachable)):
             self._version = None
         pause = 0.0 if gone and self._failures == 1 else self._pause(error)
-        # One cut is what becomes of every stream; who comes back at once has not been away.
-        silent = self._failures < 2 and self.doing.listed
+        # One cut is what becomes of every stream; who comes back at once has not been away. Nor is it trouble that
+        # history was forgotten during an outage, unless the list that follows does not help.
+        silent = self.doing.listed and (self._failures < 2 or (self._expired and not again))
         self._note(
             Doing(
                 listed=self.doing.listed,
