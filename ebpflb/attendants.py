@@ -30,7 +30,7 @@ from ebpflb.problems import Found
 from ebpflb.source import Source
 from ebpflb.source.kube.events import EventSender
 from ebpflb.source.kube.keeper import Keeper
-from ebpflb.source.kube.source import HANGS_AFTER
+from ebpflb.source.kube.source import HANGS_AFTER, NAME
 
 
 class DaemonAttendants:
@@ -104,11 +104,12 @@ class DaemonAttendants:
             self._notices.starting(__version__, self._choice.dataplane.name, self._choice.passed)
 
     def problems(self) -> Iterator[Found]:
-        """Ports that cannot be had, and why the daemon calls itself unhealthy."""
+        """Ports that cannot be had, why the daemon calls itself unhealthy, and what is not remembered."""
         for part, problems in (
             ("http", self._ports.wrong()),
             ("health-check", self._checks.wrong()),
             ("health", self._health.wrong()),
+            (NAME, self._keeper.wrong() if self._keeper is not None else ()),
         ):
             yield from (Found(part, *problem) for problem in problems)
 

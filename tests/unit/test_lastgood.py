@@ -283,16 +283,23 @@ def test_closing_without_news_writes_nothing(kept: Kept) -> None:
     assert not os.path.exists(kept.path)
 
 
-def test_a_disk_that_is_full_is_said_once_and_tried_again(
-    kept: Kept, path: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_disk_that_is_full_is_a_problem_until_it_has_room(kept: Kept, path: str) -> None:
     os.makedirs(f"{path}.new")
     kept.say()
-    assert kept.work(5) is None
-    assert kept.work(35) is None
-    assert caplog.text.count("cannot be written: Is a directory") == 1
+    for seconds in (5, 35):
+        assert kept.work(seconds) is None
+        (problem,) = kept.keeper.wrong()
+        assert problem.reason.startswith(f"the snapshot {path} cannot be written: Is a directory; ")
     os.rmdir(f"{path}.new")
     assert kept.work(35) == kept.now
+    assert kept.keeper.wrong() == ()
+
+
+def test_what_cannot_be_saved_on_closing_is_in_the_log(kept: Kept, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    os.makedirs(f"{path}.new")
+    kept.say()
+    kept.keeper.close()
+    assert caplog.text.count("cannot be written: Is a directory") == 1
 
 
 def test_a_keeper_takes_what_a_reconciler_tells(kept: Kept) -> None:

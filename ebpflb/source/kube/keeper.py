@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from ebpflb.errors import SourceError
-from ebpflb.model import Snapshot
+from ebpflb.model import Problem, Snapshot
 from ebpflb.source import Event
 from ebpflb.source.kube import lastgood
 
@@ -45,7 +45,7 @@ class Keeper:
         self._not_before = clock()
         self._news_at: float | None = None  # when the oldest news came that is not saved
         self._thread: threading.Thread | None = None
-        self._said = ""
+        self._wrong = ""  # why the last attempt to save failed
 
     # ---- What the loop calls ----
 
@@ -64,6 +64,10 @@ class Keeper:
             self._thread = threading.Thread(target=self._save, args=self._taken(), name="snapshot", daemon=True)
             self._thread.start()
 
+    def wrong(self) -> tuple[Problem, ...]:
+        """Why what is served now would not be known after a start without the API server."""
+        return (Problem("snapshot", self._wrong, "NotSaved"),) if self._wrong else ()
+
     def wait(self) -> None:
         """Wait for the end of what is being saved."""
         if self._thread is not None:
@@ -76,6 +80,8 @@ class Keeper:
         if self._news_at is not None and self._live():
             self._news_at = None
             self._save(*self._taken())
+            if self._wrong:
+                log.warning("%s", self._wrong)  # nobody will ask any more
 
     def _is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -87,13 +93,11 @@ class Keeper:
         try:
             lastgood.save(self._path, snapshot, saved=saved)
         except SourceError as error:
-            if str(error) != self._said:
-                log.warning("%s; a start without an API server will have nothing to serve", error)
-            self._said = str(error)
+            self._wrong = f"{error}; a start without the API server would serve what was saved before, if anything was"
             if self._news_at is None:
                 self._news_at = self._clock()  # what was not saved is news still
         else:
-            self._said = ""
+            self._wrong = ""
 
     # ---- What the reconciler tells ----
 
