@@ -34,9 +34,8 @@ def free_port() -> int:
 
 def config(tmp_path: object, **more: object) -> Config:
     made = configure(Options(manifests=str(tmp_path)), hostname="node-1")
-    return msgspec.structs.replace(
-        made, healthz=Bind(LOOPBACK, free_port()), metrics=Bind(LOOPBACK, free_port()), **more
-    )  # type: ignore[arg-type, unused-ignore]
+    ports = {"healthz": Bind(LOOPBACK, free_port()), "metrics": Bind(LOOPBACK, free_port())}
+    return msgspec.structs.replace(made, **{**ports, **more})  # type: ignore[arg-type, unused-ignore]
 
 
 class Place:
@@ -164,8 +163,7 @@ def test_a_taken_health_check_port_is_a_problem_of_that_service(place: Place) ->
 
 def test_a_taken_port_is_a_problem_until_it_is_free(tmp_path: object) -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
-        place = Place(config(tmp_path))
-        busy = msgspec.structs.replace(place.config, metrics=Bind(LOOPBACK, taken.getsockname()[1]))
+        busy = config(tmp_path, metrics=Bind(LOOPBACK, taken.getsockname()[1]))
         place = Place(busy)
         place.attendants.begin()
         (problem,) = place.attendants.problems()
@@ -179,9 +177,7 @@ def test_a_taken_port_is_a_problem_until_it_is_free(tmp_path: object) -> None:
 def test_a_taken_port_is_fatal_to_those_who_asked_for_it(tmp_path: object) -> None:
     """bindAddressHardFail."""
     with socket.create_server((LOOPBACK, 0)) as taken:
-        place = Place(config(tmp_path))
-        busy = Bind(LOOPBACK, taken.getsockname()[1])
-        place = Place(msgspec.structs.replace(place.config, healthz=busy, bind_hard_fail=True))
+        place = Place(config(tmp_path, healthz=Bind(LOOPBACK, taken.getsockname()[1]), bind_hard_fail=True))
         with pytest.raises(UserError, match="healthz: cannot listen on 127.0.0.1"):
             place.attendants.begin()
         place.attendants.close()
