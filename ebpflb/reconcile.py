@@ -30,9 +30,8 @@ from ebpflb.source import Event, PutSlice, Source
 
 log = logging.getLogger("ebpflb.reconcile")
 
-# An audit reads every row, and changes wait meanwhile: it may have one part in so many of the time, however large the
-# tables. One in a hundred would be enough to be seen in the 99th percentile of what changes wait.
-_AUDIT_SHARE = 400
+# An audit reads every row, and changes wait meanwhile: it may have a hundredth of the time, however large the tables.
+_AUDIT_SHARE = 100
 
 # Changes of pods whose latency is remembered while the kernel takes nothing: enough for a picture.
 _MOST_TRIGGERS = 10_000
@@ -136,11 +135,20 @@ class Reconciler:
 
     def read(self, source: Source) -> None:
         """Take in all that `source` has to say."""
+        fault = ""
         try:
             for event in source.read():
-                if self._desired.apply(event):
-                    self._note(event)
+                try:
+                    if self._desired.apply(event):
+                        self._note(event)
+                except Exception as error:
+                    # What came with it is not said again, and must not be lost for it.
+                    fault = _unexpected(error)
+                    log.error("%s: %s was not taken in: %s", source.name, type(event).__name__, fault)
+                    log.debug("%s was not taken in", event, exc_info=True)
             news = self._unread.pop(source.name, None) is not None
+            if fault:
+                news = self._read_again(source, fault)
         except SourceError as error:
             news = self._read_again(source, str(error))
         except Exception as error:

@@ -77,6 +77,17 @@ LAYERS = (
         ),
         pure=True,
     ),
+    Layer(
+        "dataplane.bpf.image",
+        (
+            *_ROWS,
+            "dataplane.bpf.layouts",
+            "dataplane.bpf.ledger",
+            "dataplane.bpf.reading",
+            "dataplane.bpf.tables",
+        ),
+        pure=True,
+    ),
     Layer("dataplane.bpf.layouts", _ROWS, pure=True),
     Layer("dataplane.bpf.tables", (*_ROWS, "dataplane.bpf.layouts"), pure=True),
     Layer("dataplane.bpf.locality", (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables"), pure=True),

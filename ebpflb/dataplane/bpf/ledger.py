@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
 from ebpflb.dataplane.bpf.layouts import ROUTE
@@ -65,6 +65,26 @@ class Ledger:
         self.stale_frontends: set[bytes] = set()
         self.gone_udp: set[int] = set()
         """Backends of UDP Services that nobody uses any more; for the writer to take."""
+
+    # ---- What the rows are
+
+    @property
+    def tidy(self) -> bool:
+        """Whether nothing waits to be written or removed because no row refers to it any more."""
+        return not (self.stale_backends or self.stale_names or self.stale_ranges or self.stale_frontends)
+
+    @property
+    def services(self) -> int:
+        """How many names there are."""
+        return len(self._by_id)
+
+    def names(self) -> Iterator[tuple[int, bytes | None]]:
+        """Each service's id, and its row of `names`."""
+        return ((id, pack_name(service.key[0])) for id, service in self._by_id.items())
+
+    def range_keys(self) -> set[bytes]:
+        """The keys of all rows of `ranges`."""
+        return {key for each in self._ranges_by_id.values() for key in pack_ranges(each.id, each.cidrs)}
 
     # ---- Taking over what the kernel holds
 

@@ -18,6 +18,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 
 from ebpflb.dataplane import Report
+from ebpflb.dataplane.bpf.image import Image, accounts_for
 from ebpflb.dataplane.bpf.layouts import BACKEND, SOURCE_KEY, U32
 from ebpflb.dataplane.bpf.ledger import Ledger
 from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, interface_fits, pack_settings, pack_sources
@@ -91,6 +92,8 @@ class Writer:
         self._maps = maps
         self.gone_udp: Callable[[Collection[int]], None] = lambda backends: None
         """Told, after each sync, of the UDP backends that have gone, by id."""
+        self.understood = 0
+        """How often all rows had to be understood: by the first sync, and by audits that found others than written."""
         self._part = part
         self._facts = facts
         self._clock = clock
@@ -100,6 +103,7 @@ class Writer:
         self._sources: dict[bytes, bytes] = {}
         self._settings = b""
         self._locality: Locality | None = None
+        self._images = {"slots": Image(b"", U32.size), "backends": Image(b"", BACKEND.size)}
         self._sound = b""
 
     def state(self) -> RouteTable:
@@ -132,8 +136,8 @@ class Writer:
 
     def audit(self) -> Report:
         """Read the maps back and make them hold the last `routes` again. Before the first sync nothing is known to
-        be right, and nothing is done. Where nothing was written since an audit that found all right, it is enough
-        that the bytes are the same."""
+        be right, and nothing is done. Where every row is what was written, it is not asked what it means; where
+        nothing was written since then, it is enough that the bytes are the same."""
         routes = self._target
         if routes is None:
             return Report()
@@ -145,6 +149,8 @@ class Writer:
             tally.refuse(NODE, f"the maps cannot be read: {os.strerror(error.errno or 0)}")
             return tally.report(self._clock() - started)
         digest = _digest(raw)
+        if digest != self._sound and self._is_accounted_for(raw):
+            self._sound = digest
         if digest != self._sound:
             self._ledger = None  # the memory of the old account is room for the new one
             self._ledger = ledger = self._adopted(raw)
@@ -155,16 +161,23 @@ class Writer:
                 self._sound = digest
         return tally.report(self._clock() - started)
 
+    def _is_accounted_for(self, raw: RawTables) -> bool:
+        """Whether the maps hold what was written, all of it, and nothing else."""
+        ledger = self._ledger
+        if ledger is None or self._retry or self._locality is None or raw.settings != self._settings:
+            return False
+        return _sources(raw) == self._sources and accounts_for(
+            ledger, self._images["slots"], self._images["backends"], raw
+        )
+
     def _adopted(self, raw: RawTables) -> Ledger:
         """A new account of what the maps hold."""
+        self.understood += 1
+        self._images = {"slots": Image(raw.slots, U32.size), "backends": Image(raw.backends, BACKEND.size)}
         ledger = Ledger(self._maps.capacity)
         with collector_paused():
             ledger.adopt(Reading(raw))
-        keys, values = raw.sources
-        width = SOURCE_KEY.size
-        self._sources = {
-            keys[at * width : (at + 1) * width]: values[at * 4 : (at + 1) * 4] for at in range(len(keys) // width)
-        }
+        self._sources = _sources(raw)
         self._settings = raw.settings
         self._locality = None
         return ledger
@@ -262,6 +275,7 @@ class Writer:
             numbers.extend(range(start, start + found.length))
         ids = b"".join([found.ids for found in change.sets.values()])
         refused = self._maps.put("slots", numbers.tobytes(), ids)
+        self._imagine("slots", numbers, ids, refused)
         tally.written += len(numbers) - len(refused)
         return {numbers[at]: error for at, error in refused.items()}
 
@@ -327,12 +341,24 @@ class Writer:
         """As `_put`, for keys that are one u32."""
         if not rows:
             return {}
-        refused = self._maps.put(table, array("I", rows).tobytes(), b"".join(rows.values()))
+        keys, values = array("I", rows), b"".join(rows.values())
+        refused = self._maps.put(table, keys.tobytes(), values)
+        self._imagine(table, keys, values, refused)
         tally.written += len(rows) - len(refused)
         if not refused:
             return {}
         numbers = list(rows)
         return {numbers[at]: error for at, error in refused.items()}
+
+    def _imagine(self, table: str, numbers: array[int], rows: bytes, refused: Mapping[int, int]) -> None:
+        """Follow a write, where it was to an array."""
+        image = self._images.get(table)
+        if image is None:
+            return
+        if refused:
+            image.doubt()
+        else:
+            image.put(numbers, rows)
 
     def _put(self, table: str, rows: Mapping[bytes, bytes], tally: Tally) -> dict[bytes, int]:
         """The keys that were refused, with errno."""
@@ -380,6 +406,12 @@ def _parts(routes: RouteTable, frontends: AbstractSet[Frontend], size: int) -> I
     for listed in (gone, stay):
         for at in range(0, len(listed), size):
             yield listed[at : at + size]
+
+
+def _sources(raw: RawTables) -> dict[bytes, bytes]:
+    keys, values = raw.sources
+    width = SOURCE_KEY.size
+    return {keys[at * width : (at + 1) * width]: values[at * 4 : (at + 1) * 4] for at in range(len(keys) // width)}
 
 
 def _digest(raw: RawTables) -> bytes:
