@@ -135,20 +135,11 @@ class Reconciler:
 
     def read(self, source: Source) -> None:
         """Take in all that `source` has to say."""
-        fault = ""
         try:
-            for event in source.read():
-                try:
-                    if self._desired.apply(event):
-                        self._note(event)
-                except Exception as error:
-                    # What came with it is not said again, and must not be lost for it.
-                    fault = _unexpected(error)
-                    log.error("%s: %s was not taken in: %s", source.name, type(event).__name__, fault)
-                    log.debug("%s was not taken in", event, exc_info=True)
+            faults = [fault for event in source.read() if (fault := self._take_in(source, event))]
             news = self._unread.pop(source.name, None) is not None
-            if fault:
-                news = self._read_again(source, fault)
+            if faults:
+                news = self._read_again(source, faults[-1])
         except SourceError as error:
             news = self._read_again(source, str(error))
         except Exception as error:
@@ -158,6 +149,19 @@ class Reconciler:
         if news or wrong != self._wrong.get(source.name):
             self._wrong[source.name] = wrong
             self._log_problems()
+
+    def _take_in(self, source: Source, event: Event) -> str:
+        """A fault of ours in doing so, "" for none: what came with it must not be lost for it, since it is not said
+        again."""
+        try:
+            if self._desired.apply(event):
+                self._note(event)
+        except Exception as error:
+            fault = _unexpected(error)
+            log.error("%s: %s was not taken in: %s", source.name, type(event).__name__, fault)
+            log.debug("%s was not taken in", event, exc_info=True)
+            return fault
+        return ""
 
     def _note(self, event: Event) -> None:
         """Something new: a sync is due, and whoever watches is told."""

@@ -205,6 +205,7 @@ class FakeDesired:
         self.events: list[Event] = []
         self.news = True
         self.raises: Exception | None = None
+        self.stumbles_over: Event | None = None
         self._missing = set(sources)
         self._remembered: dict[str, float] = {}
 
@@ -221,6 +222,8 @@ class FakeDesired:
         return min((saved for source, saved in self._remembered.items() if source in self._missing), default=None)
 
     def apply(self, event: Event) -> bool:
+        if event == self.stumbles_over:
+            raise KeyError("a fault of ours")
         self.events.append(event)
         if isinstance(event, Synced):
             self._missing.discard(event.source)

@@ -21,7 +21,7 @@ from ebpflb.observer import Attempt, Trigger
 from ebpflb.problems import Found
 from ebpflb.reconcile import Reconciler, Timing
 from ebpflb.routes import HealthCheck, RouteTable
-from ebpflb.source import Event, PutSlice, Remembered
+from ebpflb.source import DropService, Event, PutSlice, Remembered
 from tests.fakes import FakeClock, FakeDataplane, FakeDesired, FakeSelector, FakeSource, both, routes, row
 from tests.world import endpoint_slice
 
