@@ -2,6 +2,9 @@
 
 import sys
 
-from ebpflb.cli import main
+try:
+    from ebpflb.cli import main
+except KeyboardInterrupt:  # before there is anybody to say it in one line
+    sys.exit(130)
 
 sys.exit(main())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -437,6 +439,18 @@ def test_the_child_tells_what_is_wrong(tmp_path: Path) -> None:
         read_kubeconfig(str(tmp_path / "k"), os.environ)
 
 
+def test_a_plugin_that_hangs_ends_with_whoever_asked(kubeconfig: Kubeconfig) -> None:
+    """A daemon that is stopped, or killed, while a login takes its time leaves nothing behind."""
+    kubeconfig.plugin("echo $$ > pid.new; mv pid.new plugin.pid; exec sleep 100")
+    kubeconfig.path.write_text(yaml.safe_dump(kubeconfig.document))
+    ask = "import os, sys; from ebpflb.source.kube.access import read_kubeconfig as ask; ask(sys.argv[1], os.environ)"
+    noted = kubeconfig.path.parent / "plugin.pid"
+    with subprocess.Popen([sys.executable, "-c", ask, str(kubeconfig.path)]) as asking:
+        until(noted.exists)
+        asking.kill()
+    until(lambda: has_ended(int(noted.read_text())))
+
+
 @pytest.mark.slow
 def test_a_plugin_that_hangs_ends_with_the_child(kubeconfig: Kubeconfig) -> None:
     kubeconfig.plugin("echo $$ > plugin.pid; exec sleep 100")
@@ -444,8 +458,17 @@ def test_a_plugin_that_hangs_ends_with_the_child(kubeconfig: Kubeconfig) -> None
     with pytest.raises(SourceError, match="the exec plugin hangs"):
         read_kubeconfig(str(kubeconfig.path), os.environ, timeout=2)
     pid = int((kubeconfig.path.parent / "plugin.pid").read_text())
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+    until(lambda: has_ended(pid))
+
+
+def has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or "Z" in stat.read_text().split()[2]
+
+
+def until(probe: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not probe():
         assert time.monotonic() < deadline
 
 

@@ -39,7 +39,8 @@ _CHILD_SECONDS = 60.0
 _CHILD = """\
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from ebpflb.source.kube.credentials import main
+from ebpflb.source.kube.credentials import end_with_parent, main
+end_with_parent()
 main()
 """
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
 import logging
 import os
+import signal
 import ssl
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Never
 
 import msgspec
 import yaml
@@ -33,6 +36,9 @@ _FILES = (
     ("client-certificate", "user"),
     ("client-key", "user"),
 )
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class _Complaints(logging.Handler):
@@ -56,6 +62,19 @@ def main() -> None:
         # Whatever the package stumbles over in a file: the operator gets a line, not its traceback.
         answer = Failed(_one_line(f"kubeconfig {sys.argv[1]}: {type(error).__name__}: {error}"))
     sys.stdout.buffer.write(msgspec.json.encode(answer))
+
+
+def end_with_parent() -> None:
+    """Whoever asked may be gone before a plugin has answered: then it ends too, and so does this process, in order. For
+    the leader of a process group that is its own."""
+
+    def end(number: int, frame: object) -> Never:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def told_by(path: str) -> Told:

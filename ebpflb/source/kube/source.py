@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from ebpflb.errors import SourceError
@@ -27,7 +28,7 @@ NAME = "kubernetes"
 HANGS_AFTER = 300.0
 """Seconds of `Condition.idle` after which a thread hangs: twice what a watch or a wait may be silent, and some."""
 
-# Seconds that closing waits for the threads, which are daemons: who hangs is left behind.
+# Seconds that closing waits for all the threads, which are daemons: who hangs is left behind.
 _GOODBYE = 2.0
 
 
@@ -131,8 +132,9 @@ class KubeSource:
         self._stop.set()
         self._hurry.set()
         self._client.close()
+        latest = time.monotonic() + _GOODBYE
         for thread in self._threads:
-            thread.join(_GOODBYE)
+            thread.join(max(0.0, latest - time.monotonic()))
         self._outbox.close()
 
     # ---- Threads ----
