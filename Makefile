@@ -8,7 +8,7 @@ PYTEST := $(PYTHON) -m pytest
 ARTIFACTS := artifacts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure test-root test-api test-api-versions lint bench clean
+.PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions lint bench clean
 
 help:
 	@printf 'make setup  install what the machine lacks, make .venv\nmake demo   a small cluster on this machine, served by ebpflb\n'
@@ -22,7 +22,7 @@ demo: setup
 
 # Every stage runs, also after one that failed, so that one run tells everything.
 test: setup
-	@status=0; for stage in lint test-pure test-root test-api; do \
+	@status=0; for stage in lint test-pure test-properties test-root test-api; do \
 		$(MAKE) --no-print-directory $$stage || { status=1; failed="$$failed $$stage"; }; \
 	done; [ $$status = 0 ] || echo "make test: failed in:$$failed"; exit $$status
 
@@ -30,6 +30,11 @@ test-pure: setup
 	@echo '== pure tests: no root, no kernel'
 	@mkdir -p $(ARTIFACTS)
 	@$(PYTEST) --junitxml=$(ARTIFACTS)/pure.xml
+
+test-properties: setup
+	@echo '== properties, with many more examples than pytest alone tries'
+	@mkdir -p $(ARTIFACTS)
+	@EBPFLB_FUZZ=$${EBPFLB_FUZZ:-150000} $(PYTEST) tests/property --junitxml=$(ARTIFACTS)/properties.xml
 
 test-root: setup
 	@echo '== tests that load programs, send packets and run clusters of namespaces (root)'
