@@ -1,10 +1,16 @@
-"""`python -m ebpflb` is `ebpflb`."""
+"""The entry point, of `ebpflb` and of `python -m ebpflb`."""
 
 import sys
 
-try:
-    from ebpflb.cli import main
-except KeyboardInterrupt:  # before there is anybody to say it in one line
-    sys.exit(130)
 
-sys.exit(main())
+def main() -> int:
+    """Run the command that was typed; its exit status."""
+    try:
+        from ebpflb import cli
+    except KeyboardInterrupt:  # before there is anybody to say it in one line
+        return 130
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -104,7 +104,7 @@ def run(
     from ebpflb.output import Format
 
     world = _parts(parts)
-    config = _config(world, typed, need_source=not (clean or init_only or write_config_to))
+    config = _config(world, typed, need_source=not (clean or init_only or write_config_to), stays=True)
     if write_config_to:
         return write_config(config, write_config_to)
     if init_only:
@@ -258,9 +258,10 @@ def _parts(parts: Parts | None) -> Parts:
     return real_parts()
 
 
-def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> Config:
+def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False, *, stays: bool = False) -> Config:
+    """`stays`: it is a daemon's, whose log tells what happens; who only looks is told what is wrong."""
     from ebpflb import log
-    from ebpflb.config import SERVICE_ACCOUNT_TOKEN
+    from ebpflb.config import SERVICE_ACCOUNT_TOKEN, LogLevel
     from ebpflb.config.options import Options, configure
 
     config = configure(
@@ -269,7 +270,8 @@ def _config(parts: Parts, typed: dict[str, Any], need_source: bool = False) -> C
         need_source=need_source,
         in_cluster=os.path.exists(SERVICE_ACCOUNT_TOKEN),
     )
-    log.set_up(config.log_format, config.log_level)
+    quiet = not stays and config.log_level is LogLevel.INFO and not typed.get("log_level")
+    log.set_up(config.log_format, LogLevel.WARNING if quiet else config.log_level)
     return config
 
 

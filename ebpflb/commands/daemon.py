@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import math
 import selectors
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -114,10 +113,10 @@ def run_daemon(config: Config, parts: Parts, *, once: bool = False) -> Result:
             )
             stack.callback(control.close)
             workers.append(control)
-        deadline = _Deadline(parts.clock() + parts.patience if once else math.inf)
+        patience = Patience(sources, parts)
         if once:
-            workers.append(deadline)
-        _serve(selector, workers, parts, stop, lambda: once and (reconciler.attempted or parts.clock() >= deadline.at))
+            workers.append(patience)
+        _serve(selector, workers, parts, stop, lambda: once and (reconciler.attempted or patience.is_over()))
         if once and not (reconciler.attempted or stop.asked):
             raise unheard(sources, parts)
         if not once or stop.asked:
@@ -172,17 +171,32 @@ def release_memory() -> None:
         trim(0)
 
 
-class _Deadline:
-    """Wakes the loop at the clock's time `at`."""
+class Patience:
+    """How long somebody at a terminal waits for sources: `parts.patience` seconds from now, or until one has failed
+    again and again. As a Worker, it has the loop come round to look at that."""
 
-    def __init__(self, at: float) -> None:
-        self.at = at
+    _ENOUGH = 3
+    _GLANCE = 0.2
+
+    def __init__(self, sources: Sequence[Source], parts: Parts) -> None:
+        self._sources = sources
+        self._clock = parts.clock
+        self._until = parts.clock() + parts.patience
+
+    def is_over(self) -> bool:
+        return self.left() <= 0
+
+    def left(self) -> float:
+        """Seconds until it is worth looking again; 0 when it is over."""
+        if any(source.condition().failures >= self._ENOUGH for source in self._sources):
+            return 0.0
+        return max(0.0, min(self._until - self._clock(), self._GLANCE))
 
     def due(self) -> float | None:
-        return self.at
+        return self._clock() + self.left()
 
     def work(self) -> None:
-        """The loop's own condition looks at the clock."""
+        """The loop's own condition looks."""
 
 
 class _ColdStart:

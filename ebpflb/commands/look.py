@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
-from ebpflb.commands.daemon import require_privilege, unheard
+from ebpflb.commands.daemon import Patience, require_privilege, unheard
 from ebpflb.config import Config
 from ebpflb.errors import Unsupported
 from ebpflb.model import ServiceName
@@ -38,11 +38,6 @@ from ebpflb.routes import Key, Route, RouteTable, key_order
 from ebpflb.source import Source
 
 log = logging.getLogger("ebpflb.look")
-
-# Failed attempts of a source in a row after which somebody at a terminal would rather hear why, and the seconds between
-# two looks at that.
-_ENOUGH = 3
-_GLANCE = 0.2
 
 # How `kind` of a document spells what `dump` was asked for.
 _KINDS = {
@@ -104,7 +99,7 @@ def wanted(config: Config, parts: Parts) -> RouteTable:
 def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
     """Read until every source has said everything. Raises SourceError in the words of one that has not in time, or
     that fails again and again."""
-    deadline = parts.clock() + parts.patience
+    patience = Patience(sources, parts)
     with selectors.DefaultSelector() as selector:
         for source in sources:
             selector.register(source.fileno(), selectors.EVENT_READ, source)
@@ -115,10 +110,9 @@ def _hear(sources: Sequence[Source], desired: Desired, parts: Parts) -> None:
                     desired.apply(event)
             if desired.synced:
                 return
-            left = deadline - parts.clock()
-            if left <= 0 or any(source.condition().failures >= _ENOUGH for source in sources):
+            if patience.is_over():
                 raise unheard(sources, parts)
-            ready = [key.data for key, _ in selector.select(min(left, _GLANCE))]
+            ready = [key.data for key, _ in selector.select(patience.left())]
 
 
 def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | None, Route | None]]:

@@ -221,6 +221,35 @@ def test_run_once_does_not_wait_for_ever(shell: Shell, world: World, manifests: 
     assert world.dataplane.held is None
 
 
+@pytest.mark.parametrize("command", [("run", "--once"), ("plan",)])
+def test_a_source_that_fails_again_and_again_is_not_waited_out(
+    shell: Shell, world: World, manifests: str, command: tuple[str, ...]
+) -> None:
+    world.source = FakeSource("kubernetes")
+    world.source.state = Condition(SourceState.STARTING, detail="kubeconfig: it has no current-context", failures=3)
+    said = shell(world.but(clock=time.monotonic, patience=3600.0), *command, "--manifests", manifests)
+    assert said.status == 1
+    assert said.err.splitlines()[-1] == (
+        "ebpflb: kubernetes has not said everything: kubeconfig: it has no current-context; try again"
+    )
+
+
+def test_who_only_looks_is_not_told_what_a_daemon_would_log(shell: Shell, world: World, manifests: str) -> None:
+    class Chatty(type(world.source)):  # type: ignore[misc]
+        def read(self) -> Iterable[Event]:
+            logging.getLogger("ebpflb.kubernetes").info("services: 3 listed")
+            return super().read()  # type: ignore[no-any-return]
+
+    def chatty(*words: str) -> str:
+        world.source = Chatty()
+        world.source.synced()
+        return shell(world, *words, "--manifests", manifests).err
+
+    assert "services: 3 listed" not in chatty("plan")
+    assert "services: 3 listed" in chatty("plan", "--log-level", "info")
+    assert "services: 3 listed" in chatty("run", "--once")
+
+
 class Edited:
     """A configuration file that has just been changed."""
 
@@ -491,17 +520,6 @@ def test_a_source_that_does_not_come_to_an_end_is_said_in_its_words(shell: Shell
         "ebpflb: kubernetes has not said everything: https://10.0.0.1:6443: connection refused; try again\n"
     )
     assert source.closed
-
-
-def test_a_source_that_fails_again_and_again_is_not_waited_out(shell: Shell, world: World, manifests: str) -> None:
-    source = FakeSource("kubernetes")
-    source.state = Condition(SourceState.STARTING, detail="kubeconfig: it has no current-context", failures=3)
-    parts = world.but(sources=lambda config: (source,), patience=3600.0)
-    said = shell(parts, "plan", "--manifests", manifests)
-    assert (said.status, said.err) == (
-        1,
-        "ebpflb: kubernetes has not said everything: kubeconfig: it has no current-context; try again\n",
-    )
 
 
 def test_a_plan_needs_a_source(shell: Shell, world: World) -> None:
