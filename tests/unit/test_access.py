@@ -452,13 +452,17 @@ def test_a_plugin_that_hangs_ends_with_whoever_asked(kubeconfig: Kubeconfig) -> 
 
 
 @pytest.mark.slow
-def test_a_plugin_that_hangs_ends_with_the_child(kubeconfig: Kubeconfig) -> None:
+def test_a_plugin_that_hangs_ends_with_the_child(kubeconfig: Kubeconfig, ca: Authority) -> None:
+    before = set(os.listdir("/dev/shm"))
+    certificate, key = ca.issue("node")
+    kubeconfig.user |= {"client-certificate-data": encoded(certificate), "client-key-data": encoded(key)}
     kubeconfig.plugin("echo $$ > plugin.pid; exec sleep 100")
     kubeconfig.path.write_text(yaml.safe_dump(kubeconfig.document))
     with pytest.raises(SourceError, match="the exec plugin hangs"):
         read_kubeconfig(str(kubeconfig.path), os.environ, timeout=2)
     pid = int((kubeconfig.path.parent / "plugin.pid").read_text())
     until(lambda: has_ended(pid))
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "tmp" in name]
 
 
 def has_ended(pid: int) -> bool:

@@ -11,6 +11,7 @@ Service, and there may be no proxy yet but us. All of these are verified by the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,6 +35,7 @@ _NOTHING_TO_GO_BY = "nothing says where the API server is: give --manifests DIR,
 
 # A plugin may have to ask a cloud, which may be slow; the daemon waits in the thread of the one who asked.
 _CHILD_SECONDS = 60.0
+_GRACE_SECONDS = 2.0
 
 # Where we are goes by argument: a PYTHONPATH would reach the plugins, of which many are written in Python.
 _CHILD = """\
@@ -149,7 +151,11 @@ def read_kubeconfig(path: str, environ: Mapping[str, str], timeout: float = _CHI
         try:
             out, err = child.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            child.terminate()  # it ends the plugin, and removes the files that may hold keys
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             raise SourceError(
                 f"kubeconfig {path}: no credentials within {timeout:.0f} s: the exec plugin hangs"
             ) from None
