@@ -113,6 +113,9 @@ def test_pods_come_and_go_become_ready_and_terminate(cluster: ControlPlane, api:
     api.create(service(namespace, "web", app="web"))
     with follower(cluster) as following:
         following.sync()
+        # The times of pods are whole seconds, rounded down, and what was before the source's start does not count.
+        synced = time.time()
+        following.until("the next second", lambda: int(time.time()) > synced)
         pods = [pod(namespace, f"web-{number}", "web", "watch-node", f"10.1.0.{number}") for number in range(1, 4)]
         for each in pods:
             put_pod(api, each)
