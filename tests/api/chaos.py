@@ -19,6 +19,7 @@ import ssl
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 
@@ -127,31 +128,48 @@ class ChaosProxy:
     async def _serve(self) -> None:
         self._loop.set_exception_handler(lambda loop, context: None)  # connections die here, which is no news
         self._listener.setblocking(False)
-        server = await asyncio.start_server(self._connected, sock=self._listener, ssl=self._tls)
+        # Not a Server: one that closes forgets sockets that it has only just accepted or that are in their handshake.
+        self._loop.add_reader(self._listener, self._accept)
         self._ready.set()
         await self._over.wait()
-        server.close()
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
         await self._cut()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # transports close their sockets in the next round
+        for _ in range(3):
+            await asyncio.sleep(0)  # transports close their sockets in the next rounds
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):  # the client went away again
+            client, _ = self._listener.accept()
+            client.setblocking(False)
+            task = self._loop.create_task(self._connected(client))
+            self._tasks.add(task)
+            task.add_done_callback(partial(self._done, client))
+
+    def _done(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        client.close()
 
     async def _cut(self) -> None:
         for connection in tuple(self._connections):
             connection.abort()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connected(self, client: socket.socket) -> None:
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, client, ssl=self._tls)
+        except OSError:
+            return  # the client went away in its handshake
         self.accepted += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         try:
             if not self.refusing:
-                await self._carry(reader, writer)
+                await self._carry(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop))
         finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
+            transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
