@@ -85,7 +85,10 @@ class Program:
 
     def start(self) -> None:
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(self.argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            # In a process group of its own: Ctrl-C ends the tests first, whose clean-up still needs the API server.
+            self._process = subprocess.Popen(
+                self.argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, process_group=0
+            )
 
     @property
     def running(self) -> bool:
