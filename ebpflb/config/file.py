@@ -177,7 +177,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _decode(type_: type[object], value: object) -> object:
     if type_ is not Duration:
-        raise TypeError(f"{type_} has no spelling")
+        raise NotImplementedError(f"{type_} has no spelling")
     if not isinstance(value, str):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         raise ValueError(f'expected a duration such as "{f"{value:g}s" if number else "30s"}", got {_word_for(value)}')
