@@ -259,9 +259,10 @@ class Reconciler:
             self._after_whole_tables()
 
     def _tell(self, what: str, began: float, report: Report, first: bool) -> None:
-        """Tell whoever watches how an attempt went. A failed one has settled nothing, its triggers go on waiting."""
+        """Tell whoever watches how an attempt went. Triggers go on waiting where it failed, or where it was an audit
+        while changes waited for their sync."""
         triggers: tuple[Trigger, ...] = ()
-        if report.complete:
+        if report.complete and self._changed_at is None:
             triggers = tuple(self._triggers)
             self._triggers.clear()
         routes = RouteTable() if self._routes is None else self._routes

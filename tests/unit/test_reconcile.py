@@ -610,6 +610,14 @@ def test_a_pods_change_is_over_when_the_kernel_holds_it(bench: Bench) -> None:
     assert not any(settled[4:])
 
 
+def test_an_audit_settles_no_change_that_waits_for_its_sync(bench: Bench) -> None:
+    ready(bench)
+    bench.run((29.995, bench.source.change), (29.998, lambda: bench.source.say(trigger(500.0))), until=30.1)
+    _, _, audit, sync = bench.watching.attempts
+    assert (audit.what, audit.triggers) == ("audit", ())
+    assert (sync.what, sync.triggers) == ("sync", (Trigger(Family.IPV4, 500.0),))
+
+
 def test_a_refused_change_goes_on_waiting(bench: Bench) -> None:
     """Health must not think that all is applied."""
     ready(bench)
