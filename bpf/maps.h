@@ -115,7 +115,8 @@ struct settings {
 	u16 nat_pad[2];
 	char pod_interface[16]; /* Locality.pod_interface without its star */
 	u8 pod_interface_is_prefix;
-	u8 pad[7];
+	u8 flows_elsewhere; /* another dataplane carried Services before: connections not known here are its own */
+	u8 pad[6];
 };
 _Static_assert(sizeof(struct settings) == 64, "struct settings");
 
@@ -254,7 +255,8 @@ enum counter {
 	PACKET_REJECT_FAILED, /* no answer could be built; dropped */
 	PACKET_DROPPED,       /* a new flow fell under a silent verdict */
 	PACKET_NO_BACKEND,    /* a route named a backend that is not there; left alone */
-	PACKET_NOT_NEW,       /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same */
+	PACKET_NOT_NEW,       /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same, or left
+				 alone by `flows_elsewhere` */
 	PACKET_COLLISION,     /* the client's port was changed: its flow to another frontend has the same backend */
 	PACKET_NO_PORT,       /* no free port for masquerade or collision; dropped */
 	PACKET_NO_ADDRESS,    /* masquerade on a device without an address; dropped */

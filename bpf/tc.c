@@ -112,6 +112,12 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 		route = &frontend->scope[SCOPE_INTERNAL];
 	else
 		route = &frontend->scope[SCOPE_EXTERNAL];
+	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN) {
+		count(PACKET_NOT_NEW);
+		if (node->flows_elsewhere)
+			return PASS; /* conntrack or IPVS may know it, and would not know it translated */
+	}
+
 	if (route->ranges && !in_ranges(route->ranges, &packet->key.source)) {
 		count(PACKET_OUT_OF_RANGE);
 		return DISCARD;
@@ -132,8 +138,6 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 		count(PACKET_SCTP_PORT);
 		return DISCARD;
 	}
-	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		count(PACKET_NOT_NEW);
 	verdict =
 		begin_flow(packet, route, backend, id, wants_masquerade(packet, route, backend, flags), node, now, to);
 	if (verdict != GO_ON)

@@ -38,11 +38,13 @@ from ebpflb.routes import (
     Masquerade,
     Route,
     ServicePortName,
+    Serving,
+    ServingKey,
     Verdict,
     cidr_order,
     in_cidr,
 )
-from ebpflb.topology import Selection, health_counts, select
+from ebpflb.topology import Selection, health_counts, select, serving_endpoints
 
 RoutePair: TypeAlias = tuple[Route, Route]  # indexed by Scope: INTERNAL, EXTERNAL
 
@@ -62,13 +64,14 @@ _T = TypeVar("_T")
 
 class Claims(msgspec.Struct, frozen=True):
     """What one Service asks for, and what it was worked out from. `problems` are those that it has all by itself,
-    `health` the health checks to be answered for it."""
+    `health` the health checks to be answered for it, `serving` who serves its UDP ports."""
 
     service: Service
     slices: tuple[EndpointSlice, ...]
     frontends: dict[Frontend, RoutePair]
     problems: tuple[Problem, ...] = ()
     health: tuple[HealthCheck, ...] = ()
+    serving: tuple[tuple[ServingKey, Serving], ...] = ()
 
     @property
     def rank(self) -> tuple[bool, str, ServiceName]:
@@ -119,7 +122,24 @@ def claims_of(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts)
             if port.node_port:
                 outside = _external(Kind.NODE_PORT, name, service, chosen, settings, detector)
                 claim(_of(family, facts.nodeport_addresses), port.node_port, port.protocol, outside)
-    return Claims(service, slices, frontends, tuple(problems), _health(service, slices, facts))
+    return Claims(
+        service, slices, frontends, tuple(problems), _health(service, slices, facts), _serving(service, slices)
+    )
+
+
+def _serving(service: Service, slices: tuple[EndpointSlice, ...]) -> tuple[tuple[ServingKey, Serving], ...]:
+    """Who serves each UDP port: as TCP's flows are kept by endpoints that terminate, or that a policy or a hint has
+    turned away from, so are its own (kube-proxy's conntrack reconciler, 1.32)."""
+    return tuple(
+        (
+            (ServicePortName(*service.name, port.name), family),
+            serving_endpoints(slices, family, port.name, Protocol.UDP),
+        )
+        for port in service.ports
+        if port.protocol is Protocol.UDP
+        for family in _FAMILIES
+        if _of(family, service.cluster_ips)
+    )
 
 
 def _health(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts) -> tuple[HealthCheck, ...]:

@@ -60,8 +60,9 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
-    """What happens to a packet. `route` is None where `verdict` is NOT_SERVICE; `candidates` is empty unless it is
-    FORWARD; `reasons` are the steps, a sentence each."""
+    """What happens to a packet. `route` is None where `verdict` is NOT_SERVICE, and where it is REJECT because a
+    cluster IP has no such port. `candidates` is empty unless it is FORWARD; `reasons` are the steps, a sentence
+    each."""
 
     verdict: Outcome
     scope: Scope
@@ -90,6 +91,10 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
     reasons = [f"{packet.source} {_who(routes.locality, packet, client)}: scope {scope.name}"]
     route = routes.get((frontend, scope))
     if route is None:
+        owner = routes.owned.get(packet.destination)
+        if owner is not None:
+            reasons.append(f"{packet.destination} is a cluster IP of {owner}, which has no such port: refused at once")
+            return Decision(Outcome.REJECT, scope, None, (), tuple(reasons))
         reasons.append(f"{frontend} is no frontend of any Service: the packet is left alone")
         return Decision(Outcome.NOT_SERVICE, scope, None, (), tuple(reasons))
     reasons.append(f"{frontend} is the {route.kind.label} of {route.service}")

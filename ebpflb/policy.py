@@ -14,12 +14,37 @@ from __future__ import annotations
 from ebpflb.claims import Claims, claims_of
 from ebpflb.facts import Facts, facts_of
 from ebpflb.model import Address, Problem, Protocol, ProxyOptions, ServiceName, Snapshot
-from ebpflb.routes import Frontend, HealthCheck, HealthKey, Key, Kind, Route, RouteTable, Scope, address_order
+from ebpflb.routes import (
+    Frontend,
+    HealthCheck,
+    HealthKey,
+    Key,
+    Kind,
+    Route,
+    RouteTable,
+    Scope,
+    Serving,
+    ServingKey,
+    address_order,
+)
 from ebpflb.topology import health_counts
 
 __all__ = ["Router", "health_counts", "routes"]
 
 _INTERNAL, _EXTERNAL = Scope.INTERNAL, Scope.EXTERNAL
+
+
+class _Affected:
+    """What may have changed by an update: frontends, Services with problems, and what lies beside the rows."""
+
+    __slots__ = ("checks", "frontends", "owned", "remarked", "serving")
+
+    def __init__(self) -> None:
+        self.frontends: list[Frontend] = []
+        self.remarked: set[ServiceName] = set()
+        self.checks: dict[HealthKey, HealthCheck | None] = {}
+        self.owned: dict[Address, ServiceName | None] = {}
+        self.serving: dict[ServingKey, Serving | None] = {}
 
 
 def routes(snapshot: Snapshot, options: ProxyOptions) -> RouteTable:
@@ -38,6 +63,7 @@ class Router:
         self._facts: Facts | None = None
         self._claims: dict[ServiceName, Claims] = {}
         self._claimants: dict[Frontend, tuple[ServiceName, ...]] = {}  # by rank: the first one is served
+        self._owners: dict[Address, set[ServiceName]] = {}  # of cluster IPs
         self._table = RouteTable()
 
     def update(self, snapshot: Snapshot, touched: frozenset[ServiceName] | None, options: ProxyOptions) -> RouteTable:
@@ -55,12 +81,10 @@ class Router:
                 name for name, held in self._claims.items() if facts.concern(held.service, held.slices, before)
             }
         self.recomputed = 0
-        affected: list[Frontend] = []
-        remarked: set[ServiceName] = set()
-        checks: dict[HealthKey, HealthCheck | None] = {}
+        affected = _Affected()
         for name in names | concerned:
-            self._reconsider(name, snapshot, facts, name in concerned, affected, remarked, checks)
-        return self._evolve(facts, affected, remarked, checks)
+            self._reconsider(name, snapshot, facts, name in concerned, affected)
+        return self._evolve(facts, affected)
 
     def _reconsider(
         self,
@@ -68,12 +92,9 @@ class Router:
         snapshot: Snapshot,
         facts: Facts,
         concerned: bool,
-        affected: list[Frontend],
-        remarked: set[ServiceName],
-        checks: dict[HealthKey, HealthCheck | None],
+        affected: _Affected,
     ) -> None:
-        """Bring one Service's claims up to date. Adds the frontends whose rows, and the Services whose problems, may
-        have changed thereby, and the health checks that have."""
+        """Bring one Service's claims up to date, and add to `affected` what may have changed thereby."""
         service = snapshot.services.get(name)
         old = self._claims.get(name)
         if service is None:
@@ -90,40 +111,54 @@ class Router:
             self.recomputed += 1
             gone = old.frontends.keys() - new.frontends.keys() if old else set()
         if (old and old.problems) or (new and new.problems):
-            remarked.add(name)
-        if (old.health if old else ()) != (new.health if new else ()):
-            checks.update({(name, check.family): None for check in (old.health if old else ())})
-            checks.update({(name, check.family): check for check in (new.health if new else ())})
+            affected.remarked.add(name)
+        self._beside_rows(name, old, new, affected)
         claimants = self._claimants
         for frontend in gone:
             held = claimants[frontend]
             if len(held) == 1:
                 del claimants[frontend]
             else:
-                remarked.update(held)
+                affected.remarked.update(held)
                 claimants[frontend] = tuple(other for other in held if other != name)
-        affected += gone
+        affected.frontends += gone
         if new:
             alone = (name,)
             for frontend in new.frontends:
                 if claimants.setdefault(frontend, alone) != alone:
                     both = {*claimants[frontend], name}
-                    remarked |= both
+                    affected.remarked |= both
                     claimants[frontend] = tuple(sorted(both, key=lambda each: self._claims[each].rank))
-            affected += new.frontends
+            affected.frontends += new.frontends
 
-    def _evolve(
-        self,
-        facts: Facts,
-        affected: list[Frontend],
-        remarked: set[ServiceName],
-        checks: dict[HealthKey, HealthCheck | None],
-    ) -> RouteTable:
+    def _beside_rows(self, name: ServiceName, old: Claims | None, new: Claims | None, affected: _Affected) -> None:
+        """The health checks, cluster IPs and serving endpoints of one Service."""
+        if (old.health if old else ()) != (new.health if new else ()):
+            affected.checks.update({(name, check.family): None for check in (old.health if old else ())})
+            affected.checks.update({(name, check.family): check for check in (new.health if new else ())})
+        if (old.serving if old else ()) != (new.serving if new else ()):
+            affected.serving.update({key: None for key, _ in (old.serving if old else ())})
+            affected.serving.update(new.serving if new else ())
+        before = old.service.cluster_ips if old else ()
+        after = new.service.cluster_ips if new else ()
+        if before != after:
+            for address in before:
+                self._owners[address].discard(name)
+            for address in after:
+                self._owners.setdefault(address, set()).add(name)
+            for address in {*before, *after}:
+                owners = self._owners[address]
+                # Which of several it is only shows in a sentence: the API server gives an address to one.
+                affected.owned[address] = min(owners) if owners else None
+                if not owners:
+                    del self._owners[address]
+
+    def _evolve(self, facts: Facts, affected: _Affected) -> RouteTable:
         """The next table: the affected frontends as their first claimants want them."""
         table = self._table
         put: dict[Key, Route] = {}
         drop: list[Key] = []
-        for frontend in affected:
+        for frontend in affected.frontends:
             claimants = self._claimants.get(frontend)
             if claimants is None:
                 drop += ((frontend, _INTERNAL), (frontend, _EXTERNAL))
@@ -133,9 +168,20 @@ class Router:
                 put[key] = internal
             if table.get(key := (frontend, _EXTERNAL)) != external:
                 put[key] = external
-        problems = {name: found for name in remarked if (found := self._problems(name)) != table.problems.get(name, ())}
-        if put or drop or problems or checks or facts.locality != table.locality:
-            self._table = table.evolve(put, drop, locality=facts.locality, problems=problems, health=checks)
+        problems = {
+            name: found for name in affected.remarked if (found := self._problems(name)) != table.problems.get(name, ())
+        }
+        beside = (problems, affected.checks, affected.owned, affected.serving)
+        if put or drop or any(beside) or facts.locality != table.locality:
+            self._table = table.evolve(
+                put,
+                drop,
+                locality=facts.locality,
+                problems=problems,
+                health=affected.checks,
+                owned=affected.owned,
+                serving=affected.serving,
+            )
         return self._table
 
     def _problems(self, name: ServiceName) -> tuple[Problem, ...]:

@@ -172,9 +172,16 @@ class HealthCheck(NamedTuple):
 
 HealthKey: TypeAlias = tuple[ServiceName, Family]
 
+ServingKey: TypeAlias = tuple[ServicePortName, Family]
+
+Serving: TypeAlias = frozenset[tuple[Address, int]]
+"""The endpoints of a UDP service port that serve, as (address, port)."""
+
 Key: TypeAlias = tuple[Frontend, Scope]
 
 _T = TypeVar("_T")
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @lru_cache(maxsize=1 << 12)
@@ -232,6 +239,23 @@ def key_order(key: Key) -> tuple[int, bytes, int, int, int]:
     return (":" in frontend.address, packed(frontend.address), frontend.port, int(frontend.protocol), int(scope))
 
 
+def _persistent(mapping: Mapping[_K, _V] | None) -> immutables.Map[_K, _V]:
+    return mapping if isinstance(mapping, immutables.Map) else immutables.Map(mapping or {})
+
+
+def _patched(mapping: immutables.Map[_K, _V], changes: Mapping[_K, _V | None] | None) -> immutables.Map[_K, _V]:
+    """`mapping` with what `changes` sets, and without what it maps to None."""
+    if not changes:
+        return mapping
+    mutation = mapping.mutate()
+    for key, value in changes.items():
+        if value is not None:
+            mutation[key] = value
+        else:
+            mutation.pop(key, None)
+    return mutation.finish()
+
+
 _NO_ROWS = object()
 """What all empty tables are the same by."""
 
@@ -239,12 +263,14 @@ _NO_ROWS = object()
 class RouteTable(Mapping[Key, Route]):
     """The whole of what this node must do. Every frontend has a row for each scope.
 
-    `health` are the health checks to answer, by Service and family; `problems` are remarks by Service. Equality is that
-    of rows and locality, which the kernel holds; the other two do not count. A table made by `evolve` remembers
-    which keys it changed, so that `changed_from(parent)` costs the change.
+    `owned` are the cluster IPs, each with its Service: whatever port of them has no row is refused. `serving` are the
+    endpoints that serve each UDP service port, whatever policies say: a datagram flow to any other is stale. `health`
+    are the health checks to answer, by Service and family; `problems` are remarks by Service. Equality is that of rows
+    and locality; the others do not count. A table made by `evolve` remembers which keys it changed, so that
+    `changed_from(parent)` costs the change.
     """
 
-    __slots__ = ("_base", "_delta", "_rows", "_token", "health", "locality", "problems")
+    __slots__ = ("_base", "_delta", "_rows", "_token", "health", "locality", "owned", "problems", "serving")
 
     def __init__(
         self,
@@ -252,17 +278,15 @@ class RouteTable(Mapping[Key, Route]):
         locality: Locality | None = None,
         problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
         health: Mapping[HealthKey, HealthCheck] | None = None,
+        owned: Mapping[Address, ServiceName] | None = None,
+        serving: Mapping[ServingKey, Serving] | None = None,
     ) -> None:
-        self._rows: immutables.Map[Key, Route] = (
-            rows if isinstance(rows, immutables.Map) else immutables.Map(rows or {})
-        )
+        self._rows = _persistent(rows)
         self.locality = locality or Locality()
-        self.problems: immutables.Map[ServiceName, tuple[Problem, ...]] = (
-            problems if isinstance(problems, immutables.Map) else immutables.Map(problems or {})
-        )
-        self.health: immutables.Map[HealthKey, HealthCheck] = (
-            health if isinstance(health, immutables.Map) else immutables.Map(health or {})
-        )
+        self.problems = _persistent(problems)
+        self.health = _persistent(health)
+        self.owned = _persistent(owned)
+        self.serving = _persistent(serving)
         self._token = object() if self._rows else _NO_ROWS
         self._base: object | None = None
         self._delta: AbstractSet[Key] = frozenset()
@@ -305,9 +329,11 @@ class RouteTable(Mapping[Key, Route]):
         locality: Locality | None = None,
         problems: Mapping[ServiceName, tuple[Problem, ...]] | None = None,
         health: Mapping[HealthKey, HealthCheck | None] | None = None,
+        owned: Mapping[Address, ServiceName | None] | None = None,
+        serving: Mapping[ServingKey, Serving | None] | None = None,
     ) -> RouteTable:
-        """The next table: `drop` removed (a missing key is no error), then `put` set. Costs the change. Problems
-        mapped to () are removed, health checks mapped to None too."""
+        """The next table: `drop` removed (a missing key is no error), then `put` set. Costs the change. Of the others
+        what is mapped to None is removed, and problems mapped to () too."""
         delta = dict.fromkeys(put)
         with self._rows.mutate() as rows:
             for key in drop:
@@ -315,25 +341,15 @@ class RouteTable(Mapping[Key, Route]):
                     delta[key] = None
             rows.update(put if isinstance(put, dict) else dict(put))  # it would take another mapping's keys for pairs
             fresh = rows.finish()
-        remarks = self.problems
-        if problems:
-            with remarks.mutate() as mutation:
-                for name, found in problems.items():
-                    if found:
-                        mutation[name] = found
-                    else:
-                        mutation.pop(name, None)
-                remarks = mutation.finish()
-        checks = self.health
-        if health:
-            with checks.mutate() as checking:
-                for where, check in health.items():
-                    if check is not None:
-                        checking[where] = check
-                    else:
-                        checking.pop(where, None)
-                checks = checking.finish()
-        table = RouteTable(fresh, locality or self.locality, remarks, checks)
+        remarks = {name: found or None for name, found in problems.items()} if problems else None
+        table = RouteTable(
+            fresh,
+            locality or self.locality,
+            _patched(self.problems, remarks),
+            _patched(self.health, health),
+            _patched(self.owned, owned),
+            _patched(self.serving, serving),
+        )
         table._base = self._token
         table._delta = delta.keys()
         return table

@@ -72,6 +72,18 @@ def endpoints_by_port(
     return by_port
 
 
+def serving_endpoints(
+    slices: Iterable[EndpointSlice], family: Family, name: str, protocol: Protocol
+) -> frozenset[tuple[Address, int]]:
+    """Every endpoint of a Service port that serves, whether it terminates or is ready or not, as (address, port)."""
+    return frozenset(
+        (endpoint.address, port)
+        for port, found in endpoints_by_port(slices, family, name, protocol).items()
+        for endpoint in found
+        if endpoint.serving
+    )
+
+
 def local_ready_addresses(slices: tuple[EndpointSlice, ...], family: Family, node: str) -> frozenset[Address]:
     """The distinct addresses of `node` that are ready on some slice port, be it one that the Service lacks or not."""
     ports = {(port.name, port.protocol) for each in slices if each.family == family for port in each.ports}

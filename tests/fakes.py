@@ -134,6 +134,17 @@ class FakeDataplane:
             raise UserError(f"dump {what}: this dataplane has no such table")
         return self.rows[what]
 
+    def take_over(self) -> None:
+        self._called("take_over")
+
+    def canary(self) -> bool:
+        self._called("canary")
+        return self.held is not None
+
+    def retire(self) -> bool:
+        self._called("retire")
+        return True
+
     def inventory(self) -> tuple[str, ...]:
         return () if self.held is None else ("map frontends", "program connect4")
 

@@ -56,6 +56,10 @@ class Dataplane(Protocol):
     def requirements(self) -> tuple[Requirement, ...]:
         """What `check` looks at, each with found or missing. Touches nothing that outlives the call."""
 
+    def take_over(self) -> None:
+        """Called before `start` where something else carried Services here until now: the flows that it began are not
+        known here and stay as they are. Where nothing did, it is not called."""
+
     def start(self) -> None:
         """Load, attach, create chains; idempotent. Raises Unsupported, UserError or ApplyError."""
 
@@ -73,6 +77,15 @@ class Dataplane(Protocol):
         """Rows of `dump WHAT` that are not routes (`services`, `backends`, `flows`, `counters`, `raw`, …), read from
         the kernel, in plain values ready for JSON, sorted. `fill`, which `status` asks for, has `name`, `entries` and
         `max` of each table of a fixed size. Raises UserError for a WHAT that this dataplane lacks."""
+
+    def canary(self) -> bool:
+        """Whether what was installed is still there, by a look that costs next to nothing whatever the number of rows:
+        False asks for an audit at once. Raises ApplyError if the look fails."""
+
+    def retire(self) -> bool:
+        """Another dataplane is complete: leave new flows to it, and keep the established ones. Whether nothing is left
+        to keep, so that `cleanup` breaks nothing; called again from time to time until that is so. Works without
+        `start`. Raises UserError or ApplyError."""
 
     def inventory(self) -> tuple[str, ...]:
         """Everything of ours that is installed here, one line each, as `cleanup --dry-run` prints it; () if nothing

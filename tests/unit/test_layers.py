@@ -60,6 +60,7 @@ LAYERS = (
     Layer("source.kube.events", ("model", "errors", "=source.kube", "source.kube.event_objects")),
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
+    Layer("dataplane.limits", (), pure=True),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
     Layer("dataplane.bpf.constants", ("model", "routes"), pure=True),
@@ -97,6 +98,10 @@ LAYERS = (
         pure=True,
     ),
     Layer("dataplane.bpf.records", (*_ROWS, "dataplane.bpf.tables"), pure=True),
+    Layer(
+        "dataplane.bpf.retiring",
+        (*_WORLD, "dataplane.bpf.inspect", "dataplane.bpf.layouts", "dataplane.bpf.maps"),
+    ),
     Layer("config", ("model",), pure=True),
     Layer("config.durations", (), pure=True),
     Layer("config.document", ("config.durations",), pure=True),

@@ -102,8 +102,8 @@ WHAT = (
         endpoint_slice("10.0.1.1", ports=[slice_port(8080)]),
         wanted={"pod 172.30.0.41:80": "10.0.1.1:8080"},
     ),
-    situation("other-port-of-a-cluster-ip", service(), TWO, wanted={"pod 172.30.0.41:81": "NOT_SERVICE"}),
-    situation("other-protocol", service(), TWO, wanted={"pod 172.30.0.41:80/UDP": "NOT_SERVICE"}),
+    situation("other-port-of-a-cluster-ip", service(), TWO, wanted={"pod 172.30.0.41:81": "REJECT"}),
+    situation("other-protocol", service(), TWO, wanted={"pod 172.30.0.41:80/UDP": "REJECT"}),
     situation("other-address", service(), TWO, wanted={"pod 172.30.0.42:80": "NOT_SERVICE"}),
     situation(
         "should-be-able-to-send-traffic-between-pods-without-snat",
@@ -139,7 +139,7 @@ WHAT = (
         "should-allow-creating-a-basic-sctp-service-with-pod-and-endpoints",
         service("ns1/svc1", "172.30.0.41", port(80, "", SCTP)),
         endpoint_slice("10.0.1.1", ports=[slice_port(5060, "", SCTP)]),
-        wanted={"pod 172.30.0.41:80/SCTP": "10.0.1.1:5060", "pod 172.30.0.41:80/TCP": "NOT_SERVICE"},
+        wanted={"pod 172.30.0.41:80/SCTP": "10.0.1.1:5060", "pod 172.30.0.41:80/TCP": "REJECT"},
     ),
     situation(
         "should-support-named-targetports-that-resolve-to-different-ports-on-different-endpoints",

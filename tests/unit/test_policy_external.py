@@ -92,7 +92,7 @@ POLICY_CLUSTER = (
         "node-port-on-the-cluster-ip-is-not-ours",
         nodeport(),
         TWO,
-        wanted={"pod 172.30.0.41:30080": "NOT_SERVICE"},
+        wanted={"pod 172.30.0.41:30080": "REJECT"},
     ),
     situation(
         "should-be-possible-to-connect-to-a-service-via-externalip-when-the-external-ip-is-not-assigned-to-a-node",

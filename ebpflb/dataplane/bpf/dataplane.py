@@ -28,6 +28,7 @@ from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
 from ebpflb.dataplane.bpf.reading import Reading
+from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, end_frontends, flows_kept
 from ebpflb.dataplane.bpf.sockets import Orphans
 from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
@@ -77,6 +78,7 @@ class BpfDataplane:
         self._writer: Writer | None = None
         self._orphans: Orphans | None = None
         self._attached = False
+        self._flows_elsewhere = False
 
     # ---- Before anything is touched
 
@@ -117,6 +119,10 @@ class BpfDataplane:
 
     # ---- Work
 
+    def take_over(self) -> None:
+        """TCP that is neither a SYN nor a known flow is left to the stack, which may know it."""
+        self._flows_elsewhere = True
+
     def start(self) -> None:
         """Load, attach. Programs that run already over other maps are replaced by the first sync."""
         if self._writer is not None:
@@ -142,7 +148,9 @@ class BpfDataplane:
             stack.callback(edges.close)
             hertz = facts.jiffies_per_second()
             low, high = facts.snat_ports()
-            known = NodeFacts(cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high)
+            known = NodeFacts(
+                cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high, self._flows_elsewhere
+            )
             self._programs, self._devices = programs, edges
             self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))
             self._writer = Writer(KernelMaps(programs.maps), known, self._clock)
@@ -258,6 +266,21 @@ class BpfDataplane:
                 raise UserError(
                     f"{self._bpffs}: the map {table} is {what}; `ebpflb run` replaces it, cleanup removes it"
                 )
+
+    def canary(self) -> bool:
+        """Whether the pins of all maps and links are there; who flushed them flushed all."""
+        return pins.complete(self._bpffs, KEY_VALUE)
+
+    def retire(self) -> bool:
+        """Frontends go, so that no flow begins here; flows stay."""
+        with self._maps() as maps, _readable():
+            if maps is None:
+                return True
+            if ended := end_frontends(maps):
+                log.info("bpf: %d frontends left to the successor", ended)
+            kept = flows_kept(maps, facts.jiffies(), KEPT_SECONDS * facts.jiffies_per_second())
+            log.debug("bpf: %d connections are kept", kept)
+            return kept == 0
 
     def inventory(self) -> tuple[str, ...]:
         """Everything of ours that is installed here. Raises UserError for a pin directory that cannot be one."""

@@ -50,7 +50,8 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("nat_pad", 4),
         ("pod_interface", 16),
         ("pod_interface_is_prefix", 1),
-        ("pad", 7),
+        ("flows_elsewhere", 1),
+        ("pad", 6),
     ),
     "flow_key": (
         ("source", 16),
@@ -113,7 +114,7 @@ BACKEND = struct.Struct("=16sHHB3xI")
 NAME = struct.Struct("=64s64s64s")
 SOURCE_KEY = struct.Struct("=I16s")
 RANGE_KEY = struct.Struct("=II16s")
-SETTINGS = struct.Struct("=QQQIIHH4x16sB7x")
+SETTINGS = struct.Struct("=QQQIIHH4x16sBB6x")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
 FLOW = struct.Struct("=16sHHBBHIIQQ")
 SOCKET_KEY = struct.Struct("=Q16sHBB4x")

@@ -24,13 +24,15 @@ _OWN = 16
 
 class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     """What the settings say besides locality. `netns` is the cookie of the node's network namespace; times are in
-    jiffies; the ports are the range of masquerade, both inclusive."""
+    jiffies; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane carried
+    Services before this one, and its connections go on."""
 
     netns: int
     flow_idle: int
     refresh: int
     snat_low: int
     snat_high: int
+    flows_elsewhere: bool = False
 
 
 def pack_sources(locality: Locality) -> dict[bytes, bytes]:
@@ -89,13 +91,14 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
         facts.snat_high,
         interface.removesuffix("*").encode()[:15],
         interface.endswith("*"),
+        facts.flows_elsewhere,
     )
 
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, _, _ = SETTINGS.unpack(settings)
-    return NodeFacts(netns, flow_idle, refresh, low, high), layout
+    netns, flow_idle, refresh, layout, _, low, high, _, _, elsewhere = SETTINGS.unpack(settings)
+    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere)), layout
 
 
 def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
@@ -106,7 +109,7 @@ def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
             nodes.append(unpack_address(address))
         if flags >> _OWN & SOURCE_POD:
             cidrs.append(unpack_network(bits, address))
-    *_, interface, prefix = SETTINGS.unpack(settings)
+    *_, interface, prefix, _ = SETTINGS.unpack(settings)
     return Locality(
         tuple(sorted(nodes, key=address_order)),
         tuple(sorted(cidrs, key=cidr_order)),

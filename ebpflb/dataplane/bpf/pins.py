@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,6 +155,12 @@ def _identify(kind: str, fd: int, path: Path) -> tuple[str, int] | None:
         finally:
             os.close(attached)
     return None
+
+
+def complete(bpffs: Path, maps: Iterable[str]) -> bool:
+    """Whether there are pins of these maps and of every hook's link, whatever they lead to."""
+    wanted = [bpffs / MAPS / name for name in maps] + [bpffs / LINKS / hook for hook in CGROUP_HOOKS]
+    return all(os.path.lexists(path) for path in wanted)
 
 
 def inventory(bpffs: Path) -> tuple[str, ...]:

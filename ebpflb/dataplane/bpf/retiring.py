@@ -1,0 +1,41 @@
+"""Leaving Services to another dataplane: nothing new begins here, what began here goes on to its end.
+
+Rules of this file: it works on the maps alone, with no program loaded and no ledger. Without frontends the programs
+give no packet and no socket a backend; the flows that they know they go on translating.
+"""
+
+from __future__ import annotations
+
+from ebpflb.dataplane.bpf.inspect import FLOW_CLOSING, FLOW_DNAT
+from ebpflb.dataplane.bpf.layouts import FLOW, FLOW_KEY, SIZES
+from ebpflb.dataplane.bpf.maps import Maps
+from ebpflb.errors import ApplyError
+from ebpflb.model import Protocol
+
+KEPT_SECONDS = 3600
+"""A connection without a packet for so long is taken for dead: whoever still has it finds out at its next packet."""
+
+_LOW = (1 << 32) - 1
+
+
+def end_frontends(maps: Maps) -> int:
+    """Remove every frontend's row; how many there were. Raises ApplyError."""
+    keys, _ = maps.read("frontends")
+    refused = maps.remove("frontends", keys)
+    if refused:
+        number = next(iter(refused.values()))
+        raise ApplyError("frontends", "", number, f"{len(refused)} frontends cannot be removed (errno {number})")
+    return len(keys) // SIZES["frontends"][0]
+
+
+def flows_kept(maps: Maps, jiffies: int, patience: int) -> int:
+    """How many connections were used within the last `patience` jiffies and have not been closed. Datagrams do not
+    count: without a frontend their next one finds another backend. `jiffies` are now's lower 32 bits at least."""
+    keys, values = maps.read("flows")
+    kept = 0
+    for key, flow in zip(FLOW_KEY.iter_unpack(keys), FLOW.iter_unpack(values), strict=True):
+        protocol, action, flags, seen = key[4], flow[3], flow[4], flow[8]
+        if protocol == Protocol.UDP or action != FLOW_DNAT or flags & FLOW_CLOSING:
+            continue
+        kept += (jiffies - seen) & _LOW <= patience
+    return kept

@@ -1,0 +1,30 @@
+"""What a dataplane cannot do: the one list, which docs print and tests go by.
+
+Rules of this file: a limit is something that `decide` says and this dataplane does not do, or that an operator could
+ask of it and not get. One sentence each, for an operator. Whatever stands not here, all dataplanes do alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """`dataplane` cannot do `what`, a sentence; `code` is one word for tests to name it by."""
+
+    dataplane: str
+    code: str
+    what: str
+
+
+LIMITS = (
+    Limit("bpf", "affinity", "Session affinity is not kept yet: each new connection chooses anew."),
+    Limit("bpf", "undefined-ports", "A port that a cluster IP does not have is not refused yet: the packet is let go."),
+    Limit("bpf", "algorithm", "Backends are chosen at random only."),
+    Limit("iptables", "algorithm", "Backends are chosen at random only."),
+)
+
+
+def limited(dataplane: str, code: str) -> bool:
+    """Whether `dataplane` has the limit `code`."""
+    return any((limit.dataplane, limit.code) == (dataplane, code) for limit in LIMITS)
