@@ -1,0 +1,109 @@
+"""Services change hands: from another dataplane to this one, and from this one to another.
+
+Rules of this file: connections are real ones through the programs; who is not to break them is asked for each packet.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf.maps import KernelMaps
+from ebpflb.dataplane.bpf.retiring import end_frontends, flows_kept
+from ebpflb.routes import Masquerade
+from tests.bpf.loaded import UNSPEC, UPLINK, Loaded, To
+from tests.packets import Packet, assert_same
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+both_families = pytest.mark.parametrize("family", (4, 6), ids=("v4", "v6"))
+HOUR = 3600 * 1000  # jiffies, at most
+
+
+def _maps(node: Loaded) -> KernelMaps:
+    return KernelMaps({name: node.maps[name] for name in ("frontends", "flows")})
+
+
+def _nodeport(node: Loaded, protocol: str, family: int) -> Packet:
+    node.put_frontend("node", 30081, protocol, family, To((("remote", 8080),), masquerade=Masquerade.NOT_POD))
+    return Packet("outside", 40000, "node", 30081, protocol)
+
+
+def _enters(node: Loaded, packet: Packet, after: Packet, family: int) -> None:
+    result = node.ingress(packet.frame(family), family, UPLINK)
+    assert result.verdict == UNSPEC, node.counters()
+    assert_same(result.frame, after.frame(family))
+
+
+def _now(node: Loaded) -> int:
+    """Jiffies, as the last flow has seen them."""
+    return max(row.seen for row in node.flows())
+
+
+@both_families
+def test_a_connection_that_another_dataplane_began_is_left_to_the_stack(node: Loaded, family: int) -> None:
+    node.put_settings(flows_elsewhere=1)
+    request = _nodeport(node, "tcp", family)
+    for flags in ("PA", "A", "FA", "R"):
+        packet = request.but(flags=flags, sport=40001)
+        _enters(node, packet, packet, family)
+    assert not node.flows()
+    assert node.counters() == {"PACKET_NOT_NEW": 4}
+
+
+@both_families
+def test_new_connections_begin_here_from_the_first_syn_on(node: Loaded, family: int) -> None:
+    node.put_settings(flows_elsewhere=1)
+    request = _nodeport(node, "tcp", family)
+    inside = {"destination": "remote", "dport": 8080}
+    _enters(node, request, request.but(**inside), family)
+    _enters(node, request.but(flags="PA"), request.but(flags="PA", **inside), family)
+
+
+@both_families
+def test_with_nobody_before_us_a_connection_that_is_not_known_gets_a_backend(node: Loaded, family: int) -> None:
+    """Its row may have been evicted: with one backend it goes on, with several a refusal ends it at once."""
+    request = _nodeport(node, "tcp", family).but(flags="PA")
+    _enters(node, request, request.but(destination="remote", dport=8080), family)
+
+
+@both_families
+def test_a_retired_dataplane_keeps_its_connections_and_begins_none(node: Loaded, family: int) -> None:
+    request = _nodeport(node, "tcp", family)
+    inside = {"destination": "remote", "dport": 8080}
+    _enters(node, request, request.but(**inside), family)
+
+    assert end_frontends(_maps(node)) == 1
+    assert end_frontends(_maps(node)) == 0
+    _enters(node, request.but(flags="PA"), request.but(flags="PA", **inside), family)
+    other = request.but(sport=40002)
+    _enters(node, other, other, family)
+    assert flows_kept(_maps(node), _now(node), HOUR) == 1
+
+
+@both_families
+def test_a_connection_is_kept_until_it_is_closed(node: Loaded, family: int) -> None:
+    request = _nodeport(node, "tcp", family)
+    inside = {"destination": "remote", "dport": 8080}
+    _enters(node, request, request.but(**inside), family)
+    end_frontends(_maps(node))
+    _enters(node, request.but(flags="FA"), request.but(flags="FA", **inside), family)
+    assert flows_kept(_maps(node), _now(node), HOUR) == 0
+
+
+def test_a_connection_that_nobody_has_used_for_long_is_not_kept(node: Loaded) -> None:
+    request = _nodeport(node, "tcp", 4)
+    _enters(node, request, request.but(destination="remote", dport=8080), 4)
+    now = _now(node)
+    assert flows_kept(_maps(node), now + HOUR, HOUR) == 1
+    assert flows_kept(_maps(node), now + HOUR + 1, HOUR) == 0
+    assert flows_kept(_maps(node), (now + HOUR) & 0xFFFFFFFF, HOUR) == 1, "a count that has wrapped round"
+
+
+def test_datagrams_do_not_keep_a_retired_dataplane(node: Loaded) -> None:
+    """Their next one finds a backend by the successor."""
+    request = _nodeport(node, "udp", 4)
+    _enters(node, request, request.but(destination="remote", dport=8080), 4)
+    end_frontends(_maps(node))
+    assert flows_kept(_maps(node), _now(node), HOUR) == 0
+    assert syscall.lookup_all(node.maps["frontends"])[2] == 0
