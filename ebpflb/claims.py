@@ -130,6 +130,8 @@ def claims_of(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts)
 def _serving(service: Service, slices: tuple[EndpointSlice, ...]) -> tuple[tuple[ServingKey, Serving], ...]:
     """Who serves each UDP port: as TCP's flows are kept by endpoints that terminate, or that a policy or a hint has
     turned away from, so are its own (kube-proxy's conntrack reconciler, 1.32)."""
+    if not any([port.protocol is Protocol.UDP for port in service.ports]):
+        return ()
     return tuple(
         (
             (ServicePortName(*service.name, port.name), family),

@@ -63,7 +63,7 @@ class Router:
         self._facts: Facts | None = None
         self._claims: dict[ServiceName, Claims] = {}
         self._claimants: dict[Frontend, tuple[ServiceName, ...]] = {}  # by rank: the first one is served
-        self._owners: dict[Address, set[ServiceName]] = {}  # of cluster IPs
+        self._owners: dict[Address, tuple[ServiceName, ...]] = {}  # of cluster IPs, by name
         self._table = RouteTable()
 
     def update(self, snapshot: Snapshot, touched: frozenset[ServiceName] | None, options: ProxyOptions) -> RouteTable:
@@ -133,25 +133,28 @@ class Router:
 
     def _beside_rows(self, name: ServiceName, old: Claims | None, new: Claims | None, affected: _Affected) -> None:
         """The health checks, cluster IPs and serving endpoints of one Service."""
-        if (old.health if old else ()) != (new.health if new else ()):
+        if old is None or new is None or old.health != new.health:
             affected.checks.update({(name, check.family): None for check in (old.health if old else ())})
             affected.checks.update({(name, check.family): check for check in (new.health if new else ())})
-        if (old.serving if old else ()) != (new.serving if new else ()):
+        if old is None or new is None or old.serving != new.serving:
             affected.serving.update({key: None for key, _ in (old.serving if old else ())})
             affected.serving.update(new.serving if new else ())
         before = old.service.cluster_ips if old else ()
         after = new.service.cluster_ips if new else ()
-        if before != after:
-            for address in before:
-                self._owners[address].discard(name)
-            for address in after:
-                self._owners.setdefault(address, set()).add(name)
-            for address in {*before, *after}:
-                owners = self._owners[address]
+        if before == after:
+            return
+        alone = (name,)
+        for address in before:
+            held = tuple(other for other in self._owners.pop(address) if other != name)
+            if held:
+                self._owners[address] = held
+            affected.owned[address] = held[0] if held else None
+        for address in after:
+            held = self._owners.setdefault(address, alone)
+            if name not in held:
                 # Which of several it is only shows in a sentence: the API server gives an address to one.
-                affected.owned[address] = min(owners) if owners else None
-                if not owners:
-                    del self._owners[address]
+                held = self._owners[address] = tuple(sorted((*held, name)))
+            affected.owned[address] = held[0]
 
     def _evolve(self, facts: Facts, affected: _Affected) -> RouteTable:
         """The next table: the affected frontends as their first claimants want them."""
