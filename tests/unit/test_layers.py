@@ -30,6 +30,7 @@ class Layer:
 _WORLD = ("model", "routes", "errors")
 _SEAMS = (*_WORLD, "=source", "=dataplane")
 _ROWS = (*_WORLD, "diff", "dataplane.bpf.constants")
+_IPTABLES = ("model", "routes", "netfilter.ruleset")
 
 # Names are relative to `ebpflb`; "*" is everything, `=source` a package's own file without what is under it: a seam.
 LAYERS = (
@@ -61,6 +62,8 @@ LAYERS = (
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.limits", (), pure=True),
+    Layer("ctnetlink", ("model", "rtnetlink")),
+    Layer("conntrack", ("model", "routes", "=dataplane", "rtnetlink", "ctnetlink")),
     Layer("dataplane.bpf", (*_WORLD, "rtnetlink", "diff", "=dataplane", "dataplane.bpf")),
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
     Layer("dataplane.bpf.constants", ("model", "routes"), pure=True),
@@ -101,6 +104,21 @@ LAYERS = (
     Layer(
         "dataplane.bpf.retiring",
         (*_WORLD, "dataplane.bpf.inspect", "dataplane.bpf.layouts", "dataplane.bpf.maps"),
+    ),
+    Layer("netfilter", ("model", "errors", "netfilter")),
+    Layer("netfilter.ruleset", (), pure=True),
+    Layer("dataplane.iptables", (*_WORLD, "rtnetlink", "diff", "netfilter", "=dataplane", "dataplane.iptables")),
+    Layer("dataplane.iptables.names", _IPTABLES, pure=True),
+    Layer("dataplane.iptables.layout", _IPTABLES, pure=True),
+    Layer(
+        "dataplane.iptables.rules",
+        (*_IPTABLES, "dataplane.iptables.names", "dataplane.iptables.layout"),
+        pure=True,
+    ),
+    Layer(
+        "dataplane.iptables.reading",
+        (*_IPTABLES, "dataplane.iptables.names", "dataplane.iptables.layout"),
+        pure=True,
     ),
     Layer("config", ("model",), pure=True),
     Layer("config.durations", (), pure=True),
