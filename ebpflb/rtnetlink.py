@@ -142,6 +142,11 @@ class Netlink:
                 return found
         return found
 
+    def stream(self, type: int, body: bytes) -> Iterator[bytes]:
+        """As `dump`, one body at a time, however many there are: what changes meanwhile may be missed. It must
+        be read to its end before the next request."""
+        yield from self._exchange(type, _DUMP, body)
+
     def _exchange(self, type: int, flags: int, body: bytes) -> Iterator[bytes]:
         self._sequence += 1
         header = struct.pack("=IHHII", 16 + len(body), type, flags | _REQUEST, self._sequence, 0)

@@ -11,19 +11,31 @@ from typing import Protocol
 
 import msgspec
 
-from ebpflb.model import Problem
+from ebpflb.model import Family, Problem
 from ebpflb.routes import RouteTable
+
+
+class Reconciled(msgspec.Struct, frozen=True, gc=False):
+    """One comparison of conntrack's UDP entries with the routes, in one family: how long it took, how many entries
+    there were, and how many were stale and have been deleted."""
+
+    family: Family
+    seconds: float
+    entries: int
+    deleted: int
 
 
 class Report(msgspec.Struct, frozen=True, gc=False):
     """What one `sync` did. `written` and `removed` count kernel rows, `failed` those that were refused (they are
-    retried by the next sync), `seconds` is wall time, `problems` says in words what was refused."""
+    retried by the next sync), `seconds` is wall time, `problems` says in words what was refused. `reconciled` are the
+    comparisons with conntrack that were due."""
 
     written: int = 0
     removed: int = 0
     failed: int = 0
     seconds: float = 0.0
     problems: tuple[Problem, ...] = ()
+    reconciled: tuple[Reconciled, ...] = ()
 
     @property
     def complete(self) -> bool:
