@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ebpflb.decide import Decision, Outcome, Packet
-from ebpflb.model import Address
+from ebpflb.model import Address, Protocol
 from ebpflb.routes import in_cidr
 
 Place = tuple[Address, int]
@@ -76,7 +76,16 @@ def expected(decision: Decision, packet: Packet, local: Iterable[Address]) -> Tr
         and not (arrives and is_local(each.backend.address, here))
         for each in decision.candidates
     }
-    return Traced(decision.verdict, "", backends, {place: 1 / len(backends) for place in backends})
+    how = refusal(packet) if decision.verdict is Outcome.REJECT else ""
+    return Traced(decision.verdict, how, backends, {place: 1 / len(backends) for place in backends})
+
+
+def refusal(packet: Packet) -> str:
+    """What a refused packet is answered with, as iptables calls it: at once a reset where there is one, since a client's
+    connect() may miss an ICMP error for a second."""
+    if packet.protocol is Protocol.TCP:
+        return "tcp-reset"
+    return "icmp6-port-unreachable" if ":" in packet.destination else "icmp-port-unreachable"
 
 
 def is_local(address: Address, local: Iterable[Address]) -> bool:
