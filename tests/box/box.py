@@ -3,7 +3,8 @@
     node1 (zone a)  a1 a2 and sa         node2 (zone a)  b1 b2 and sb        node3 (zone b)  c1 and sc
 
 Pods whose names begin with s are sandboxed: their sockets pass no socket program, so that their packets are translated
-on the way; so are those of `outside`. Every place serves on TARGET and OTHER, over TCP and UDP.
+on the way; so are those of `outside`, and all where there are no socket programs. Every place serves on TARGET and
+OTHER, over TCP and UDP.
 
 Rules of this file: whatever changes Services waits until every node's kernel holds exactly what the policy makes of the
 manifests; so nothing here or in a test sleeps, and an expectation holds at once or is wrong. Addresses follow
@@ -29,6 +30,7 @@ from ebpflb.routes import RouteTable, in_cidr
 from tests.box.clients import Clients, Target
 from tests.box.expect import Expectation
 from tests.box.kernel import Kernel
+from tests.box.modes import BPF, Mode
 from tests.box.objects import Member, Port
 from tests.box.servers import Servers
 from tests.box.services import (
@@ -55,10 +57,12 @@ class Box:
     """See the top of this file."""
 
     def __init__(
-        self, cni: Cni = Cni.ROUTED, join: Join = Join.ROUTES, nodes: Sequence[str] = NODES,
+        self, mode: Mode = BPF, cni: Cni = Cni.ROUTED, join: Join = Join.ROUTES, nodes: Sequence[str] = NODES,
         options: Sequence[str] = (), hairpin: bool = False,
     ) -> None:  # fmt: skip
-        self.cluster = Cluster(nodes, cni=cni, join=join, options=options, hairpin=hairpin)
+        self.mode = mode
+        self.cluster = Cluster(nodes, cni=cni, join=join, options=(*mode.options, *options), hairpin=hairpin)
+        self.modes = dict.fromkeys(self.cluster.nodes, mode)  # as each node's daemon was last started
         self.services: dict[str, ServiceInBox] = {}
         self.expectations: list[Expectation] = []
         self.wanted: dict[str, RouteTable] = {}  # by node, as of the last `settle`
@@ -72,7 +76,7 @@ class Box:
             self.sockets = stack.enter_context(Sockets(self.cluster))
             self.servers = stack.enter_context(Servers(self.sockets))
             self.clients = Clients(self.sockets)
-            self.kernel = stack.enter_context(Kernel(self.cluster))
+            self.kernel = stack.enter_context(Kernel(self.cluster, self.modes))
             for node in self.cluster.nodes:
                 for name in PODS[node]:
                     self.cluster.add_pod(node, name, sandboxed=name.startswith("s"))
@@ -138,8 +142,7 @@ class Box:
 
     def drops(self, node: str) -> int:
         """How much a node has dropped so far by a verdict, at a socket or as a packet."""
-        counters = self.kernel.counters(node)
-        return counters["socket_dropped"] + counters["packet_dropped"]
+        return self.kernel.drops(node)
 
     # ---- Services ----
 
@@ -165,7 +168,8 @@ class Box:
         return found
 
     def settle(self, nodes: Iterable[str] | None = None) -> None:
-        """Wait until these nodes' kernels (None: all) hold exactly what policy makes of the manifests."""
+        """Wait until these nodes' kernels (None: all) hold exactly what policy makes of the manifests, and no daemon is
+        still at it."""
         deadline = time.monotonic() + SLO
         for node in self.cluster.nodes if nodes is None else nodes:
             wanted = self.wanted[node] = self.kernel.wanted(node)
@@ -173,6 +177,8 @@ class Box:
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{node} does not hold what it should:\n{_difference(wanted, held)}")
                 time.sleep(0.002)
+            if self.daemon_runs(node):
+                self.kernel.settled(node)
 
     @contextmanager
     def tidy(self) -> Iterator[None]:

@@ -1,21 +1,93 @@
-"""The boxes that tests share: each is set up once for all tests that run in it, and tidied after each of them."""
+"""The boxes that tests share: each is set up once for all tests that run in it, and tidied after each of them.
+
+A test that takes `box` runs in every proxy mode, one that takes `rest` in the modes and topologies that the others do
+without, `own` is for tests that take daemons down. Two markers say otherwise of a test or a file:
+
+    @pytest.mark.dataplanes("bpf")        it is about these dataplanes only
+    @pytest.mark.needs("affinity")    it is left out where ebpflb/dataplane/limits.py has this limit, nowhere else
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 
+from ebpflb.dataplane.limits import limited
 from ebpflb.demo.network import Cni, Join
-from tests.box.box import Box
+from tests.box.box import NODES, Box
+from tests.box.modes import BPF, IPTABLES_LEGACY, IPTABLES_NFT, IPVS, Mode, kernel_has_ipvs
 
-# Each way of tying pods to a node, and each way of joining nodes; the two others are in test_topologies.py.
-TOPOLOGIES = ((Cni.ROUTED, Join.ROUTES), (Cni.BRIDGE, Join.VXLAN))
-REST = ((Cni.ROUTED, Join.VXLAN), (Cni.BRIDGE, Join.ROUTES))
 
-Topology = tuple[Cni, Join]
+class Setting(NamedTuple):
+    """A mode, and how pods and nodes are tied together. On a bridge, what its netfilter turns around at once goes back
+    to a pod that asks itself only with `hairpin`."""
+
+    mode: Mode
+    cni: Cni
+    join: Join
+    hairpin: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.mode.name}-{self.cni.value}-{self.join.value}"
+
+
+# Each way of tying pods to a node, and each way of joining nodes; the two others are in REST.
+BOXES = [
+    Setting(BPF, Cni.ROUTED, Join.ROUTES),
+    Setting(BPF, Cni.BRIDGE, Join.VXLAN),
+    Setting(IPTABLES_NFT, Cni.ROUTED, Join.ROUTES),
+]
+REST = [
+    Setting(BPF, Cni.ROUTED, Join.VXLAN),
+    Setting(BPF, Cni.BRIDGE, Join.ROUTES),
+    Setting(IPTABLES_LEGACY, Cni.BRIDGE, Join.VXLAN, hairpin=True),
+]
+OWN = [
+    Setting(BPF, Cni.BRIDGE, Join.ROUTES),
+    Setting(IPTABLES_NFT, Cni.BRIDGE, Join.ROUTES, hairpin=True),
+]
+if kernel_has_ipvs():
+    BOXES.append(Setting(IPVS, Cni.ROUTED, Join.ROUTES))
+    OWN.append(Setting(IPVS, Cni.ROUTED, Join.ROUTES))
+
+SETTINGS = {"standing_box": BOXES, "standing_rest": REST, "standing_own": OWN}
+
 OnFailure = Callable[[str, Callable[[], str]], None]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, settings in SETTINGS.items():
+        if fixture in metafunc.fixturenames:
+            fitting = [each for each in settings if _concerns(metafunc.definition, each.mode)]
+            scope = "module" if settings is OWN else "session"
+            metafunc.parametrize(fixture, fitting, ids=str, indirect=True, scope=scope)  # type: ignore[arg-type]
+
+
+def _concerns(test: pytest.Item, mode: Mode) -> bool:
+    only = test.get_closest_marker("dataplanes")
+    if only is not None and mode.dataplane not in only.args:
+        return False
+    return not any(limited(mode.dataplane, code) for marker in test.iter_markers("needs") for code in marker.args)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A pod is asked from in every way that the mode has, and in no other."""
+    without = [item for item in items if isinstance(item, pytest.Function) and not _has_way(item)]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
+
+
+def _has_way(item: pytest.Function) -> bool:
+    values = getattr(item, "callspec", None)
+    if values is None or "pod" not in values.params:
+        return True
+    settings = [value for value in values.params.values() if isinstance(value, Setting)]
+    return all(WAYS[values.params["pod"]] in each.mode.ways for each in settings)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,15 +98,15 @@ def being_ended_is_an_interruption() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _name(topology: Topology) -> str:
-    return f"{topology[0].value}-{topology[1].value}"
-
-
-@pytest.fixture(scope="session", params=TOPOLOGIES, ids=_name)
-def standing_box(request: pytest.FixtureRequest) -> Iterator[Box]:
-    """A box of one topology, with its daemons running."""
-    with Box(*request.param) as found:
+def _standing(setting: Setting) -> Iterator[Box]:
+    with Box(setting.mode, setting.cni, setting.join, hairpin=setting.hairpin) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def standing_box(request: pytest.FixtureRequest) -> Iterator[Box]:
+    """A box of one setting, with its daemons running."""
+    yield from _standing(request.param)
 
 
 @pytest.fixture
@@ -43,17 +115,35 @@ def box(standing_box: Box, on_failure: OnFailure) -> Iterator[Box]:
     yield from tidied(standing_box, on_failure)
 
 
-@pytest.fixture(scope="session", params=REST, ids=_name)
+@pytest.fixture(scope="session")
 def standing_rest(request: pytest.FixtureRequest) -> Iterator[Box]:
-    """As `standing_box`, in the topologies that most tests do not need."""
-    with Box(*request.param) as found:
-        yield found
+    """As `standing_box`, in the settings that most tests do not need."""
+    yield from _standing(request.param)
 
 
 @pytest.fixture
 def rest(standing_rest: Box, on_failure: OnFailure) -> Iterator[Box]:
-    """As `box`, in those topologies."""
+    """As `box`, in those settings."""
     yield from tidied(standing_rest, on_failure)
+
+
+@pytest.fixture(scope="module")
+def standing_own(request: pytest.FixtureRequest) -> Iterator[Box]:
+    """A box of two nodes for tests that take its daemons down."""
+    mode, cni, join, hairpin = request.param
+    with Box(mode, cni, join, NODES[:2], options=("--audit-period", "1"), hairpin=hairpin) as found:
+        yield found
+
+
+@pytest.fixture
+def own(standing_own: Box, on_failure: OnFailure) -> Iterator[Box]:
+    """That box, with all its daemons running again afterwards."""
+    try:
+        yield from tidied(standing_own, on_failure)
+    finally:
+        standing_own.cluster.start_daemons(
+            node for node in standing_own.cluster.nodes if not standing_own.daemon_runs(node)
+        )
 
 
 def tidied(box: Box, on_failure: OnFailure) -> Iterator[Box]:
@@ -82,7 +172,13 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["a1", "sa"], ids=["socket", "packet"])
+# Client pods on node1, by the way in which they are served: at their sockets, or, being sandboxed, on the way of their
+# packets.
+PODS = {"socket": "a1", "packet": "sa"}
+WAYS = {pod: way for way, pod in PODS.items()}
+
+
+@pytest.fixture(params=[*PODS.values()], ids=[*PODS])
 def pod(request: pytest.FixtureRequest) -> str:
-    """A client pod on node1: served at its sockets, or, being sandboxed, on the way of its packets."""
+    """A client pod on node1, in each way that the box's mode has."""
     return str(request.param)

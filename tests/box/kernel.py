@@ -1,6 +1,6 @@
 """What a node's kernel holds, and what it should hold, read in this process.
 
-Rules of this file: reads only. `held` is the dataplane's own reading of the pinned maps, with or without a daemon;
+Rules of this file: reads only. `held` is the dataplane's own reading of what is installed, with or without a daemon;
 `wanted` is made of the same manifests by the product's sources and policy, so it says nothing about those: the
 expectations that tests write by hand do.
 """
@@ -8,8 +8,10 @@ expectations that tests write by hand do.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from types import TracebackType
 
+from ebpflb import control
 from ebpflb.config import Config
 from ebpflb.config.options import Options, configure
 from ebpflb.dataplane import Dataplane
@@ -18,15 +20,17 @@ from ebpflb.demo.cluster import Cluster
 from ebpflb.demo.network import POD_CIDRS
 from ebpflb.routes import RouteTable
 from ebpflb.wiring import real_parts
+from tests.box.modes import Mode
 
 
 class Kernel:
-    """Of every node of a cluster."""
+    """Of every node of a cluster; `modes` says how each is served now."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, modes: Mapping[str, Mode]) -> None:
         self._cluster = cluster
+        self._modes = modes
         self._parts = real_parts()
-        self._dataplanes: dict[str, Dataplane] = {}
+        self._dataplanes: dict[tuple[str, Mode], Dataplane] = {}
 
     def __enter__(self) -> Kernel:
         return self
@@ -68,8 +72,28 @@ class Kernel:
             return self._dataplane(node).inventory()
 
     def counters(self, node: str) -> dict[str, int]:
-        """The counters of the node's programs, by their names."""
+        """The counters of the node's dataplane, by their names."""
         return {str(row["counter"]): int(str(row["value"])) for row in self.table(node, "counters")}
+
+    def drops(self, node: str) -> int:
+        """How much the node has dropped so far by a verdict, at a socket or as a packet."""
+        return self._modes[node].drops(lambda *argv: self.said(node, *argv), lambda: self.counters(node))
+
+    def translations(self, node: str) -> int:
+        """A number that grows whenever the node translates something."""
+        return self._modes[node].translations(lambda *argv: self.said(node, *argv), lambda: self.counters(node))
+
+    def settled(self, node: str) -> None:
+        """Wait until the node's daemon has ended what it was doing when asked: it answers between two syncs only, and
+        at the end of one flows follow the rows."""
+        with namespaces.inside(self._cluster.nodes[node].namespace):
+            control.ask()
+
+    def said(self, node: str, *argv: str) -> str:
+        """What a command prints on the node."""
+        done = self._cluster.run(self._cluster.nodes[node], argv)
+        assert done.returncode == 0, (argv, done.stderr)
+        return done.stdout
 
     def addresses(self, node: str) -> frozenset[str]:
         """All addresses that the node's kernel calls its own."""
@@ -80,7 +104,8 @@ class Kernel:
         home = self._cluster.nodes[node]
         commands = (
             ("ip", "address"), ("ip", "route"), ("ip", "-6", "route"), ("ip", "neighbour"), ("tc", "-s", "qdisc"),
-            ("nft", "list", "ruleset"), ("conntrack", "-L"),
+            ("conntrack", "-L"), ("conntrack", "-L", "-f", "ipv6"), ("iptables-legacy-save", "-c"),
+            ("ip6tables-legacy-save", "-c"), ("nft", "list", "ruleset"), ("ipset", "list"),
         )  # fmt: skip
         parts = []
         for argv in commands:
@@ -92,9 +117,11 @@ class Kernel:
         return "\n\n".join(parts)
 
     def _dataplane(self, node: str) -> Dataplane:
-        if node not in self._dataplanes:
-            (self._dataplanes[node],) = self._parts.dataplanes(self._config(node))
-        return self._dataplanes[node]
+        mode = self._modes[node]
+        if (node, mode) not in self._dataplanes:
+            ladder = {each.name: each for each in self._parts.dataplanes(self._config(node))}
+            self._dataplanes[node, mode] = ladder[mode.dataplane]
+        return self._dataplanes[node, mode]
 
     def _config(self, node: str) -> Config:
         options = Options(
@@ -103,5 +130,7 @@ class Kernel:
             cgroup=str(self._cluster.nodes[node].node_cgroup),
             bpffs=str(self._cluster.pins(node)),
             cluster_cidr=POD_CIDRS,
+            dataplane=self._modes[node].dataplane,
+            iptables_variant=self._modes[node].variant,
         )
         return configure(options, hostname=node)

@@ -107,10 +107,10 @@ def test_connections_spread_evenly(box: Box, pod: str) -> None:
 def test_what_is_no_service_is_left_alone(box: Box, family: str, pod: str) -> None:
     """Should be able to send traffic between Pods without SNAT; and the node, and outside."""
     box.service("b1")
-    before = {node: box.kernel.counters(node) for node in box.cluster.nodes}
+    before = {node: box.kernel.translations(node) for node in box.cluster.nodes}
     for client in (pod, "node1"):
         for server in ("a2", "b1", "sb", "c1"):
             box.expect(client, to=box.direct(server, family)).reaches(server).sees_source(client)
     box.expect("outside", to=box.direct("node1", family)).reaches("node1").sees_source("outside")
     box.check()
-    assert {node: box.kernel.counters(node) for node in box.cluster.nodes} == before
+    assert {node: box.kernel.translations(node) for node in box.cluster.nodes} == before

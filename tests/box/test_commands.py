@@ -71,5 +71,6 @@ def test_trace_says_what_happens(box: Box, family: str, situation: str, status: 
 
 
 def test_check_says_that_this_node_can_carry_services(box: Box) -> None:
-    done = ebpflb(box, "node1", "check")
-    assert done.returncode == 0 and "bpf would carry services here" in done.stdout, done.stdout + done.stderr
+    done = ebpflb(box, "node1", "check", *box.mode.options)
+    name = box.mode.dataplane
+    assert done.returncode == 0 and f"{name} would carry services here" in done.stdout, done.stdout + done.stderr

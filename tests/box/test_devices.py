@@ -43,6 +43,7 @@ def test_a_pod_that_is_created_later_serves(box: Box, family: str, pod: str) -> 
         box.cluster.remove_pod("late")
 
 
+@pytest.mark.dataplanes("bpf")
 def test_pods_that_come_and_go_leave_nothing_on_the_node(box: Box) -> None:
     def inventory() -> set[str]:
         return set(box.kernel.inventory("node1"))

@@ -1,4 +1,4 @@
-"""Others attached at the same hooks: both work."""
+"""Others with BPF programs attached at the same hooks: both work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ebpflb.demo.cluster import Node
 from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target
 
-pytestmark = pytest.mark.box
+pytestmark = [pytest.mark.box, pytest.mark.dataplanes("bpf")]
 
 FORBIDDEN = 4711
 PROG_TYPE_SCHED_CLS = 3

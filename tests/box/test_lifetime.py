@@ -5,39 +5,18 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from ebpflb.demo.network import Cni, Join
 from ebpflb.routes import RouteTable
-from tests.box.box import NODES, SLO, Box
+from tests.box.box import SLO, Box
 from tests.box.clients import Target
-from tests.box.conftest import OnFailure, tidied
 from tests.box.footprint import footprint_of
 from tests.box.services import TARGET, ServiceInBox, leaving
 from tests.box.traffic import Traffic
 
 pytestmark = pytest.mark.box
-
-
-@pytest.fixture(scope="module")
-def standing_own() -> Iterator[Box]:
-    """A box for tests that take its daemons down."""
-    with Box(Cni.BRIDGE, Join.ROUTES, NODES[:2], options=("--audit-period", "1")) as found:
-        yield found
-
-
-@pytest.fixture
-def own(standing_own: Box, on_failure: OnFailure) -> Iterator[Box]:
-    """That box, with all its daemons running again afterwards."""
-    try:
-        yield from tidied(standing_own, on_failure)
-    finally:
-        standing_own.cluster.start_daemons(
-            node for node in standing_own.cluster.nodes if not standing_own.daemon_runs(node)
-        )
 
 
 def kill(box: Box, node: str) -> None:
@@ -172,6 +151,7 @@ def test_should_not_have_connectivity_disruption_during_rolling_update_with_exte
     assert {each.what: dict(each.failures) for each in traffic if each.success < 0.99} == {}
 
 
+@pytest.mark.dataplanes("bpf")
 def test_what_somebody_else_removes_is_put_back(own: Box, family: str) -> None:
     web = own.service("b1", kinds=["NodePort"])
     node = own.cluster.nodes["node1"]

@@ -51,6 +51,7 @@ def test_an_unconnected_ipv6_socket_may_use_the_ipv4_address_of_a_service(box: B
         assert source[:2] == (f"::ffff:{address}", port)
 
 
+@pytest.mark.dataplanes("bpf")
 def test_the_socket_path_serves_pods_and_the_packet_path_what_it_cannot_see(box: Box, family: str) -> None:
     """A process outside of the node's cgroup is untouched by the socket programs, and served all the same."""
     web = box.service("b1")
@@ -63,6 +64,7 @@ def test_the_socket_path_serves_pods_and_the_packet_path_what_it_cannot_see(box:
         assert (after["packet_forwarded"] > before["packet_forwarded"]) is not at_socket
 
 
+@pytest.mark.dataplanes("bpf")
 def test_a_refusal_is_immediate_for_a_socket_that_does_not_wait(box: Box, family: str) -> None:
     web = box.service()
     made = box.sockets.make(box.place("a1"), family_of(web.cluster_ip(family).address), "TCP")
@@ -84,6 +86,7 @@ def test_a_socket_that_does_not_wait_connects(box: Box, family: str, pod: str) -
         assert peer(made) == web.cluster_ip(family)
 
 
+@pytest.mark.dataplanes("bpf")
 def test_an_unconnected_datagram_to_nobody_is_refused(box: Box, family: str) -> None:
     web = box.service()
     made = box.sockets.make(box.place("a1"), family_of(web.cluster_ip(family).address), "UDP")
@@ -91,6 +94,7 @@ def test_an_unconnected_datagram_to_nobody_is_refused(box: Box, family: str) -> 
         made.sendto(b"who?", web.cluster_ip(family))
 
 
+@pytest.mark.dataplanes("bpf")
 @pytest.mark.parametrize("client", ["a1", "sa", "node1", "outside"])
 def test_sockets_with_other_peers_are_left_alone(box: Box, family: str, client: str) -> None:
     """Same addresses, other ports; same ports, other addresses."""

@@ -93,12 +93,13 @@ def narrow(box: Box, mtu: int) -> Iterator[None]:
 def test_a_smaller_mtu_in_the_middle_is_found_out(box: Box, family: str, server: str) -> None:
     """The router's "too big" names the Service's address; the backend must hear of it as about its own."""
     web = box.service(server, kinds=["NodePort"])
-    before = box.kernel.counters("node1")["icmp_translated"]
     with narrow(box, 1300):
         place, to = box.place("outside"), web.node_port("node1", family)
         with box.clients.converse(place, to, "TCP", patience=10) as conversation:
+            client = conversation.ask().source
             assert conversation.fetch(1 << 20) == pattern(1 << 20)
-    assert box.kernel.counters("node1")["icmp_translated"] > before
+        learnt = box.cluster.run(box.place(server), ["ip", "route", "get", client]).stdout
+        assert " mtu 1300 " in learnt
 
 
 def test_a_backend_that_closed_its_port_is_heard_of(box: Box, family: str, pod: str) -> None:

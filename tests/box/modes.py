@@ -1,0 +1,114 @@
+"""The proxy modes that a box can run in: which dataplane its daemons use, and what only that one can be asked.
+
+Rules of this file: whatever a test would have to know of a dataplane is a question here, so that one text of a scenario
+serves all modes. Counters are the kernel's own, not what the product makes of them, where there are such.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+# Says what a command printed on a node. Raises AssertionError if that failed.
+Say = Callable[..., str]
+# Gives a dataplane's own counters by their names.
+Counters = Callable[[], dict[str, int]]
+
+_COUNTED = re.compile(r"\[(?P<packets>\d+):\d+\] -A (?P<chain>\S+) .*-j (?P<target>\S+)")
+# Their drops are of packets that are no Service's: what conntrack calls INVALID, and loopback addresses from elsewhere.
+_NO_VERDICTS = ("KUBE-FORWARD", "KUBE-FIREWALL")
+
+
+class Mode(Protocol):
+    """A dataplane, and the way in which it is used."""
+
+    @property
+    def name(self) -> str:
+        """As tests' ids have it."""
+
+    @property
+    def dataplane(self) -> str:
+        """The dataplane's name."""
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of iptables, where that matters."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options by which a daemon runs so."""
+
+    @property
+    def ways(self) -> Sequence[str]:
+        """In which ways a pod is served: at its sockets, or on the way of its packets."""
+
+    def drops(self, say: Say, counters: Counters) -> int:
+        """How many packets or calls a node has dropped by a verdict."""
+
+    def translations(self, say: Say, counters: Counters) -> int:
+        """A number that grows whenever a node translates something."""
+
+
+class Bpf:
+    """Socket and packet programs."""
+
+    name = dataplane = "bpf"
+    variant = None
+    options = ("--dataplane", "bpf")
+    ways = ("socket", "packet")
+
+    def drops(self, say: Say, counters: Counters) -> int:
+        found = counters()
+        return found["socket_dropped"] + found["packet_dropped"]
+
+    def translations(self, say: Say, counters: Counters) -> int:
+        return sum(counters().values())
+
+
+class Netfilter:
+    """Rules of one variant of iptables, alone or around IPVS."""
+
+    ways = ("packet",)
+
+    def __init__(self, dataplane: str, variant: str) -> None:
+        self.name = f"{dataplane}-{variant}" if dataplane == "iptables" else dataplane
+        self.dataplane = dataplane
+        self.variant = variant
+        self.options = ("--dataplane", dataplane, "--iptables-variant", variant)
+
+    def drops(self, say: Say, counters: Counters) -> int:
+        return self._counted(say, "filter", "DROP")
+
+    def translations(self, say: Say, counters: Counters) -> int:
+        return self._counted(say, "nat", "DNAT") + self._counted(say, "nat", "KUBE-MARK-MASQ") + self._scheduled(say)
+
+    def _counted(self, say: Say, table: str, target: str) -> int:
+        """Packets that met a rule of Kubernetes' chains with this target, in both families."""
+        return sum(
+            int(found["packets"])
+            for command in ("iptables", "ip6tables")
+            for found in map(_COUNTED.match, say(f"{command}-{self.variant}-save", "-c", "-t", table).splitlines())
+            if found and found["target"] == target and found["chain"].startswith("KUBE-")
+            if found["chain"] not in _NO_VERDICTS
+        )
+
+    def _scheduled(self, say: Say) -> int:
+        """Connections that IPVS has begun: the first number of its statistics."""
+        if self.dataplane != "ipvs":
+            return 0
+        return int(say("cat", "/proc/net/ip_vs_stats").splitlines()[2].split()[0], 16)
+
+
+BPF = Bpf()
+IPTABLES_NFT = Netfilter("iptables", "nft")
+IPTABLES_LEGACY = Netfilter("iptables", "legacy")
+IPVS = Netfilter("ipvs", "nft")
+
+
+def kernel_has_ipvs() -> bool:
+    """Whether this kernel has IPVS, or a module of it."""
+    modules = Path("/lib/modules", os.uname().release, "kernel/net/netfilter/ipvs")
+    return Path("/proc/net/ip_vs").exists() or modules.is_dir()
