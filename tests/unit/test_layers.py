@@ -111,13 +111,18 @@ LAYERS = (
     Layer("dataplane.iptables.names", _IPTABLES, pure=True),
     Layer("dataplane.iptables.layout", _IPTABLES, pure=True),
     Layer(
-        "dataplane.iptables.rules",
+        "dataplane.iptables.frame",
         (*_IPTABLES, "dataplane.iptables.names", "dataplane.iptables.layout"),
         pure=True,
     ),
     Layer(
+        "dataplane.iptables.rules",
+        (*_IPTABLES, "dataplane.iptables.names", "dataplane.iptables.layout", "dataplane.iptables.frame"),
+        pure=True,
+    ),
+    Layer(
         "dataplane.iptables.reading",
-        (*_IPTABLES, "dataplane.iptables.names", "dataplane.iptables.layout"),
+        (*_IPTABLES, "dataplane.iptables.names"),
         pure=True,
     ),
     Layer("config", ("model",), pure=True),
@@ -197,7 +202,7 @@ CONFINED = {
 MODEL_FOR_DATAPLANES = {"Address", "Family", "family_of", "Problem", "Protocol", "ServiceName"}
 
 PURE_OUTSIDE = {
-    "__future__", "array", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
+    "__future__", "array", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
     "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing",
     "types", "weakref",
 }  # fmt: skip

@@ -4,3 +4,60 @@ Rules of this file: pure; every name of a chain stands here, once.
 """
 
 from __future__ import annotations
+
+from base64 import b32encode
+from hashlib import sha256
+
+# kube-proxy's (1.36, pkg/proxy/iptables/proxier.go). KUBE-FIREWALL is kubelet's, too, and outlives both.
+SERVICES = "KUBE-SERVICES"
+EXTERNAL_SERVICES = "KUBE-EXTERNAL-SERVICES"
+NODE_PORTS = "KUBE-NODEPORTS"
+POSTROUTING = "KUBE-POSTROUTING"
+MARK_MASQ = "KUBE-MARK-MASQ"
+FORWARD = "KUBE-FORWARD"
+PROXY_FIREWALL = "KUBE-PROXY-FIREWALL"
+CANARY = "KUBE-PROXY-CANARY"
+KUBELET_FIREWALL = "KUBE-FIREWALL"
+
+# Ours. LOCALITY holds what tells pods from others, nothing jumps to it, and that it is there says whose all others are.
+# NOT_POD marks for masquerading what no detector calls a pod, where one rule cannot. CIP_* refuse undefined ports.
+LOCALITY = "EBPFLB-LOCALITY"
+NOT_POD = "EBPFLB-NOT-POD"
+CIP_REJECT = "KUBE-CIP-REJECT"
+
+SVC = "KUBE-SVC-"
+SVL = "KUBE-SVL-"
+EXT = "KUBE-EXT-"
+FW = "KUBE-FW-"
+SEP = "KUBE-SEP-"
+CIP = "KUBE-CIP-"
+
+_FIXED = {
+    "filter": frozenset(
+        (SERVICES, EXTERNAL_SERVICES, NODE_PORTS, FORWARD, PROXY_FIREWALL, CANARY, LOCALITY, CIP_REJECT)
+    ),
+    "nat": frozenset((SERVICES, NODE_PORTS, POSTROUTING, MARK_MASQ, CANARY, NOT_POD)),
+    "mangle": frozenset((CANARY,)),
+}
+_PREFIXES = {"filter": (FW, CIP), "nat": (SVC, SVL, EXT, FW, SEP), "mangle": ()}
+
+
+def is_ours(table: str, chain: str) -> bool:
+    """Whether a chain has a name that this dataplane gives (kube-proxy gives most of them as well: see LOCALITY).
+    KUBE-FIREWALL has not: it is kubelet's."""
+    return chain in _FIXED.get(table, ()) or chain.startswith(_PREFIXES.get(table, ()))
+
+
+def hashed(text: str) -> str:
+    """kube-proxy's 16 characters: the first 10 bytes of a SHA-256 in base 32."""
+    return b32encode(sha256(text.encode()).digest()[:10]).decode()
+
+
+def port_hash(service_port: str, protocol: str) -> str:
+    """What follows KUBE-SVC-, -SVL-, -EXT- and -FW-. `service_port` is `ns/name:port`, `protocol` in small letters."""
+    return hashed(service_port + protocol)
+
+
+def endpoint_chain(service_port: str, protocol: str, endpoint: str) -> str:
+    """KUBE-SEP-…; `endpoint` is `10.0.0.1:80` or `[fd00::1]:80`."""
+    return SEP + hashed(service_port + protocol + endpoint)
