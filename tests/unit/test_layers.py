@@ -202,9 +202,9 @@ CONFINED = {
 MODEL_FOR_DATAPLANES = {"Address", "Family", "family_of", "Problem", "Protocol", "ServiceName"}
 
 PURE_OUTSIDE = {
-    "__future__", "array", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",
-    "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket", "struct", "typing",
-    "types", "weakref",
+    "__future__", "array", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools",
+    "hashlib", "heapq", "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket",
+    "struct", "typing", "types", "weakref",
 }  # fmt: skip
 # `socket` is I/O but for the arithmetic of addresses.
 PURE_SOCKET = {"htons", "ntohs", "inet_aton", "inet_ntoa", "inet_pton", "inet_ntop", "AF_INET", "AF_INET6"}
