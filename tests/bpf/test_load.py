@@ -36,13 +36,13 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def small() -> Artifact:
-    return load_artifact(SMALL)
+    return load_artifact(SMALL, set_retval=facts.has_set_retval())
 
 
 @pytest.fixture(scope="module")
 def changed() -> Artifact:
     """Other programs over the same maps."""
-    return load_artifact(SMALL, set_retval=False)
+    return load_artifact(SMALL, set_retval=facts.has_set_retval(), count_traffic=True)
 
 
 class Place:

@@ -129,7 +129,9 @@ def _private_home() -> Iterator[Path]:
 
 def _variables(kernel: Kernel) -> list[str]:
     ours = {key: value for key, value in os.environ.items() if key.startswith("EBPFLB_")}
-    return [f"{key}={value}" for key, value in {**ours, "EBPFLB_VM": kernel.name}.items()]
+    # Compiling takes half a minute in there; the cache goes by kernel and source.
+    ours |= {"EBPFLB_VM": kernel.name, "EBPFLB_CACHE": str(ARTIFACTS / "vm" / "cache")}
+    return [f"{key}={value}" for key, value in ours.items()]
 
 
 def _path() -> str:
