@@ -6,7 +6,8 @@
 
 Rules of this file: `check` tries everything and prints the whole matrix, with what is WRONG marked. Each expectation
 is tried over every protocol of the box. "Reaches" means all of these and nobody else, by enough tries (20 for each
-backend: one of them is missed by chance less than once in 10^8). "Dropped" needs three proofs: silence, the drop
+backend: one of them is missed by chance less than once in 10^8), "sticks" one of them every time, by as many (the same
+of two by chance: once in 10^12). "Dropped" needs three proofs: silence, the drop
 counter of the node, and a control connection of the same client that worked meanwhile. What the test's author wants is
 also compared with what `decide` says at the node where the client's packet is first looked at.
 """
@@ -28,6 +29,7 @@ SILENCE = 0.25  # seconds; an answer takes less than one hundredth of that
 
 class Want(enum.Enum):
     ANSWER = "reaches"
+    ALWAYS_ONE = "sticks to one of"
     REFUSED = "refused"
     DROPPED = "dropped"
     UNANSWERED = "unanswered"
@@ -75,6 +77,11 @@ class Expectation:
         self._want, self._servers = Want.ANSWER, servers
         return self
 
+    def sticks_to_one_of(self, *servers: str) -> Expectation:
+        """One of these servers answers every time; the reference says that it may be any of them."""
+        self._want, self._servers = Want.ALWAYS_ONE, servers
+        return self
+
     def sees_source(self, place: str) -> Expectation:
         """The servers see an address of this place as the client's."""
         self._source = place
@@ -109,6 +116,7 @@ class Expectation:
         """Try it; one line for each protocol, those that are not as they should be begin with WRONG."""
         attempts: dict[Want, Callable[[str], tuple[bool, str]]] = {
             Want.ANSWER: self._answered,
+            Want.ALWAYS_ONE: self._answered,
             Want.REFUSED: self._refused,
             Want.DROPPED: self._dropped,
             Want.UNANSWERED: self._unanswered,
@@ -130,7 +138,7 @@ class Expectation:
     def _disagreement(self, protocol: str) -> str:
         """In which way the reference wants something else than the test; "" if it does not."""
         decision = self._world.first_decision(self._client, self._to, protocol)
-        if self._want is Want.ANSWER:
+        if self._want in (Want.ANSWER, Want.ALWAYS_ONE):
             if decision.verdict is Outcome.NOT_SERVICE:
                 # Another node's address, or no Service at all: it is looked at there, or nowhere.
                 return ""
@@ -158,6 +166,8 @@ class Expectation:
             if isinstance(got, Nothing) and seen[str(got)] == 2:
                 break  # it will not get better, and each may cost its whole patience
         names = {words.split()[0] for words in seen}
+        if self._want is Want.ALWAYS_ONE:
+            return right and len(names) == 1 and names <= set(self._servers), _listed(seen)
         return right and names == set(self._servers), _listed(seen)
 
     def _refused(self, protocol: str) -> tuple[bool, str]:

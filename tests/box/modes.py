@@ -62,7 +62,7 @@ class Bpf:
 
     def drops(self, say: Say, counters: Counters) -> int:
         found = counters()
-        return found["socket_dropped"] + found["packet_dropped"]
+        return found["socket_dropped"] + found["packet_dropped"] + found["packet_out_of_range"]
 
     def translations(self, say: Say, counters: Counters) -> int:
         return sum(counters().values())

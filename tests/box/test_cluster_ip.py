@@ -114,3 +114,20 @@ def test_what_is_no_service_is_left_alone(box: Box, family: str, pod: str) -> No
     box.expect("outside", to=box.direct("node1", family)).reaches("node1").sees_source("outside")
     box.check()
     assert {node: box.kernel.translations(node) for node in box.cluster.nodes} == before
+
+
+@pytest.mark.needs("undefined-ports")
+def test_a_port_that_a_cluster_ip_does_not_have_is_refused(box: Box, family: str) -> None:
+    """Rather than sent out of the cluster, to wherever the default route leads; until the Service goes."""
+    web = box.service("b1")
+    undefined = web.cluster_ip(family, 4711)
+    for client in ("sa", "node1", "outside"):
+        box.expect(client, to=undefined).refused()
+        box.expect(client, to=web.cluster_ip(family)).reaches("b1")
+    box.check()
+    web.endpoints()
+    box.expect("sa", to=undefined).refused()
+    box.check()
+    web.delete()
+    box.expect("sa", to=undefined).unanswered()
+    box.check()
