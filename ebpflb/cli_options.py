@@ -81,9 +81,16 @@ _CGROUP = click.option(
 )
 _DATAPLANE = (
     click.option(
-        "--dataplane", metavar="auto|bpf", help="Who carries services; ipvs and iptables come later.  [default: auto]"
+        "--dataplane",
+        metavar="auto|bpf|ipvs|iptables",
+        help="Who carries services; auto takes the first of these that this node can have.  [default: auto]",
     ),
     click.option("--proxy-mode", metavar="MODE", help="kube-proxy's word for --dataplane."),
+    click.option(
+        "--iptables-variant",
+        metavar="auto|nft|legacy",
+        help="Which of a node's two kinds of iptables; auto: the kubelet's.  [default: auto]",
+    ),
 )
 _ROUTES = (
     click.option("--manifests", metavar="DIR", help="A directory of YAML or JSON manifests as source, watched."),
@@ -162,6 +169,32 @@ _RUN = (
     ),
 )
 
+_DATAPLANES = (
+    click.option(
+        "--iptables-masquerade-bit",
+        "masquerade_bit",
+        type=click.IntRange(0, 31),
+        metavar="N",
+        help="Which bit of a packet's mark asks for masquerade; for iptables and ipvs.  [default: 14]",
+    ),
+    click.option("--ipvs-scheduler", metavar="NAME", help="How IPVS chooses a backend.  [default: rr]"),
+    click.option(
+        "--ipvs-exclude-cidrs",
+        multiple=True,
+        metavar="CIDR,...",
+        help="Virtual servers there are somebody else's: IPVS leaves them alone.",
+    ),
+    switch("--ipvs-strict-arp", "ipvs_strict_arp", "Answer ARP for no address that only kube-ipvs0 has."),
+    *(
+        click.option(name, type=_Duration(), metavar="DURATION", help=help)
+        for name, help in (
+            ("--ipvs-tcp-timeout", "Of idle TCP connections; 0s: as it is.  [default: 0s]"),
+            ("--ipvs-tcpfin-timeout", "Of TCP connections after a FIN; 0s: as it is.  [default: 0s]"),
+            ("--ipvs-udp-timeout", "Of idle UDP flows; 0s: as it is.  [default: 0s]"),
+        )
+    ),
+)
+
 _NATURAL = click.IntRange(min=0, max=2**31 - 1)
 _NODE = (
     click.option(
@@ -204,7 +237,7 @@ looking = _group(_CONFIG, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 routes = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that also read the source."""
 
-daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_RUN, *_NODE, *_LOG)
+daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_DATAPLANES, *_RUN, *_NODE, *_LOG)
 """Options of `run`."""
 
 status = _group(

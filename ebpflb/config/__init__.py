@@ -20,6 +20,14 @@ DEFAULT_METRICS_PORT = 10249
 DEFAULT_STATE_DIR = "/var/lib/ebpflb"
 DEFAULT_MIN_SYNC_SECONDS = 0.01
 
+AUTO = "auto"
+"""The word for a choice that is left to us."""
+
+DATAPLANES = ("bpf", "ipvs", "iptables")
+"""Best first."""
+
+IPTABLES_VARIANTS = ("nft", "legacy")
+
 SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 """Who has this file is a pod with a service account."""
 
@@ -66,13 +74,27 @@ class Conntrack(msgspec.Struct, frozen=True, kw_only=True):
     udp_stream: int | None = None
 
 
+class Ipvs(msgspec.Struct, frozen=True, kw_only=True):
+    """kube-proxy's settings of IPVS. `exclude_cidrs` are of virtual servers that are somebody else's. Times are whole
+    seconds, 0 leaves the kernel's own."""
+
+    scheduler: str = "rr"
+    exclude_cidrs: tuple[str, ...] = ()
+    strict_arp: bool = False
+    tcp_timeout: int = 0
+    tcp_fin_timeout: int = 0
+    udp_timeout: int = 0
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator asked for, checked. Exactly one of `manifests` and `api` is given for a command that needs a
-    source, neither for one that does not; `cgroup` is "" for "find the mounted cgroup2 root", `state_dir` "" for
+    source, neither for one that does not; `dataplane` is "auto" for "the best that this node can have", or a name;
+    `cgroup` is "" for "find the mounted cgroup2 root", `state_dir` "" for
     "remember nothing". `healthz` and `metrics` are None for "no such server". `conntrack` and `oom_score_adj` are None
     for "leave the kernel's". `service_metrics` is how many Services may have metrics of their own, 0 for none.
     `file` is the absolute path of `--config`, "" without, and `file_digest` tells what it held; `document` is what
-    /configz shows. Periods are seconds. `warnings` are sentences to log once."""
+    /configz shows. `masquerade_bit` of a packet's mark says that it is to be masqueraded; `iptables_variant` is "nft",
+    "legacy" or "auto" for "as the node has it". Periods are seconds. `warnings` are sentences to log once."""
 
     manifests: str
     node_name: str
@@ -94,6 +116,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     conntrack: Conntrack | None = None
     oom_score_adj: int | None = None
     service_metrics: int = 0
+    masquerade_bit: int = 14
+    iptables_variant: str = AUTO
+    ipvs: Ipvs = Ipvs()
     file: str = ""
     file_digest: str = ""
     document: Mapping[str, object] = {}

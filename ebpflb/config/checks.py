@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ebpflb.config import ApiServer, Bind, Conntrack, LogLevel, defaults, values
+from ebpflb.config import (
+    AUTO,
+    DATAPLANES,
+    IPTABLES_VARIANTS,
+    ApiServer,
+    Bind,
+    Conntrack,
+    Ipvs,
+    LogLevel,
+    defaults,
+    values,
+)
 from ebpflb.config.document import OFF, EbpflbConfiguration
 from ebpflb.config.durations import Duration
 from ebpflb.errors import UserError
@@ -17,6 +28,9 @@ from ebpflb.model import DetectLocal, ProxyOptions
 
 # kube-proxy's -v counts up; from 4 on klog calls it debug.
 _DEBUG_VERBOSITY = 4
+
+# IP_VS_SCHEDNAME_MAXLEN, of which the end takes one.
+_SCHEDULER_ROOM = 16
 
 _MANIFESTS = "a directory of YAML or JSON manifests"
 
@@ -78,22 +92,54 @@ def dataplane(draft: Draft) -> str:
     """Who names a dataplane has said more than kube-proxy's word for it can; both as options must agree."""
     chosen, mode = draft.document.dataplane, draft.document.mode
     if mode and "mode" in draft.options:
-        if mode not in ("iptables", "ipvs"):
+        if mode not in defaults.MODES:
             chosen = ""
         elif "dataplane" in draft.options and chosen != mode:
             raise UserError(f"--proxy-mode {mode} and --dataplane {chosen} disagree; give --dataplane alone")
     where = draft.where("dataplane" if chosen else "mode")
+    choices = ", ".join(DATAPLANES)
     if not chosen and mode == "nftables":
         instead = "leave the option out" if "mode" in draft.options else "leave it empty, or give --dataplane auto"
         raise UserError(f"{where} nftables: ebpflb has no nftables dataplane; {instead}")
-    if not chosen and mode not in ("", "iptables", "ipvs"):
-        raise UserError(f"{where} {mode} is unknown; use --dataplane auto or --dataplane bpf")
-    word = chosen or mode or "auto"
-    if word in ("ipvs", "iptables"):
-        raise UserError(f"{where} {word} is not in this version yet; choose --dataplane auto or bpf")
-    if word not in ("auto", "bpf"):
-        raise UserError(f"{where} {word} is unknown; choose auto or bpf")
-    return word
+    if not chosen and mode and mode not in defaults.MODES:
+        raise UserError(f"{where} {mode} is unknown; use --dataplane with one of {AUTO}, {choices}")
+    if chosen and chosen not in (AUTO, *DATAPLANES):
+        raise UserError(f"{where} {chosen} is unknown; choose one of {AUTO}, {choices}")
+    return defaults.dataplane(draft.document)
+
+
+def masquerade_bit(draft: Draft) -> int:
+    """Of 32 bits that a mark has."""
+    mode = "nftables" if draft.document.mode == "nftables" else "iptables"
+    bit = defaults.masquerade_bit(draft.document)
+    if not 0 <= bit < 32:
+        raise UserError(f"{draft.where(f'{mode}.masqueradeBit')} {bit}: a mark has the bits 0 to 31")
+    return bit
+
+
+def iptables_variant(draft: Draft) -> str:
+    """Which of the two kinds of iptables."""
+    variant = draft.document.iptables_variant
+    if variant not in (AUTO, *IPTABLES_VARIANTS):
+        choices = ", ".join((AUTO, *IPTABLES_VARIANTS))
+        raise UserError(f"{draft.where('iptablesVariant')} {variant} is unknown; choose one of {choices}")
+    return variant
+
+
+def ipvs(draft: Draft) -> Ipvs:
+    """Which schedulers there are, the kernel knows: one that it lacks is found when IPVS is asked for it."""
+    said = draft.document.ipvs
+    scheduler = said.scheduler or Ipvs().scheduler
+    if not (scheduler.isascii() and scheduler.replace("_", "").isalnum() and len(scheduler) < _SCHEDULER_ROOM):
+        raise UserError(f"{draft.where('ipvs.scheduler')} {scheduler} is no scheduler; write such as rr, wrr, lc or mh")
+    return Ipvs(
+        scheduler=scheduler,
+        exclude_cidrs=values.cidrs(draft.where("ipvs.excludeCIDRs"), said.exclude_cidrs),
+        strict_arp=said.strict_arp,
+        tcp_timeout=_whole(draft, "ipvs.tcpTimeout", said.tcp_timeout) or 0,
+        tcp_fin_timeout=_whole(draft, "ipvs.tcpFinTimeout", said.tcp_fin_timeout) or 0,
+        udp_timeout=_whole(draft, "ipvs.udpTimeout", said.udp_timeout) or 0,
+    )
 
 
 def proxy_options(draft: Draft) -> ProxyOptions:
@@ -153,22 +199,20 @@ def conntrack(draft: Draft) -> Conntrack | None:
     found = Conntrack(
         max_per_core=said.max_per_core or 0,
         least=said.min or 0,
-        tcp_established=_whole(draft, "tcpEstablishedTimeout", said.tcp_established_timeout),
-        tcp_close_wait=_whole(draft, "tcpCloseWaitTimeout", said.tcp_close_wait_timeout),
+        tcp_established=_whole(draft, "conntrack.tcpEstablishedTimeout", said.tcp_established_timeout),
+        tcp_close_wait=_whole(draft, "conntrack.tcpCloseWaitTimeout", said.tcp_close_wait_timeout),
         tcp_be_liberal=said.tcp_be_liberal,
-        udp=_whole(draft, "udpTimeout", said.udp_timeout),
-        udp_stream=_whole(draft, "udpStreamTimeout", said.udp_stream_timeout),
+        udp=_whole(draft, "conntrack.udpTimeout", said.udp_timeout),
+        udp_stream=_whole(draft, "conntrack.udpStreamTimeout", said.udp_stream_timeout),
     )
     timeouts = (found.tcp_established, found.tcp_close_wait, found.udp, found.udp_stream)
     return found if found.max_per_core or found.tcp_be_liberal or any(timeouts) else None
 
 
-def _whole(draft: Draft, name: str, duration: Duration | None) -> int | None:
+def _whole(draft: Draft, path: str, duration: Duration | None) -> int | None:
     """Whole seconds, as the kernel counts; None for zero, which leaves the kernel's."""
     if duration is not None and duration.nanoseconds < 0:
-        raise UserError(
-            f"{draft.where(f'conntrack.{name}')} {duration}: give at least 0s, which leaves the kernel's own"
-        )
+        raise UserError(f"{draft.where(path)} {duration}: give at least 0s, which leaves the kernel's own")
     return int(duration.seconds) or None if duration else None
 
 
@@ -190,7 +234,7 @@ def service_metrics(draft: Draft) -> int:
 
 def warnings(draft: Draft, proxy: ProxyOptions, retired: tuple[str, ...]) -> tuple[str, ...]:
     """Sentences about what can be served, but hardly be meant."""
-    found = (_undetected(proxy), _without_meaning(draft, retired))
+    found = (_undetected(proxy), _mode_of_old(draft), _without_meaning(draft, retired))
     return tuple(each for each in found if each)
 
 
@@ -208,6 +252,16 @@ def _undetected(proxy: ProxyOptions) -> str:
         f"detect-local mode {proxy.detect_local.value} needs {missing}, which is not given: "
         "pods are not told from other clients"
     )
+
+
+def _mode_of_old(draft: Draft) -> str:
+    """Who brings kube-proxy's file along may not know that it chooses."""
+    mode = draft.document.mode
+    if mode in defaults.MODES and not draft.document.dataplane and "mode" not in draft.options:
+        return (
+            f"{draft.where('mode')} {mode}: it is done so; --dataplane auto would take the best that this node can have"
+        )
+    return ""
 
 
 def _without_meaning(draft: Draft, retired: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from ebpflb.config import (
+    AUTO,
     DEFAULT_BPFFS,
     DEFAULT_HEALTHZ_PORT,
     DEFAULT_METRICS_PORT,
@@ -38,6 +39,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 _ZERO = Duration(0)
 _SYNC = Duration.of(30)
 _MIN_SYNC = Duration.of(1)
+_MASQUERADE_BIT = 14
 
 
 def mode_settings(document: EbpflbConfiguration) -> Iptables | Ipvs | Nftables:
@@ -45,6 +47,21 @@ def mode_settings(document: EbpflbConfiguration) -> Iptables | Ipvs | Nftables:
     if document.mode == "ipvs":
         return document.ipvs
     return document.nftables if document.mode == "nftables" else document.iptables
+
+
+MODES = ("iptables", "ipvs")
+"""kube-proxy's modes that are dataplanes of ours, too, under the same name."""
+
+
+def dataplane(document: EbpflbConfiguration) -> str:
+    """The one that is asked for, by our word or else by kube-proxy's."""
+    return document.dataplane or (document.mode if document.mode in MODES else AUTO)
+
+
+def masquerade_bit(document: EbpflbConfiguration) -> int:
+    """IPVS mode has no field of its own for it."""
+    bit = (document.nftables if document.mode == "nftables" else document.iptables).masquerade_bit
+    return _or(bit, _MASQUERADE_BIT)
 
 
 def masquerade_all(document: EbpflbConfiguration) -> bool:
@@ -73,7 +90,7 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         ),
         iptables=_but(
             document.iptables,
-            masquerade_bit=_or(document.iptables.masquerade_bit, 14),
+            masquerade_bit=_or(document.iptables.masquerade_bit, _MASQUERADE_BIT),
             localhost_node_ports=_or(document.iptables.localhost_node_ports, True),
             sync_period=document.iptables.sync_period or _SYNC,
             min_sync_period=document.iptables.min_sync_period or _MIN_SYNC,
@@ -81,7 +98,7 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         ipvs=_but(document.ipvs, sync_period=document.ipvs.sync_period or _SYNC),
         nftables=_but(
             document.nftables,
-            masquerade_bit=_or(document.nftables.masquerade_bit, 14),
+            masquerade_bit=_or(document.nftables.masquerade_bit, _MASQUERADE_BIT),
             sync_period=document.nftables.sync_period or _SYNC,
             min_sync_period=document.nftables.min_sync_period or _MIN_SYNC,
         ),
@@ -99,8 +116,9 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         state_dir=_or(document.state_dir, DEFAULT_STATE_DIR if node else ""),
         bpffs=document.bpffs or DEFAULT_BPFFS,
         xdp=document.xdp or "auto",
-        min_sync_period=_or(document.min_sync_period, Duration.of(DEFAULT_MIN_SYNC_SECONDS)),
-        dataplane=document.dataplane or ("" if document.mode else "auto"),
+        iptables_variant=document.iptables_variant or AUTO,
+        min_sync_period=_or(document.min_sync_period, _min_sync(document)),
+        dataplane=document.dataplane or ("" if document.mode else AUTO),
     )
     # kube-proxy takes any length of time above zero; reading the kernel back more than once a second serves nobody.
     sync = max(mode_settings(filled).sync_period, Duration.of(1), key=_length)
@@ -109,6 +127,13 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         audit_period=_or(document.audit_period, sync),
         health_timeout=_or(document.health_timeout, Duration(2 * sync.nanoseconds)),
     )
+
+
+def _min_sync(document: EbpflbConfiguration) -> Duration:
+    """kube-proxy's word counts where its dataplane is the one that is asked for, and who gave it knows what for."""
+    asked: dict[str, Iptables | Ipvs] = {"iptables": document.iptables, "ipvs": document.ipvs}
+    part = asked.get(dataplane(document))
+    return (part.min_sync_period if part else _ZERO) or Duration.of(DEFAULT_MIN_SYNC_SECONDS)
 
 
 def meaningless(document: EbpflbConfiguration) -> tuple[str, ...]:
@@ -125,17 +150,6 @@ def _meaningless(document: EbpflbConfiguration) -> Iterator[str]:
         ("showHiddenMetricsForVersion", document.show_hidden_metrics_for_version, ("",)),
         ("logging.vmodule", document.logging.vmodule, ((),)),
         ("logging.options", document.logging.options, _NO_LOG_OPTIONS),
-        ("iptables.masqueradeBit", document.iptables.masquerade_bit, (None, 14)),
-        ("iptables.minSyncPeriod", document.iptables.min_sync_period, (_ZERO, _MIN_SYNC)),
-        ("ipvs.minSyncPeriod", document.ipvs.min_sync_period, (_ZERO,)),
-        ("ipvs.scheduler", document.ipvs.scheduler, ("",)),
-        ("ipvs.excludeCIDRs", document.ipvs.exclude_cidrs, ((),)),
-        ("ipvs.strictARP", document.ipvs.strict_arp, (False,)),
-        ("ipvs.tcpTimeout", document.ipvs.tcp_timeout, (_ZERO,)),
-        ("ipvs.tcpFinTimeout", document.ipvs.tcp_fin_timeout, (_ZERO,)),
-        ("ipvs.udpTimeout", document.ipvs.udp_timeout, (_ZERO,)),
-        ("nftables.masqueradeBit", document.nftables.masquerade_bit, (None, 14)),
-        ("nftables.minSyncPeriod", document.nftables.min_sync_period, (_ZERO, _MIN_SYNC)),
         ("winkernel", document.winkernel, (Winkernel(),)),
         ("configSyncPeriod", document.config_sync_period, (_ZERO, Duration.of(900))),
         ("portRange", document.port_range, ("",)),
@@ -143,12 +157,36 @@ def _meaningless(document: EbpflbConfiguration) -> Iterator[str]:
     ):
         if value not in neutral:
             yield path
+    yield from _of_other_dataplanes(document)
     used = mode_settings(document)
     for name, part in (("iptables", document.iptables), ("ipvs", document.ipvs), ("nftables", document.nftables)):
         if part is not used and part.sync_period not in (_ZERO, _SYNC):
             yield f"{name}.syncPeriod"
     if document.mode != "nftables" and document.nftables.masquerade_all:
         yield "nftables.masqueradeAll"
+
+
+def _of_other_dataplanes(document: EbpflbConfiguration) -> Iterator[str]:
+    """What concerns dataplanes that are not asked for."""
+    word = dataplane(document)
+    marks, ipvs = word != "bpf", word in (AUTO, "ipvs")
+    nftables = document.mode == "nftables"
+    for path, value, neutral, counts in (
+        ("iptables.masqueradeBit", document.iptables.masquerade_bit, (None, _MASQUERADE_BIT), marks and not nftables),
+        ("iptables.minSyncPeriod", document.iptables.min_sync_period, (_ZERO, _MIN_SYNC), word == "iptables"),
+        ("iptablesVariant", document.iptables_variant, ("", AUTO), marks),
+        ("ipvs.minSyncPeriod", document.ipvs.min_sync_period, (_ZERO,), word == "ipvs"),
+        ("ipvs.scheduler", document.ipvs.scheduler, ("", "rr"), ipvs),
+        ("ipvs.excludeCIDRs", document.ipvs.exclude_cidrs, ((),), ipvs),
+        ("ipvs.strictARP", document.ipvs.strict_arp, (False,), ipvs),
+        ("ipvs.tcpTimeout", document.ipvs.tcp_timeout, (_ZERO,), ipvs),
+        ("ipvs.tcpFinTimeout", document.ipvs.tcp_fin_timeout, (_ZERO,), ipvs),
+        ("ipvs.udpTimeout", document.ipvs.udp_timeout, (_ZERO,), ipvs),
+        ("nftables.masqueradeBit", document.nftables.masquerade_bit, (None, _MASQUERADE_BIT), marks and nftables),
+        ("nftables.minSyncPeriod", document.nftables.min_sync_period, (_ZERO, _MIN_SYNC), False),
+    ):
+        if not counts and value not in neutral:
+            yield path
 
 
 _NO_ROUTING = tuple(Routing(info_buffer_size=size) for size in ("0", "", 0))

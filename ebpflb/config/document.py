@@ -152,6 +152,7 @@ class EbpflbConfiguration(KubeProxyConfiguration, frozen=True, kw_only=True):
     bpffs: str = ""
     devices: tuple[str, ...] = ()
     xdp: str = ""
+    iptables_variant: str = ""
     min_sync_period: Duration | None = None
     audit_period: Duration | None = None
     health_timeout: Duration | None = None

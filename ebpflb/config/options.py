@@ -41,6 +41,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     bpffs: str | None = None
     devices: tuple[str, ...] = ()
     xdp: str | None = None
+    iptables_variant: str | None = None
+    masquerade_bit: int | None = None
+    ipvs_scheduler: str | None = None
+    ipvs_exclude_cidrs: tuple[str, ...] = ()
+    ipvs_strict_arp: bool | None = None
+    ipvs_tcp_timeout: Duration | None = None
+    ipvs_tcpfin_timeout: Duration | None = None
+    ipvs_udp_timeout: Duration | None = None
     nodeport_addresses: tuple[str, ...] = ()
     cluster_cidr: tuple[str, ...] = ()
     detect_local_mode: str | None = None
@@ -101,6 +109,14 @@ _ROWS = (
     _Row("bpffs", "--bpffs", "bpffs"),
     _Row("devices", "--devices", "devices", values.split),
     _Row("xdp", "--xdp", "xdp"),
+    _Row("iptables_variant", "--iptables-variant", "iptablesVariant"),
+    _Row("masquerade_bit", "--iptables-masquerade-bit", "iptables.masqueradeBit"),
+    _Row("ipvs_scheduler", "--ipvs-scheduler", "ipvs.scheduler"),
+    _Row("ipvs_exclude_cidrs", "--ipvs-exclude-cidrs", "ipvs.excludeCIDRs", values.split),
+    _Row("ipvs_strict_arp", "--ipvs-strict-arp", "ipvs.strictARP"),
+    _Row("ipvs_tcp_timeout", "--ipvs-tcp-timeout", "ipvs.tcpTimeout"),
+    _Row("ipvs_tcpfin_timeout", "--ipvs-tcpfin-timeout", "ipvs.tcpFinTimeout"),
+    _Row("ipvs_udp_timeout", "--ipvs-udp-timeout", "ipvs.udpTimeout"),
     _Row("nodeport_addresses", "--nodeport-addresses", "nodePortAddresses", values.split),
     _Row("cluster_cidr", "--cluster-cidr", "clusterCIDR", lambda texts: ",".join(values.split(texts))),
     _Row("detect_local_mode", "--detect-local-mode", "detectLocalMode"),
@@ -165,6 +181,9 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
         conntrack=checks.conntrack(draft),
         oom_score_adj=checks.oom_score_adj(draft),
         service_metrics=checks.service_metrics(draft),
+        masquerade_bit=checks.masquerade_bit(draft),
+        iptables_variant=checks.iptables_variant(draft),
+        ipvs=checks.ipvs(draft),
         file=os.path.abspath(options.config) if options.config else "",
         file_digest=said.digest,
         document=as_plain(document),
@@ -204,8 +223,8 @@ def _laid_over(document: EbpflbConfiguration, options: Options) -> Draft:
         if value is None or value == () or (value == "" and row.attribute in _EMPTY_IS_NOT_GIVEN):
             continue
         path = row.path
-        if path == "iptables.masqueradeAll" and document.mode == "nftables":
-            path = "nftables.masqueradeAll"
+        if document.mode == "nftables" and path in ("iptables.masqueradeAll", "iptables.masqueradeBit"):
+            path = path.replace("iptables", "nftables", 1)
         document = _replaced(document, path, row.written(value))
         spellings[path] = row.spelling
     return Draft(document, options.config or "", spellings)

@@ -20,7 +20,7 @@ def mount(place: Place, version: int, log_format: str) -> str:
     new.mkdir(parents=True)
     (new / "config.conf").write_text(
         "apiVersion: ebpflb/v1\nkind: EbpflbConfiguration\nhealthzBindAddress: 'off'\n"
-        f"oomScoreAdj: 5\nlogging: {{format: {log_format}}}\nipvs: {{strictARP: true}}\n"
+        f"oomScoreAdj: 5\nlogging: {{format: {log_format}}}\nportRange: 1-2\n"
     )
     link = directory / "..tmp"
     link.symlink_to(new.name)
@@ -36,7 +36,7 @@ def test_a_daemon_ends_well_when_its_config_map_changes(place: Place) -> None:
     shop(place)
     path = mount(place, 1, log_format="text")
     daemon = place.start("--config", path)
-    assert f"--config {path}: without meaning for ebpflb: ipvs.strictARP" in daemon.log
+    assert f"--config {path}: without meaning for ebpflb: portRange" in daemon.log
     with open(f"/proc/{daemon.process.pid}/oom_score_adj") as score:
         assert score.read() == "5\n"
     mount(place, 2, log_format="text")  # written anew, and nothing else

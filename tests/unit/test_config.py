@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
+from ebpflb.config import ApiServer, Bind, Config, Conntrack, Ipvs, LogFormat, LogLevel
+from ebpflb.config.durations import Duration
 from ebpflb.config.options import Options, configure
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
@@ -156,22 +157,65 @@ def test_an_empty_node_name_is_refused() -> None:
     assert "--node-name" in refusal(node_name="  ")
 
 
-NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
-    "ipvs": ({"dataplane": "ipvs"}, "--dataplane ipvs"),
-    "iptables": ({"dataplane": "iptables"}, "--dataplane iptables"),
-    "kube-proxy's ipvs": ({"proxy_mode": "ipvs"}, "--proxy-mode ipvs"),
-    "kube-proxy's iptables": ({"proxy_mode": "iptables"}, "--proxy-mode iptables"),
-    "native XDP": ({"xdp": "native"}, "--xdp native"),
-    "generic XDP": ({"xdp": "generic"}, "--xdp generic"),
-}
-
-
-@pytest.mark.parametrize("case", NOT_YET)
-def test_what_a_later_version_brings_is_refused_by_name(case: str) -> None:
-    options, name = NOT_YET[case]
-    text = refusal(**options)
-    assert text.startswith(name)
+@pytest.mark.parametrize("word", ["native", "generic"])
+def test_what_a_later_version_brings_is_refused_by_name(word: str) -> None:
+    text = refusal(xdp=word)
+    assert text.startswith(f"--xdp {word}")
     assert "not in this version yet" in text
+
+
+@pytest.mark.parametrize("name", ["bpf", "ipvs", "iptables"])
+def test_a_dataplane_is_asked_for_by_name(name: str) -> None:
+    assert config(dataplane=name).dataplane == name
+
+
+@pytest.mark.parametrize("mode", ["ipvs", "iptables"])
+def test_kube_proxys_modes_are_dataplanes(mode: str) -> None:
+    assert config(proxy_mode=mode).dataplane == mode
+    assert config(proxy_mode=mode, dataplane=mode).dataplane == mode
+    assert config(proxy_mode=mode).warnings == config().warnings
+
+
+@pytest.mark.parametrize("variant", ["auto", "nft", "legacy"])
+def test_the_variant_of_iptables(variant: str) -> None:
+    assert config(iptables_variant=variant).iptables_variant == variant
+
+
+def test_what_shapes_rules_and_virtual_servers() -> None:
+    found = config(
+        masquerade_bit=17,
+        ipvs_scheduler="wlc",
+        ipvs_exclude_cidrs=("10.9.0.1/16,fd00::/8",),
+        ipvs_strict_arp=True,
+        ipvs_tcp_timeout=Duration.of(900),
+        ipvs_tcpfin_timeout=Duration.of(120),
+        ipvs_udp_timeout=Duration.of(300),
+    )
+    assert found.masquerade_bit == 17
+    assert found.ipvs == Ipvs(
+        scheduler="wlc",
+        exclude_cidrs=("10.9.0.0/16", "fd00::/8"),
+        strict_arp=True,
+        tcp_timeout=900,
+        tcp_fin_timeout=120,
+        udp_timeout=300,
+    )
+    assert (config().masquerade_bit, config().ipvs, config().iptables_variant) == (14, Ipvs(), "auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [
+        ({"iptables_variant": "ebtables"}, "--iptables-variant ebtables is unknown; choose one of auto, nft, legacy"),
+        ({"masquerade_bit": 32}, "--iptables-masquerade-bit 32: a mark has the bits 0 to 31"),
+        ({"ipvs_scheduler": "round robin"}, "--ipvs-scheduler round robin is no scheduler"),
+        ({"ipvs_scheduler": "a_name_of_sixteen"}, "--ipvs-scheduler a_name_of_sixteen is no scheduler"),
+        ({"ipvs_exclude_cidrs": ("10.9.0.1",)}, "--ipvs-exclude-cidrs 10.9.0.1: a CIDR is address/bits"),
+        ({"ipvs_udp_timeout": Duration(-1)}, "--ipvs-udp-timeout -1ns: give at least 0s"),
+    ],
+)
+def test_what_no_kernel_could_do(options: dict[str, Any], begins: str) -> None:
+    assert refusal(**options).startswith(begins)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import yaml
 
-from ebpflb.config import ApiServer, Bind, Config, Conntrack, LogFormat, LogLevel
+from ebpflb.config import ApiServer, Bind, Config, Conntrack, Ipvs, LogFormat, LogLevel
 from ebpflb.config import document as config_document
 from ebpflb.config import file as config_file
 from ebpflb.config.options import Options, configure
@@ -194,13 +194,17 @@ def test_a_kubeadm_configuration_starts_unchanged(file: File, kubeconfig: str) -
     assert found.warnings == ()
 
 
-def test_a_managed_clusters_configuration_needs_a_word_about_the_mode_only(file: File) -> None:
-    assert "choose --dataplane auto or bpf" in file.refusal(MANAGED)
-    found = file.config(MANAGED, dataplane="auto")
-    assert found.dataplane == "auto"
+def test_a_managed_clusters_configuration_starts_unchanged_and_its_mode_is_told(file: File) -> None:
+    """It asks for iptables, which whoever brings it along may not know."""
+    found = file.config(MANAGED)
+    assert found.dataplane == "iptables"
     assert (found.healthz, found.metrics) == (Bind("::", 10256), Bind("0.0.0.0", 10249))
     assert found.oom_score_adj == -998
-    assert found.warnings[-1].endswith("without meaning for ebpflb: ipvs.scheduler")
+    (_, mode) = found.warnings
+    assert mode.startswith(f"--config {file.path}: mode iptables: ") and "--dataplane auto" in mode
+    found = file.config(MANAGED, dataplane="auto")
+    assert found.dataplane == "auto"
+    assert len(found.warnings) == 1 and "pods are not told from other clients" in found.warnings[0]
 
 
 def test_a_node_that_is_a_container_leaves_the_machines_limits_alone(file: File) -> None:
@@ -254,6 +258,27 @@ FIELDS: dict[str, tuple[str, str, object]] = {
         ),
     ),
     "dataplane": ("dataplane: bpf", "dataplane", "bpf"),
+    "dataplane iptables": ("dataplane: iptables", "dataplane", "iptables"),
+    "dataplane ipvs": ("dataplane: ipvs", "dataplane", "ipvs"),
+    "mode": ("mode: ipvs", "dataplane", "ipvs"),
+    "iptablesVariant": ("iptablesVariant: legacy", "iptables_variant", "legacy"),
+    "masqueradeBit": ("iptables: {masqueradeBit: 17}", "masquerade_bit", 17),
+    "masqueradeBit in mode ipvs": ("mode: ipvs\niptables: {masqueradeBit: 17}", "masquerade_bit", 17),
+    "masqueradeBit in mode nftables": (
+        "mode: nftables\ndataplane: auto\nnftables: {masqueradeBit: 18}", "masquerade_bit", 18
+    ),
+    "ipvs": (
+        "ipvs: {scheduler: mh, excludeCIDRs: [10.9.0.1/16], strictARP: true, tcpTimeout: 15m, tcpFinTimeout: 2m, "
+        "udpTimeout: 1500ms}",
+        "ipvs",
+        Ipvs(
+            scheduler="mh", exclude_cidrs=("10.9.0.0/16",), strict_arp=True, tcp_timeout=900, tcp_fin_timeout=120,
+            udp_timeout=1,
+        ),
+    ),
+    "minSyncPeriod of kube-proxy": ("mode: iptables\niptables: {minSyncPeriod: 2s}", "min_sync_period", 2.0),
+    "minSyncPeriod of kube-proxy's other mode": ("mode: ipvs\nipvs: {minSyncPeriod: 3s}", "min_sync_period", 3.0),
+    "minSyncPeriod where nobody asked for iptables": ("iptables: {minSyncPeriod: 2s}", "min_sync_period", 0.01),
     "dataplane before mode": ("dataplane: auto\nmode: nftables", "dataplane", "auto"),
     "apiServers": (
         "apiServers: ['https://10.0.0.1:6443/', 'https://[fd00::1]:6443']",
@@ -317,9 +342,40 @@ def test_what_means_nothing_here_is_named_in_one_warning(file: File) -> None:
     (warning,) = file.config(text).warnings
     assert warning == (
         f"--config {file.path}: without meaning for ebpflb: bindAddress, "
-        "featureGates.KubeProxyDrainingTerminatingNodes, enableProfiling, iptables.masqueradeBit, ipvs.strictARP, "
+        "featureGates.KubeProxyDrainingTerminatingNodes, enableProfiling, "
         "winkernel, configSyncPeriod, portRange, resourceContainer"
     )
+
+
+OF_OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "bpf marks nothing": (
+        {"dataplane": "bpf"}, "iptables: {masqueradeBit: 17}\nnftables: {masqueradeBit: 18}",
+        "iptables.masqueradeBit, nftables.masqueradeBit",
+    ),
+    "bpf has no virtual servers": (
+        {"dataplane": "bpf"}, "ipvs: {strictARP: true, scheduler: lc, tcpTimeout: 1m, minSyncPeriod: 5s}",
+        "ipvs.minSyncPeriod, ipvs.scheduler, ipvs.strictARP, ipvs.tcpTimeout",
+    ),
+    "nor has iptables": (
+        {"dataplane": "iptables"}, "ipvs: {excludeCIDRs: [10.0.0.0/8], udpTimeout: 1m, tcpFinTimeout: 1m}",
+        "ipvs.excludeCIDRs, ipvs.tcpFinTimeout, ipvs.udpTimeout",
+    ),
+    "auto may come to any": (
+        {"dataplane": "auto"},
+        "iptables: {masqueradeBit: 17, minSyncPeriod: 5s}\nipvs: {scheduler: lc, strictARP: true}",
+        "iptables.minSyncPeriod",
+    ),
+    "the mode that is asked for": (
+        {"dataplane": "ipvs"}, "iptables: {masqueradeBit: 17}\nipvs: {scheduler: lc, minSyncPeriod: 5s}", ""
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_OTHERS)
+def test_what_concerns_another_dataplane_only_is_named(file: File, case: str) -> None:
+    options, text, want = OF_OTHERS[case]
+    found = file.config(f"{CONTAINERS.replace('iptables: {minSyncPeriod: 1s}', text)}", **options)
+    assert found.warnings == ((f"--config {file.path}: without meaning for ebpflb: {want}",) if want else ())
 
 
 def test_what_the_client_speaks_on_the_wire_is_nobodys_worry(file: File) -> None:
@@ -384,7 +440,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "nftables": ('mode: ""', "mode: nftables",
         "mode nftables: ebpflb has no nftables dataplane; leave it empty, or give --dataplane auto"),
     "an unknown mode": ('mode: ""', "mode: userspace",
-        "mode userspace is unknown; use --dataplane auto or --dataplane bpf"),
+        "mode userspace is unknown; use --dataplane with one of auto, bpf, ipvs, iptables"),
     "a server's name": ('healthzBindAddress: ""', "healthzBindAddress: localhost:10256",
         "healthzBindAddress localhost:10256 is not an address and a port; "
         "write such as 0.0.0.0:10256 or [::]:10256, or off for no such server"),
@@ -428,7 +484,10 @@ def test_a_slip_is_named_with_its_remedy(file: File, case: str) -> None:
         (f"{OURS_ON_A_NODE}minSyncPeriod: -1s\n", "minSyncPeriod -1s: give a duration of at least 0s"),
         (f"{OURS_ON_A_NODE}auditPeriod: 100ms\n", "auditPeriod 100ms: give a duration of at least 1s"),
         (f"{OURS}xdp: fast\n", "xdp fast: choose auto or off"),
-        (f"{OURS_ON_A_NODE}dataplane: ipvs\n", "dataplane ipvs is not in this version yet"),
+        (f"{OURS_ON_A_NODE}dataplane: nftables\n", "nftables is unknown; choose one of auto, bpf, ipvs, iptables"),
+        (f"{OURS_ON_A_NODE}iptablesVariant: nf\n", "iptablesVariant nf is unknown; choose one of auto, nft, legacy"),
+        (f"{OURS_ON_A_NODE}iptables: {{masqueradeBit: 32}}\n", "iptables.masqueradeBit 32: a mark has the bits 0 to 31"),
+        (f"{OURS_ON_A_NODE}ipvs: {{scheduler: a b}}\n", "ipvs.scheduler a b is no scheduler"),
         (f"{OURS}apiServers: [10.0.0.1]\n", "apiServers 10.0.0.1 is not a URL of a server"),
         (f"{OURS}manifests: /tmp\napiServers: ['https://a']\n", "manifests and apiServers are two sources"),
         (f"{OURS}manifests: /nowhere\n", "manifests /nowhere: there is no such directory"),

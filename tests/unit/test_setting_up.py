@@ -18,7 +18,7 @@ apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: /nowhere/kubeconfig.conf}
 clusterCIDR: 10.0.0.0/8
-ipvs: {strictARP: true}
+portRange: 1-2
 """
 
 
@@ -46,7 +46,7 @@ def test_what_is_in_force_is_printed(path: Path, capsys: pytest.CaptureFixture[s
     assert document["kind"] == "EbpflbConfiguration"
     assert document["clusterCIDR"] == "10.0.0.0/8"
     assert document["iptables"]["masqueradeAll"] is True
-    assert "without meaning for ebpflb: ipvs.strictARP" in said.err
+    assert "without meaning for ebpflb: portRange" in said.err
 
 
 def test_what_is_in_force_is_written_and_reads_back(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
