@@ -213,7 +213,7 @@ def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> Re
 def check(parts: Parts | None, /, output: str, **typed: Any) -> Result:
     """What this kernel offers, and which dataplane would carry services here.
 
-    Exit status: 0, 3 if none can.
+    Exit status: 0, 3 if none can, or not the one that --dataplane asks for.
     """
     from ebpflb.commands.look import check as act
 
@@ -223,18 +223,20 @@ def check(parts: Parts | None, /, output: str, **typed: Any) -> Result:
 
 @root.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option("--kube-proxy", is_flag=True, help="What kube-proxy left behind instead (not in this version yet).")
+@click.option("--kube-proxy", is_flag=True, help="What kube-proxy left behind instead.")
 @cli_options.looking
 @cli_options.output
 @click.pass_obj
 def cleanup(parts: Parts | None, /, dry_run: bool, kube_proxy: bool, output: str, **typed: Any) -> Result:
     """Removes everything that ebpflb ever installed here, and nothing else."""
     from ebpflb.commands.cleanup import cleanup as act
+    from ebpflb.commands.cleanup import cleanup_kube_proxy
 
-    if kube_proxy:
-        raise UserError("--kube-proxy is not in this version yet; run `kube-proxy --cleanup`, or reboot the node")
     world = _parts(parts)
-    return act(_config(world, typed), world, dry_run=dry_run, form=_format(output))
+    config = _config(world, typed)
+    if kube_proxy:
+        return cleanup_kube_proxy(world, dry_run=dry_run, form=_format(output))
+    return act(config, world, dry_run=dry_run, form=_format(output))
 
 
 @root.command()

@@ -66,7 +66,8 @@ class _Client:
 
 
 class Control:
-    """The server's side, as a worker of the loop. `document` gives the answer; `ready` ends all waiting."""
+    """The server's side, as a worker of the loop. `document` gives the answer; `ready` ends all waiting. `server` is
+    closed by whoever opened it."""
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class Control:
         for client in list(self._clients.values()):
             self._drop(client)
         self._selector.unregister(self._server)
-        self._server.close()
 
     def _accept(self) -> None:
         try:

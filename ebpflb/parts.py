@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ebpflb.config import Config
+from ebpflb.config import AUTO, Config
 from ebpflb.dataplane import Dataplane
-from ebpflb.errors import EbpflbError, Unsupported
+from ebpflb.errors import EbpflbError, Unsupported, UserError
 from ebpflb.loop import Worker
 from ebpflb.model import Problem
 from ebpflb.observer import Observer, Observers
 from ebpflb.problems import Found
 from ebpflb.reconcile import Desired
+from ebpflb.routes import BackendState, RouteTable, Verdict
 from ebpflb.source import Source
 
 
@@ -52,6 +53,20 @@ class Choice(NamedTuple):
 
     dataplane: Dataplane
     passed: tuple[tuple[str, str], ...]
+
+
+class Leftovers(Protocol):
+    """What another proxy left behind on this node."""
+
+    def present(self) -> tuple[str, ...]:
+        """What kinds of things there are, in few words; () if nothing is. Costs little, however much it is. Raises
+        UserError or ApplyError."""
+
+    def inventory(self) -> tuple[str, ...]:
+        """All of it, one line each. Raises UserError or ApplyError."""
+
+    def cleanup(self) -> None:
+        """Remove it. Raises UserError (its owner runs here) or ApplyError."""
 
 
 class Attendants(Protocol):
@@ -102,18 +117,21 @@ class NoAttendants:
 class Parts:
     """How a command gets at the world.
 
-    `dataplanes` gives the ladder for a Config, best first. `attendants` go along with a daemon that stays: by Config,
-    choice of dataplane, sources and what these come to. `set_up_node` makes the node as the Config wants it (kernel
-    settings beside Services, and the BPF file system: raises UserError without one); it answers with what could not be
-    had. `config_changes` tells of changes of the file that the Config came from, None without one. `watches` and
-    `device_problems` ask a started dataplane what else to listen to, and what is wrong with the devices. `privileged`
-    is whether this process may change the node's network. `clock` counts seconds from anywhere, `random` gives [0, 1),
-    `now` is the time of day as RFC 3339. `patience` is how many seconds a command that needs the sources' whole content
-    waits for it.
+    `dataplanes` gives the ladder for a Config, all of them, best first; `prepare` makes the node ready for one of them
+    (for bpf: the BPF file system) and raises UserError for a value that was given, Unsupported where none was.
+    `kube_proxy` is what kube-proxy left behind. `attendants` go along with a daemon that stays: by Config, choice of
+    dataplane, sources and what these come to. `set_up_node` makes the node as the Config wants it (kernel settings
+    beside Services); it answers with what could not be had. `config_changes` tells of changes of the file that the
+    Config came from, None without one. `watches` and `device_problems` ask a started dataplane what else to listen to,
+    and what is wrong with the devices. `privileged` is whether this process may change the node's network. `clock`
+    counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339. `patience` is how many
+    seconds a command that needs the sources' whole content waits for it.
     """
 
     hostname: Callable[[], str]
     dataplanes: Callable[[Config], Sequence[Dataplane]]
+    prepare: Callable[[Config, Dataplane], None]
+    kube_proxy: Leftovers
     sources: Callable[[Config], Sequence[Source]]
     desired: Callable[[Config, Sequence[Source]], Desired]
     attendants: Callable[[Config, Choice, Sequence[Source], Desired], Attendants]
@@ -129,22 +147,62 @@ class Parts:
     patience: float = 30.0
 
 
-def choose(ladder: Sequence[Dataplane]) -> Choice:
-    """The first dataplane whose `check` passes. Raises Unsupported with every reason if none does."""
-    passed: list[tuple[str, str]] = []
-    for dataplane in ladder:
+def candidates(ladder: Sequence[Dataplane], name: str) -> tuple[Dataplane, ...]:
+    """Those that `name` leaves the choice of: the one of that name, or all for "auto"."""
+    return tuple(dataplane for dataplane in ladder if name in (AUTO, dataplane.name))
+
+
+def choose(
+    ladder: Sequence[Dataplane],
+    name: str = AUTO,
+    prepare: Callable[[Dataplane], None] = lambda dataplane: None,
+    passed: Sequence[tuple[str, str]] = (),
+) -> Choice:
+    """The first of the candidates that passes its `check` and can be prepared; one that was asked for by name is the
+    only one. `passed` are those that are out of question already, each with its reason. Raises Unsupported with every
+    reason if none is left, and UserError."""
+    found = list(passed)
+    out = {each for each, _ in passed}
+    for dataplane in candidates(ladder, name):
+        if dataplane.name in out:
+            continue
         try:
             dataplane.check()
+            prepare(dataplane)
         except Unsupported as error:
-            passed.append((dataplane.name, str(error)))
+            found.append((dataplane.name, str(error)))
         else:
-            return Choice(dataplane, tuple(passed))
-    raise Unsupported("; ".join(f"{name}: {reason}" for name, reason in passed))
+            return Choice(dataplane, tuple(found))
+    if name != AUTO and len(found) == 1:
+        raise Unsupported(f"dataplane {name} cannot carry services here: {found[0][1]}")
+    raise Unsupported("nothing here can carry services: " + "; ".join(f"{each}: {reason}" for each, reason in found))
 
 
-def holder(ladder: Sequence[Dataplane]) -> Dataplane:
-    """The dataplane that holds something here. Raises NothingProgrammed if none does."""
-    for dataplane in ladder:
-        if dataplane.inventory():
-            return dataplane
-    raise NothingProgrammed("nothing is programmed here; start `ebpflb run`, or give the --bpffs that it was given")
+def holder(ladder: Sequence[Dataplane], name: str = AUTO) -> Dataplane:
+    """The candidate that holds something here; of several, while one takes over from another, the one that most new
+    connections are carried by. Raises NothingProgrammed if none does, UserError or ApplyError if it cannot be told."""
+    found, refusals = [], []
+    for dataplane in candidates(ladder, name):
+        try:
+            if dataplane.inventory():
+                found.append(dataplane)
+        except UserError:
+            raise
+        except EbpflbError as error:
+            refusals.append(error)
+    if len(found) > 1:
+        return max(found, key=lambda dataplane: _carried(dataplane.state()))  # the first of equals
+    if found:
+        return found[0]
+    if refusals:
+        raise refusals[0]
+    who = "nothing is" if name == AUTO else f"{name} has nothing"
+    raise NothingProgrammed(f"{who} programmed here; start `ebpflb run`, or give the --bpffs that it was given")
+
+
+def _carried(routes: RouteTable) -> int:
+    """Frontends that give a new connection a backend: who retires has none."""
+    return sum(
+        route.verdict is Verdict.FORWARD and any(backend.state is BackendState.ACTIVE for backend in route.backends)
+        for route in routes.values()
+    )

@@ -123,6 +123,7 @@ class Reconciler:
         self._audit_took = 0.0
         self._failing: set[str] = set()
         self._first_sync = False
+        self._settled = False
         self._has_synced = False
         self._last_sync: float | None = None
         self._last_audit: float | None = None
@@ -197,6 +198,12 @@ class Reconciler:
     def first_sync(self) -> bool:
         """Whether a complete sync has been in the kernel."""
         return self._first_sync
+
+    @property
+    def settled(self) -> bool:
+        """Whether a complete sync of what every source said now, and not of what is remembered, has been in the
+        kernel."""
+        return self._settled
 
     def due(self) -> float | None:
         """The clock's time at which `work` next has something to do; None if it only waits for events."""
@@ -302,6 +309,7 @@ class Reconciler:
                 self._refused["sync"] = ()
             else:
                 self._first_sync = True
+                self._settled |= self._desired.synced
             if not self._failing:
                 self._retry = None
                 self._failures = 0

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpflb import control
-from ebpflb.config import ApiServer, Config
+from ebpflb.config import AUTO, DEFAULT_BPFFS, ApiServer, Config
 from ebpflb.dataplane import Dataplane
+from ebpflb.errors import Unsupported, UserError
 from ebpflb.model import Problem, ProxyOptions, Snapshot
 from ebpflb.observer import Observer
 from ebpflb.parts import Attendants, Changes, Choice, Parts, Watch
@@ -89,6 +90,8 @@ def real_parts() -> Parts:
     return Parts(
         hostname=socket.gethostname,
         dataplanes=_dataplanes,
+        prepare=_prepare,
+        kube_proxy=_NothingLeft(),
         sources=lambda config: _sources(config, kubernetes),
         desired=_desired,
         attendants=lambda config, choice, sources, desired: _attendants(config, choice, sources, desired, kubernetes),
@@ -102,6 +105,16 @@ def real_parts() -> Parts:
         now=_now,
         socket_name=control.NAME,
     )
+
+
+class _NothingLeft:
+    def present(self) -> tuple[str, ...]:
+        return ()
+
+    inventory = present
+
+    def cleanup(self) -> None:
+        """Nothing to remove."""
 
 
 def _desired(config: Config, sources: Sequence[Source]) -> Intent:
@@ -204,10 +217,7 @@ def _attendants(
 
 def _set_up_node(config: Config) -> Iterable[Problem]:
     from ebpflb import node_setup
-    from ebpflb.dataplane.bpf import pins
 
-    # Not only with the daemon: in a container that is not privileged a mount would not reach the node.
-    pins.require_file_system(Path(config.bpffs))
     return node_setup.set_up(config)
 
 
@@ -223,16 +233,71 @@ def _config_changes(config: Config) -> Changes | None:
 
 
 def _dataplanes(config: Config) -> Sequence[Dataplane]:
+    here = Path(__file__).parent / "dataplane"  # until all three are there
+    return tuple(make(config) for name, make in _LADDER if (here / name / "dataplane.py").exists())
+
+
+def _bpf(config: Config) -> Dataplane:
     from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 
-    return (
-        BpfDataplane(
-            Path(config.bpffs),
-            Path(config.cgroup) if config.cgroup else None,
-            config.devices,
-            count_traffic=config.service_metrics > 0,
-        ),
+    return BpfDataplane(
+        Path(config.bpffs),
+        Path(config.cgroup) if config.cgroup else None,
+        config.devices,
+        count_traffic=config.service_metrics > 0,
     )
+
+
+def _ipvs(config: Config) -> Dataplane:
+    from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
+    from ebpflb.dataplane.ipvs.options import IpvsOptions
+
+    options = IpvsOptions(
+        scheduler=config.ipvs.scheduler,
+        exclude_cidrs=config.ipvs.exclude_cidrs,
+        strict_arp=config.ipvs.strict_arp,
+        tcp_timeout=config.ipvs.tcp_timeout,
+        tcp_fin_timeout=config.ipvs.tcp_fin_timeout,
+        udp_timeout=config.ipvs.udp_timeout,
+    )
+    return IpvsDataplane(options, mark_bit=config.masquerade_bit, variant=_variant(config))
+
+
+def _iptables(config: Config) -> Dataplane:
+    from ebpflb import node_setup
+    from ebpflb.dataplane.iptables.dataplane import IptablesDataplane
+
+    return IptablesDataplane(
+        mark_bit=config.masquerade_bit,
+        liberal_conntrack=node_setup.takes_out_of_window(config),
+        variant=_variant(config),
+    )
+
+
+def _variant(config: Config) -> str | None:
+    return None if config.iptables_variant == AUTO else config.iptables_variant
+
+
+_LADDER: tuple[tuple[str, Callable[[Config], Dataplane]], ...] = (
+    ("bpf", _bpf),
+    ("ipvs", _ipvs),
+    ("iptables", _iptables),
+)
+
+
+def _prepare(config: Config, dataplane: Dataplane) -> None:
+    from ebpflb.dataplane.bpf import pins
+    from ebpflb.dataplane.bpf.dataplane import BpfDataplane
+
+    if not isinstance(dataplane, BpfDataplane):
+        return
+    # Not only with the daemon: in a container that is not privileged a mount would not reach the node.
+    try:
+        pins.require_file_system(Path(config.bpffs))
+    except UserError as error:
+        if config.bpffs != DEFAULT_BPFFS:
+            raise
+        raise Unsupported(str(error)) from error
 
 
 def _watches(dataplane: Dataplane) -> Sequence[Watch]:

@@ -78,10 +78,10 @@ class FakeDataplane:
     """Holds routes in memory. `fail_next` syncs or audits are refused; `raises` is raised by the next call of that
     name; `drift` puts something else in the kernel behind the daemon's back."""
 
-    name = "bpf"
-
-    def __init__(self, held: RouteTable | None = None) -> None:
+    def __init__(self, held: RouteTable | None = None, name: str = "bpf") -> None:
+        self.name = name
         self.held = held
+        self.keeps = 0  # how often `retire` has to be asked before nothing is left to keep
         self.wanted: RouteTable | None = None
         self.calls: list[str] = []
         self.fail_next = 0
@@ -143,14 +143,39 @@ class FakeDataplane:
 
     def retire(self) -> bool:
         self._called("retire")
-        return True
+        self.keeps -= 1
+        return self.keeps < 0
 
     def inventory(self) -> tuple[str, ...]:
+        if "inventory" in self.raises:
+            raise self.raises.pop("inventory")
         return () if self.held is None else ("map frontends", "program connect4")
 
     def cleanup(self) -> None:
         self._called("cleanup")
         self.held = None
+
+
+class FakeLeftovers:
+    """What kube-proxy left, line by line."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = lines
+        self.raises: Exception | None = None
+
+    def present(self) -> tuple[str, ...]:
+        if self.raises:
+            error, self.raises = self.raises, None
+            raise error
+        return tuple(dict.fromkeys(line.split()[0] + "s" for line in self.lines))
+
+    def inventory(self) -> tuple[str, ...]:
+        return self.lines
+
+    def cleanup(self) -> None:
+        if self.raises:
+            raise self.raises
+        self.lines = ()
 
 
 class FakeSource:
@@ -282,6 +307,9 @@ class World:
     def __init__(self, want: RouteTable | None = None, held: RouteTable | None = None) -> None:
         self.clock = FakeClock()
         self.dataplane = FakeDataplane(held)
+        self.others: list[FakeDataplane] = []  # further down the ladder
+        self.kube_proxy = FakeLeftovers()
+        self.unprepared: dict[str, Exception] = {}
         self.source = FakeSource()
         self.desired = FakeDesired(want)
         self.device_problems: tuple[Problem, ...] = ()
@@ -293,7 +321,9 @@ class World:
         self.parts = Parts(
             hostname=lambda: "Node-1.example ",
             dataplanes=self._dataplanes,
-            sources=lambda config: (self.source,),
+            prepare=self._prepare,
+            kube_proxy=self.kube_proxy,
+            sources=self._sources,
             desired=lambda config, sources: self.desired,
             attendants=lambda config, choice, sources, desired: self.attendants,
             set_up_node=lambda config: self.node_problems,
@@ -309,7 +339,17 @@ class World:
 
     def _dataplanes(self, config: Config) -> Sequence[Dataplane]:
         self.configs.append(config)
-        return (self.dataplane,)
+        return (self.dataplane, *self.others)
+
+    def _sources(self, config: Config) -> Sequence[Source]:
+        if self.source.closed:  # a source that is opened anew says everything again
+            self.source = FakeSource()
+            self.source.synced()
+        return (self.source,)
+
+    def _prepare(self, config: Config, dataplane: Dataplane) -> None:
+        if dataplane.name in self.unprepared:
+            raise self.unprepared[dataplane.name]
 
     def but(self, **parts: object) -> Parts:
         """These parts, some replaced."""

@@ -1,7 +1,8 @@
-"""`cleanup`: everything that ebpflb installed here goes, and nothing else.
+"""`cleanup`: everything that ebpflb installed here goes, and nothing else; or what kube-proxy left behind, and nothing
+else.
 
 Rules of this file: no daemon may run meanwhile, or it would repair what is being removed: its place is held until the
-end. Every dataplane is asked, whichever is configured.
+end. Every dataplane is asked, whichever is configured. What is kube-proxy's a daemon has no hand in.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ebpflb.commands import OK, Result
-from ebpflb.commands.daemon import require_privilege
+from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.control import listen
 from ebpflb.dataplane import Dataplane
+from ebpflb.errors import EbpflbError
 from ebpflb.output import Format, Item, document
 from ebpflb.parts import Parts
 
@@ -25,9 +27,25 @@ def cleanup(config: Config, parts: Parts, *, dry_run: bool, form: Format) -> Res
         return Result(_listed(_inventory(ladder), form, "would remove", "nothing to remove"), OK)
     with listen(parts.socket_name):
         found = _inventory(ladder)
+        refusals = []
         for dataplane in ladder:
-            dataplane.cleanup()
+            try:
+                dataplane.cleanup()
+            except EbpflbError as error:
+                refusals.append(error)  # the others need not stay for it
+        if refusals:
+            raise refusals[0]
     return Result(_listed(found, form, "removed", "nothing was installed"), OK)
+
+
+def cleanup_kube_proxy(parts: Parts, *, dry_run: bool, form: Format) -> Result:
+    """Remove what kube-proxy left behind; with `dry_run`, only say what that would be."""
+    require_privilege(parts)
+    found: list[Item] = [{"dataplane": "kube-proxy", "installed": line} for line in parts.kube_proxy.inventory()]
+    if dry_run:
+        return Result(_listed(found, form, "would remove", "kube-proxy left nothing here"), OK)
+    parts.kube_proxy.cleanup()
+    return Result(_listed(found, form, "removed", "kube-proxy left nothing here"), OK)
 
 
 def _inventory(ladder: Sequence[Dataplane]) -> list[Item]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
-from ebpflb.commands.daemon import Patience, require_privilege, unheard
+from ebpflb.commands.patience import Patience, require_privilege, unheard
 from ebpflb.config import Config
 from ebpflb.errors import Unsupported
 from ebpflb.model import ServiceName
@@ -57,7 +57,7 @@ WHATS = ("routes", *_KINDS)
 def dump(config: Config, parts: Parts, *, what: str, service: ServiceName | None, form: Format) -> Result:
     """What the kernel holds, read back."""
     require_privilege(parts)
-    dataplane = holder(parts.dataplanes(config))
+    dataplane = holder(parts.dataplanes(config), config.dataplane)
     if what == "routes":
         rows = select(dataplane.state(), service)
         if form.structured:
@@ -124,7 +124,7 @@ def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | N
 def _held(config: Config, parts: Parts) -> RouteTable:
     """What the kernel holds; nothing, if nothing is programmed."""
     try:
-        return holder(parts.dataplanes(config)).state()
+        return holder(parts.dataplanes(config), config.dataplane).state()
     except NothingProgrammed:
         return RouteTable()
 
@@ -196,7 +196,8 @@ def _changes_text(
 
 
 def check(config: Config, parts: Parts, *, form: Format) -> Result:
-    """What this node offers, and who would carry services. Needs no privilege: the lack of it is an answer."""
+    """What this node offers, and who would carry services: the one that is asked for, or the first that can. Needs no
+    privilege: the lack of it is an answer."""
     ladder = parts.dataplanes(config)
     items: list[Item] = [
         {
@@ -211,10 +212,11 @@ def check(config: Config, parts: Parts, *, form: Format) -> Result:
         for requirement in dataplane.requirements()
     ]
     try:
-        choice = choose(ladder)
-        verdict, status = f"{choice.dataplane.name} would carry services here", OK
+        choice = choose(ladder, config.dataplane)
+        passed = "".join(f"\nnot {name}: {reason}" for name, reason in choice.passed)
+        verdict, status = f"{choice.dataplane.name} would carry services here{passed}", OK
     except Unsupported as error:
-        verdict, status = f"nothing here can carry services: {error}", UNSUPPORTED
+        verdict, status = str(error), UNSUPPORTED
     if form.structured:
         return Result(document("Requirement", items, form), status)
     shown = items if form is Format.WIDE else [_short(item) for item in items]

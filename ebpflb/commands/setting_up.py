@@ -1,6 +1,6 @@
 """`run --init-only` and `run --write-config-to`: what a node and its configuration come to, without a daemon.
 
-Rules of this file: order and words only. Services are left alone: no dataplane is asked, nothing is loaded.
+Rules of this file: order and words only. Services are left alone: nothing is loaded.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 
 from ebpflb.commands import OK, Result
-from ebpflb.commands.daemon import require_privilege
+from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.config import file as config_file
-from ebpflb.errors import UserError
-from ebpflb.parts import Parts
+from ebpflb.errors import Unsupported, UserError
+from ebpflb.parts import Parts, candidates
 
 log = logging.getLogger("ebpflb.daemon")
 
@@ -34,11 +34,17 @@ def write_config(config: Config, path: str) -> Result:
 
 
 def set_up_only(config: Config, parts: Parts) -> Result:
-    """The kernel settings that a daemon would make first; what could not be had is told, and is no reason to fail: the
-    daemon carries Services without it, and tells of it too."""
+    """What takes all privileges, and a daemon would do first: the node is made ready for each dataplane that may be
+    chosen, and the kernel's settings are made. What could not be had is told, and is no reason to fail: the daemon
+    carries Services without it, or says that it cannot."""
     require_privilege(parts)
     for warning in config.warnings:
         log.warning("%s", warning)
+    for dataplane in candidates(parts.dataplanes(config), config.dataplane):
+        try:
+            parts.prepare(config, dataplane)
+        except Unsupported as error:
+            log.warning("dataplane %s: %s", dataplane.name, error)
     for subject, reason, _ in parts.set_up_node(config):
         log.warning("node: %s: %s", subject, reason)
     log.info("the node is set up")

@@ -14,6 +14,7 @@ import msgspec
 
 from ebpflb import __version__
 from ebpflb.commands import OK, REFUSED, Result
+from ebpflb.commands.handover import Retiring
 from ebpflb.control import ask
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError, UserError
@@ -28,11 +29,20 @@ _FEW = 20
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Who answers: node, dataplane, and since when (RFC 3339)."""
+    """Who answers: node, dataplane, since when (RFC 3339), and the better dataplanes that cannot be had, each with its
+    reason."""
 
     node: str
     dataplane: str
     since: str
+    passed: tuple[tuple[str, str], ...] = ()
+
+
+class Passed(msgspec.Struct, frozen=True):
+    """A dataplane that goes before the one at work, and why it cannot carry Services here."""
+
+    dataplane: str
+    reason: str
 
 
 class Fill(msgspec.Struct, frozen=True):
@@ -57,10 +67,13 @@ class SourceStatus(msgspec.Struct, frozen=True, rename="camel"):
 
 class Status(msgspec.Struct, frozen=True, rename="camel"):
     """One item of kind Status. Ages in seconds, null for never. `remembered_since` is when what is served was saved,
-    while it is what a source remembers of an earlier run (RFC 3339), else null."""
+    while it is what a source remembers of an earlier run (RFC 3339), else null. `retiring` are dataplanes that carried
+    Services before, and are not gone yet."""
 
     node: str
     dataplane: str
+    passed: tuple[Passed, ...]
+    retiring: tuple[Retiring, ...]
     version: str
     pid: int
     since: str
@@ -82,7 +95,9 @@ class _Envelope(msgspec.Struct, frozen=True):
     items: tuple[Status, ...]
 
 
-def status_document(identity: Identity, dataplane: Dataplane, overview: Overview) -> bytes:
+def status_document(
+    identity: Identity, dataplane: Dataplane, overview: Overview, retiring: tuple[Retiring, ...] = ()
+) -> bytes:
     """The daemon's answer: a published document of one item."""
     troubles = list(overview.problems)
     fills: tuple[Fill, ...] = ()
@@ -95,6 +110,8 @@ def status_document(identity: Identity, dataplane: Dataplane, overview: Overview
     status = Status(
         node=identity.node,
         dataplane=identity.dataplane,
+        passed=tuple(Passed(*each) for each in identity.passed),
+        retiring=retiring,
         version=__version__,
         pid=os.getpid(),
         since=identity.since,
@@ -154,6 +171,8 @@ def _text(status: Status, wide: bool) -> str:
         f"(pid {status.pid}, version {status.version})",
         f"{counts.services} services, {counts.frontends} frontends, {counts.routes} routes, {counts.backends} backends",
     ]
+    lines += [f"not {passed.dataplane}, which cannot carry services here: {passed.reason}" for passed in status.passed]
+    lines += [f"{retiring.dataplane} {retiring.detail}" for retiring in status.retiring]
     lines += [_source_line(source) for source in status.sources if wide or source.state != "live"]
     text = "\n".join(lines) + "\n"
     fullest = [fill for fill in status.maps if wide or fill.entries]

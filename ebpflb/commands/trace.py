@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 
 from ebpflb.commands import NOT_A_SERVICE, NOT_FORWARDED, OK, Result
-from ebpflb.commands.daemon import require_privilege
+from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.decide import Candidate, Decision, Outcome, Packet, decide
 from ebpflb.errors import UserError
@@ -50,7 +50,7 @@ def _address(text: str) -> Address:
 def trace(config: Config, parts: Parts, *, packet: Packet, form: Format) -> Result:
     """What the live tables do with `packet`."""
     require_privilege(parts)
-    dataplane = holder(parts.dataplanes(config))
+    dataplane = holder(parts.dataplanes(config), config.dataplane)
     decision = decide(dataplane.state(), packet)
     status = {Outcome.FORWARD: OK, Outcome.NOT_SERVICE: NOT_A_SERVICE}.get(decision.verdict, NOT_FORWARDED)
     if form.structured:

@@ -25,14 +25,14 @@ import yaml
 from ebpflb.cli import main
 from ebpflb.control import listen
 from ebpflb.dataplane import Requirement
-from ebpflb.errors import ApplyError, Unsupported
+from ebpflb.errors import ApplyError, Unsupported, UserError
 from ebpflb.model import Problem, ProxyOptions, ServiceName
 from ebpflb.observer import Attempt, Observers
 from ebpflb.parts import NoAttendants, Parts
 from ebpflb.problems import Found
 from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
 from ebpflb.source import Condition, Event, SourceState
-from tests.fakes import FakeSource, World, both, routes, row
+from tests.fakes import FakeDataplane, FakeSource, World, both, routes, row
 
 
 class Said(NamedTuple):
@@ -613,6 +613,24 @@ def test_check_says_what_is_missing_and_what_to_do(shell: Shell, world: World) -
     assert "nothing here can carry services: bpf: no bcc" in said.out
 
 
+def test_check_looks_at_every_dataplane_and_says_why_not_the_better_one(shell: Shell, world: World) -> None:
+    world.others = [FakeDataplane(name="ipvs"), FakeDataplane(name="iptables")]
+    world.dataplane.raises["check"] = Unsupported("no bcc")
+    said = shell(world, "check")
+    assert said.status == 0
+    assert "ipvs would carry services here\nnot bpf: no bcc\n" in said.out
+    assert {line.partition(" ")[0] for line in said.out.splitlines()} >= {"bpf", "ipvs", "iptables"}
+
+
+def test_check_of_a_dataplane_by_name(shell: Shell, world: World) -> None:
+    world.others = [FakeDataplane(name="iptables")]
+    assert "iptables would carry services here\n" in shell(world, "check", "--dataplane", "iptables").out
+    world.others[0].raises["check"] = Unsupported("no iptables binary: apt-get install iptables")
+    said = shell(world, "check", "--dataplane", "iptables")
+    assert said.status == 3
+    assert "dataplane iptables cannot carry services here: no iptables binary: apt-get install iptables" in said.out
+
+
 def test_check_in_json(shell: Shell, world: World) -> None:
     (item,) = shell(world, "check", "-o", "json").items
     assert item["requirement"] == "bpf(2)" and item["found"] is True
@@ -644,8 +662,34 @@ def test_cleanup_is_refused_while_a_daemon_would_undo_it(shell: Shell) -> None:
     assert world.dataplane.held is not None
 
 
-def test_cleanup_of_kube_proxy_comes_later(shell: Shell, world: World) -> None:
-    assert "--kube-proxy" in refused(shell(world, "cleanup", "--kube-proxy"), 2)
+def test_cleanup_asks_every_dataplane_whatever_one_says(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.others = [FakeDataplane(routes(*both()), "iptables")]
+    world.dataplane.raises["cleanup"] = ApplyError("links", "", 1, "links: Operation not permitted")
+    assert "links: Operation not permitted" in shell(world, "cleanup", "--dataplane", "bpf").err
+    assert world.others[0].held is None
+
+
+def test_cleanup_of_kube_proxy_takes_its_things_only(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    world.kube_proxy.lines = ("chain KUBE-SERVICES of nat", "ipset KUBE-CLUSTER-IP")
+    said = shell(world, "cleanup", "--kube-proxy", "--dry-run")
+    assert said.out == "would remove chain KUBE-SERVICES of nat\nwould remove ipset KUBE-CLUSTER-IP\n"
+    assert len(world.kube_proxy.lines) == 2
+    said = shell(world, "cleanup", "--kube-proxy")
+    assert (said.status, said.out) == (0, "removed chain KUBE-SERVICES of nat\nremoved ipset KUBE-CLUSTER-IP\n")
+    assert shell(world, "cleanup", "--kube-proxy").out == "kube-proxy left nothing here\n"
+    assert world.dataplane.held is not None
+
+
+def test_cleanup_of_kube_proxy_goes_on_beside_a_daemon(shell: Shell, world: World) -> None:
+    with listen(world.parts.socket_name):
+        assert shell(world, "cleanup", "--kube-proxy").status == 0
+
+
+def test_cleanup_of_kube_proxy_that_still_runs(shell: Shell, world: World) -> None:
+    world.kube_proxy.raises = UserError("kube-proxy runs here (process 7): take it off this node first")
+    assert "process 7" in refused(shell(world, "cleanup", "--kube-proxy"), 2)
 
 
 # ---- status ----

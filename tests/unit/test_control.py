@@ -39,7 +39,8 @@ class Server:
         self.clock = FakeClock()
         self.ready = True
         self.selector = selectors.DefaultSelector()
-        self.control = Control(listen(name), self.selector, self.clock, lambda: b'{"an": "answer"}', lambda: self.ready)
+        self._server = listen(name)
+        self.control = Control(self._server, self.selector, self.clock, lambda: b'{"an": "answer"}', lambda: self.ready)
         self._wake, self._woken = socket.socketpair()
         self.selector.register(self._woken, selectors.EVENT_READ, lambda: self._woken.recv(1))
         self._ended = False
@@ -59,6 +60,7 @@ class Server:
         if self._thread.is_alive():
             self._thread.join(10)
         self.control.close()
+        self._server.close()
         self.selector.close()
         self._wake.close()
         self._woken.close()
