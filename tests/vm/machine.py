@@ -42,6 +42,8 @@ NEW_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
 TIMED_OUT, NO_MACHINE = 124, 125
 CONSOLE_LINES = 60
 LOOK_SECONDS = 0.2
+PACE = 12
+"""How many times slower than this machine the emulated one is, as tests/pace.py means it."""
 
 # What the init of virtme-ng leaves to do, then the command. Its words come as arguments.
 _INSIDE = r"""
@@ -130,7 +132,7 @@ def _private_home() -> Iterator[Path]:
 def _variables(kernel: Kernel) -> list[str]:
     ours = {key: value for key, value in os.environ.items() if key.startswith("EBPFLB_")}
     # Compiling takes half a minute in there; the cache goes by kernel and source.
-    ours |= {"EBPFLB_VM": kernel.name, "EBPFLB_CACHE": str(ARTIFACTS / "vm" / "cache")}
+    ours |= {"EBPFLB_VM": kernel.name, "EBPFLB_PACE": str(PACE), "EBPFLB_CACHE": str(ARTIFACTS / "vm" / "cache")}
     return [f"{key}={value}" for key, value in ours.items()]
 
 
