@@ -198,6 +198,6 @@ def test_facts_of_this_kernel() -> None:
     assert facts._measured_hz() == facts.jiffies_per_second()
     low, high = facts.snat_ports()
     assert 1024 <= low < high <= 65535
-    assert facts.has_bpf() and facts.has_socket_programs() and facts.has_clsact()
+    assert not facts.bpf_refusal() and facts.has_socket_programs() and facts.has_clsact()
     assert facts.may_administrate()
     assert not facts.loads(PROG_TYPE_CGROUP_SOCK_ADDR, EXIT, 10)

@@ -102,6 +102,8 @@ class BpfDataplane:
             except Unsupported:
                 pass
         if missing:
+            cause = [each for each in missing if each.name in ("privileges", "bpf")]
+            missing = cause or missing  # what follows from these says nothing more
             raise Unsupported("; ".join(f"{each.name} is missing ({each.detail}): {each.remedy}" for each in missing))
 
     def _load_artifact(self) -> Artifact:

@@ -245,15 +245,18 @@ def has_clsact() -> bool:
     return bool(found)
 
 
-def has_bpf() -> bool:
-    """Whether the kernel has bpf(2) at all, whatever it then permits."""
+def bpf_refusal() -> str:
+    """Why bpf(2) cannot be used at all, "" if it can: the kernel has none, or it is kept from this process, which a
+    seccomp profile does with either errno."""
     if not syscall.supported():
-        return False
+        return "its number on this kind of machine is not known"
     try:
         next(syscall.map_ids(), None)
     except OSError as error:
-        return error.errno != errno.ENOSYS
-    return True
+        # Without the capability for it, the kernel itself says EPERM to this question.
+        if error.errno == errno.ENOSYS or (error.errno == errno.EPERM and may_administrate()):
+            return os.strerror(error.errno)
+    return ""
 
 
 def may_administrate() -> bool:
@@ -280,26 +283,34 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
     where = cgroup or cgroup2_root()
     is_cgroup = where is not None and where.is_dir() and filesystem_of(where).type == "cgroup2"
     version = compiler_version()
+    refusal = bpf_refusal()
+    # Without bpf(2) nothing can be said about programs.
+    able, helps = root and not refusal, "run as root" if not root else "bpf(2) first" if refusal else ""
     return (
         Requirement("privileges", root, "CAP_BPF or CAP_SYS_ADMIN, and CAP_NET_ADMIN", "run as root"),
-        Requirement("bpf", has_bpf(), f"bpf(2) of kernel {kernel_release()}", "a kernel with CONFIG_BPF_SYSCALL"),
+        Requirement(
+            "bpf",
+            not refusal,
+            f"bpf(2) of kernel {kernel_release()}" + (f": {refusal}" if refusal else ""),
+            "a kernel with CONFIG_BPF_SYSCALL, and in a container a seccomp profile that lets bpf(2) pass",
+        ),
         Requirement(
             "socket programs",
-            root and has_socket_programs(),
+            able and has_socket_programs(),
             "cgroup programs that know their network namespace",
-            "run as root" if not root else "kernel 5.10 or newer with CONFIG_CGROUP_BPF",
+            helps or "kernel 5.10 or newer with CONFIG_CGROUP_BPF",
         ),
         Requirement(
             "packet programs",
-            root and has_clsact(),
+            able and has_clsact(),
             "tc programs on both sides of a device",
-            "run as root" if not root else "kernel 5.10 or newer with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
+            helps or "kernel 5.10 or newer with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
         ),
         Requirement(
             "errno of a refusal",
-            root and has_set_retval(),
+            able and has_set_retval(),
             "bpf_set_retval, with which a refused connect fails at once",
-            "kernel 5.18 or newer",
+            helps or "kernel 5.18 or newer",
             essential=False,
         ),
         Requirement(
