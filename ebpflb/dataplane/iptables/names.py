@@ -25,6 +25,9 @@ LOCALITY = "EBPFLB-LOCALITY"
 NOT_POD = "EBPFLB-NOT-POD"
 CIP_REJECT = "KUBE-CIP-REJECT"
 
+# The IPVS dataplane has LOCALITY too, and then this one beside it.
+IPVS_MARK = "EBPFLB-IPVS"
+
 SVC = "KUBE-SVC-"
 SVL = "KUBE-SVL-"
 EXT = "KUBE-EXT-"

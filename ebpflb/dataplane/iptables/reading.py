@@ -35,7 +35,7 @@ from ebpflb.routes import (
 )
 
 MARK_OF_OWNERSHIP = ("filter", names.LOCALITY)
-"""(table, chain): KUBE-* chains beside it are ours, without it kube-proxy's."""
+"""(table, chain): KUBE-* chains beside it are this project's, without it kube-proxy's. See `owned`."""
 
 _NEVER, _NOT_POD, _ALWAYS = Masquerade.NEVER, Masquerade.NOT_POD, Masquerade.ALWAYS
 
@@ -75,9 +75,11 @@ _ALLOWED = re.compile(
 
 
 def owned(ruleset: Ruleset) -> bool:
-    """Whether the KUBE-* chains of `ruleset` are ours."""
+    """Whether the KUBE-* chains of `ruleset` are this dataplane's; where IPVS is at work, KUBE-SERVICES asks its sets."""
     table, chain = MARK_OF_OWNERSHIP
-    return chain in ruleset.get(table, {})
+    chains = ruleset.get(table, {})
+    services = ruleset.get("nat", {}).get(names.SERVICES, ())
+    return chain in chains and names.IPVS_MARK not in chains and not any(" --match-set " in rule for rule in services)
 
 
 def routes(rulesets: Mapping[Family, Ruleset], node_addresses: Iterable[Address]) -> RouteTable:
