@@ -242,11 +242,18 @@ def cleanup(parts: Parts | None, /, dry_run: bool, kube_proxy: bool, output: str
 @root.command()
 @click.option("--keep", is_flag=True, help="Leave the cluster standing, with instructions on how to look around.")
 @click.option("--clean", is_flag=True, help="Only remove a cluster that was kept.")
-def demo(keep: bool, clean: bool) -> int:
+@click.option(
+    "--patience",
+    type=click.FloatRange(1, 1000),
+    default=1,
+    metavar="TIMES",
+    help="This machine is so many times slower than a usual one: promise that much less.",
+)
+def demo(keep: bool, clean: bool, patience: float) -> int:
     """A small cluster of network namespaces on this machine, served by ebpflb; leaves nothing behind."""
     from ebpflb.demo import run_demo
 
-    return run_demo(keep, clean)
+    return run_demo(keep, clean, patience)
 
 
 # ---- Between click and the commands ----

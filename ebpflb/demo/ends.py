@@ -23,7 +23,7 @@ from ebpflb.demo.story import Story
 from ebpflb.errors import UserError
 
 
-def tell(keep: bool) -> int:
+def tell(keep: bool, patience: float = 1.0) -> int:
     """The whole of it; 0 if every promise was kept, 130 if it was interrupted. Raises UserError if it cannot begin."""
     # Debian keeps servers where an unprivileged user's PATH does not look, and `su` keeps that PATH.
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{servers.SYSTEM_PATH}"
@@ -34,20 +34,20 @@ def tell(keep: bool) -> int:
     began = time.monotonic()
     with _signals_as_interrupts():
         try:
-            return _tell(keep, console, began)
+            return _tell(keep, patience, console, began)
         except KeyboardInterrupt:
             left = namespaces.leftovers(NAME)
             console.say(f"Interrupted. {'Left behind: ' + '; '.join(left) if left else 'Everything is removed.'}")
             return 130
 
 
-def _tell(keep: bool, console: Console, began: float) -> int:
+def _tell(keep: bool, patience: float, console: Console, began: float) -> int:
     cluster = Cluster(("node1", "node2"), name=NAME)
     cluster.__enter__()
     left: tuple[str, ...] = ()
     standing = False
     try:
-        Story(Stage(cluster), console).tell()
+        Story(Stage(cluster, patience), console).tell()
         standing = keep
     finally:
         if not standing:

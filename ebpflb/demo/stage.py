@@ -32,6 +32,8 @@ PODS = (
     ("node2", "mysql"),
 )
 READY_SECONDS = 30.0
+COMMAND_SECONDS = 30.0
+SILENCE_SECONDS = 10.0
 
 
 def manifest_directory() -> Path:
@@ -65,10 +67,12 @@ def dns_records(documents: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, 
 
 
 class Stage:
-    """A running demo cluster. `client` is a pod's shell on node1; `outside` is a machine that is no node."""
+    """A running demo cluster. `client` is a pod's shell on node1; `outside` is a machine that is no node. `patience`
+    multiplies every time that is promised or waited for: an emulated machine is that many times slower."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, patience: float = 1.0) -> None:
         self.cluster = cluster
+        self.patience = patience
         self.source = manifest_directory()
 
     @property
@@ -106,17 +110,17 @@ class Stage:
         progress("a daemon on each node; the first start on a machine compiles the BPF programs")
         for path in sorted(self.source.glob("*.yaml")):
             self.cluster.manifests.write_text(path.name, path.read_text())
-        self.cluster.start_daemons(seconds=60)
+        self.cluster.start_daemons(seconds=60 * self.patience)
 
         progress("until each server has served a client")
-        if install.wait(READY_SECONDS):
+        if install.wait(READY_SECONDS * self.patience):
             raise EbpflbError(f"mariadb-install-db failed: {self._log('mysql').read_text(errors='replace')[-500:]}")
         mysql = self.cluster.pods["mysql"]
         waits.append(
             servers.start(self.cluster, mysql, servers.mariadb(self._directory("mysql"), mysql), self._log("mysql"))
         )
         for wait in waits:
-            wait(READY_SECONDS)
+            wait(READY_SECONDS * self.patience)
 
     def start_nginx(self, pod: str) -> Callable[[float], None]:
         """Start nginx in a pod; returns how to wait for it."""
@@ -158,9 +162,9 @@ class Stage:
         """Run a client; in a pod it sees the pod's resolv.conf. Raises EbpflbError if it takes too long."""
         words = servers.in_pod_view(self._directory("etc"), argv) if isinstance(where, Pod) else argv
         try:
-            return self.cluster.run(where, words, timeout)
+            return self.cluster.run(where, words, timeout * self.patience)
         except TimeoutExpired:
-            raise EbpflbError(f"{argv[0]} had no answer after {timeout:.0f} s") from None
+            raise EbpflbError(f"{argv[0]} had no answer after {timeout * self.patience:.0f} s") from None
 
     def probe(self, where: Place, url: str) -> Probe:
         """Ask a URL without end, until the Probe is stopped."""
@@ -169,7 +173,9 @@ class Stage:
     def routes(self, node: str, service: str) -> list[dict[str, Any]]:
         """`dump` of one Service's routes, as items."""
         done = self.cluster.ebpflb(
-            node, "dump", "routes", "--service", service, "-o", "json", *self.cluster.target(node)
+            node,
+            *("dump", "routes", "--service", service, "-o", "json", *self.cluster.target(node)),
+            timeout=COMMAND_SECONDS * self.patience,
         )
         if done.returncode not in (0, 4):
             raise EbpflbError(f"dump: {done.stderr.strip()}")
@@ -180,6 +186,7 @@ class Probe:
     """A client that keeps asking; see `prober`."""
 
     def __init__(self, stage: Stage, where: Place, url: str) -> None:
+        self._patience = SILENCE_SECONDS * stage.patience
         self._file = stage.cluster.logs / f"probe-{where.name}-{time.monotonic_ns()}.log"
         with self._file.open("wb") as file:
             argv = (sys.executable, "-I", prober.__file__, url)
@@ -190,10 +197,10 @@ class Probe:
         lines = (line.split(" ", 2) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n"))
         return [(float(words[0]), words[1], words[2].strip()) for words in lines]
 
-    def wait(self, number: int, seconds: float = 10) -> None:
+    def wait(self, number: int) -> None:
         """Return once this many more answers, good or bad, have come. Raises EbpflbError if they do not."""
         wanted = len(self.answers()) + number
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._patience
         while len(self.answers()) < wanted:
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise EbpflbError(f"the client that keeps asking fell silent: {self._file.read_text()[-200:]}")

@@ -14,7 +14,7 @@ from typing import Any
 from ebpflb.demo import servers
 from ebpflb.demo.cluster import Place
 from ebpflb.demo.console import Console
-from ebpflb.demo.stage import DNS_ADDRESS, Probe, Stage
+from ebpflb.demo.stage import COMMAND_SECONDS, DNS_ADDRESS, Probe, Stage
 from ebpflb.errors import EbpflbError
 
 SERVICE = "10.96.0.80"
@@ -138,7 +138,7 @@ class Story:
                 refused = done.returncode == 7 and "Connection refused" in done.stderr
                 seconds = float(done.stdout or "inf")
                 said = f"refused after {seconds * 1000:.1f} ms" if refused else "not refused"
-                self.console.check(refused and seconds < AT_ONCE_SECONDS, said)
+                self.console.check(refused and seconds < AT_ONCE_SECONDS * self.stage.patience, said)
 
     def unready(self) -> None:
         stage = self.stage
@@ -158,7 +158,7 @@ class Story:
             else:
                 late = max(0.0, (last - changed) * 1000)
                 promise = f"web-2's last answer came {late:.1f} ms after that"
-                self.console.check(late < MILLISECONDS_PROMISED, promise)
+                self.console.check(late < MILLISECONDS_PROMISED * stage.patience, promise)
             self._check_no_failure(answers)
             for node in stage.cluster.nodes:
                 left = _backends(stage.routes(node, "default/my-service"))
@@ -168,7 +168,7 @@ class Story:
         stage = self.stage
         with self.console.step("Scale up", "web-2 is ready again, and a third nginx starts on node2."):
             web3 = stage.cluster.add_pod("node2", "web-3")
-            stage.start_nginx("web-3")(10)
+            stage.start_nginx("web-3")(10 * stage.patience)
             probe = stage.probe(stage.client, f"http://{SERVICE}/")
             probe.wait(20)
 
@@ -190,7 +190,7 @@ class Story:
             else:
                 late = (first - changed) * 1000
                 promise = f"web-3's first answer came {late:.1f} ms after the change of the manifest"
-                self.console.check(late < 2 * MILLISECONDS_PROMISED, promise)
+                self.console.check(late < 2 * MILLISECONDS_PROMISED * stage.patience, promise)
             self._check_no_failure(answers)
             counts = self._spread(stage.outside, "outside", "http://192.168.0.3:30007/", 2 * REQUESTS)
             self.console.check(set(counts) == {"web-1", "web-2", "web-3"}, f"all three serve: {_words(counts)}")
@@ -237,7 +237,7 @@ class Story:
             self.console.check(status == 1, "`status` says that no daemon answers")
             _all_wait(probes.values(), 200)
             before = len(stage.cluster.log("node1").read_text())
-            stage.cluster.start_daemons(["node1"])
+            stage.cluster.start_daemons(["node1"], 30 * stage.patience)
             _all_wait(probes.values(), 100)
             log = stage.cluster.log("node1").read_text()[before:]
             synced = [line for line in log.splitlines() if "sync:" in line]
@@ -277,7 +277,8 @@ class Story:
 
     def _ebpflb(self, node: str, *words: str, options: Sequence[str] = ()) -> tuple[int, str]:
         """Exit status and output; the options that say where the demo's node is are not shown."""
-        done = self.stage.cluster.ebpflb(node, *words, *options)
+        seconds = COMMAND_SECONDS * self.stage.patience
+        done = self.stage.cluster.ebpflb(node, *words, *options, timeout=seconds)
         self.console.command(node, ("ebpflb", *words), done.stdout + done.stderr)
         return done.returncode, done.stdout
 
