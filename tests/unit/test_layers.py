@@ -105,9 +105,12 @@ LAYERS = (
         "dataplane.bpf.retiring",
         (*_WORLD, "dataplane.bpf.inspect", "dataplane.bpf.layouts", "dataplane.bpf.maps"),
     ),
-    Layer("netfilter", ("model", "errors", "netfilter")),
+    Layer("netfilter", ("model", "errors", "rtnetlink", "netfilter")),
     Layer("netfilter.ruleset", (), pure=True),
-    Layer("dataplane.iptables", (*_WORLD, "rtnetlink", "diff", "netfilter", "=dataplane", "dataplane.iptables")),
+    Layer(
+        "dataplane.iptables",
+        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.iptables"),
+    ),
     Layer("dataplane.iptables.names", _IPTABLES, pure=True),
     Layer("dataplane.iptables.layout", _IPTABLES, pure=True),
     Layer(
@@ -194,6 +197,7 @@ CONFINED = {
         "demo.namespaces",
         "demo.servers",
         "demo.stage",
+        "netfilter.iptables",
         "source.kube.access",
     },
 }

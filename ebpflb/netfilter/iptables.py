@@ -1,0 +1,411 @@
+"""iptables as a tool: which of its variants to use, and save and restore of tables, in either family.
+
+Rules of this file: it runs commands and reads their answers; what the rules mean is others' business. Nothing is ever
+flushed that the caller does not name: restore is always `--noflush --counters`. Every command waits for the xtables
+lock. What a command refuses is an ApplyError with its own words; a command that is not there is Unsupported.
+
+The variant `nft` (1.8.9, 1.8.11) takes time quadratic in the number of chains: to save 110,000 of them two minutes and
+then it crashes, to restore them in one transaction four minutes. So beyond a thousand chains its tables are read chain
+by chain (the names come from the kernel; `-S CHAIN` is an input line of restore as any other), and who writes many
+chains should write `CHAINS_AT_ONCE` in a transaction. The variant `legacy` copies the whole table for each transaction:
+few are best.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
+
+from ebpflb.errors import ApplyError, Unsupported
+from ebpflb.model import Family
+from ebpflb.netfilter import nftables
+from ebpflb.netfilter.ruleset import Rules, SavedChain, saved_chains
+
+TABLES = ("filter", "nat", "mangle")
+
+WAIT_SECONDS = 5
+"""How long a command waits for the xtables lock; who holds it longer is named, and the caller tries again."""
+
+CHAINS_AT_ONCE = 500
+"""How many chains a transaction of the variant nft should have at most."""
+
+OLDEST = (1, 6, 2)
+"""The first version whose restore waits for the lock."""
+
+RANDOM_FULLY = (1, 6, 2)
+"""The first version whose MASQUERADE knows --random-fully."""
+
+_MANY = 1000
+_READ_AT_ONCE = 200
+# The variable is iptables' own.
+_LOCK = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
+_PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
+_COMMANDS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+_NAMES = {Family.IPV4: "ip_tables_names", Family.IPV6: "ip6_tables_names"}
+# kubelet makes the first for just this purpose (1.24); the second is older and of its own.
+_HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
+_NOISE = ("Try `", "# Warning:", "Perhaps iptables or your kernel")
+
+
+T = TypeVar("T")
+
+
+class Variant(enum.StrEnum):
+    """Which of the kernel's two engines the rules are in. Both may be in use, each unaware of the other."""
+
+    NFT = "nft"
+    LEGACY = "legacy"
+
+
+class Version(NamedTuple):
+    """What `iptables --version` says."""
+
+    numbers: tuple[int, ...]
+    variant: Variant
+
+
+class LockHeldError(ApplyError):
+    """Another program kept the xtables lock for longer than `WAIT_SECONDS`. It is worth trying again."""
+
+
+class Iptables:
+    """The commands of one family and variant, run in the network namespace that the thread is in."""
+
+    def __init__(self, family: Family, variant: Variant) -> None:
+        """Raises Unsupported if a command is missing."""
+        self.family = family
+        self.variant = variant
+        self._list, self._save, self._restore = (
+            _required(family, variant, suffix) for suffix in ("", "-save", "-restore")
+        )
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Raises Unsupported."""
+        return version_of(self._list).numbers
+
+    def save(self, tables: Sequence[str] = TABLES) -> Iterator[SavedChain]:
+        """The chains of `tables`, as they come; a table that is not there has none, and is not made by looking.
+        Raises ApplyError."""
+        if self.variant is Variant.NFT:
+            chains = [chain for chain in _nft_chains(self.family) if chain.table in tables]
+            if len(chains) > _MANY:
+                yield from self._save_by_chain(chains)
+                return
+            present = [table for table in tables if any(chain.table == table for chain in chains)]
+        else:
+            present = [table for table in tables if table in legacy_tables(self.family)]
+        for table in present:
+            with self._reading([self._save, "-t", table]) as lines:
+                try:
+                    yield from saved_chains(lines)
+                except ValueError as error:
+                    raise ApplyError(table, "", 0, f"{self._save}: {error}") from error
+
+    def _save_by_chain(self, chains: Sequence[nftables.NftChain]) -> Iterator[SavedChain]:
+        ordered = sorted(chains, key=lambda chain: TABLES.index(chain.table) if chain.table in TABLES else len(TABLES))
+        expected = iter(ordered)
+        current: nftables.NftChain | None = None
+        policy, rules = "-", list[str]()
+        with self._reading([self._restore, *self._waiting, "--noflush"], _listing(ordered)) as lines:
+            for raw in lines:
+                line = raw.rstrip("\n")
+                if line.startswith("-A "):
+                    rules.append(line)
+                    continue
+                if line[:3] not in ("-N ", "-P "):
+                    continue
+                if current is not None:
+                    yield SavedChain(current.table, current.name, policy, tuple(rules))
+                _, name, *rest = line.split(" ")
+                current = next(expected, None)
+                if current is None or current.name != name:
+                    raise ApplyError("", name, 0, f"{self._restore} lists another chain than it was asked for: {name}")
+                policy, rules = rest[0] if rest else "-", []
+        if current is not None:
+            yield SavedChain(current.table, current.name, policy, tuple(rules))
+        if next(expected, None) is not None:
+            raise ApplyError("", "", 0, f"{self._restore} lists fewer chains than it was asked for")
+
+    def rules(self, table: str, chain: str) -> Rules | None:
+        """The rules of one chain; None if there is no such chain. With variant nft it costs next to nothing, with
+        legacy it reads the table. Raises ApplyError."""
+        found = self._listed(table, chain, "-S")
+        return None if found is None else tuple(line for line in found if line.startswith("-A "))
+
+    def counted(self, table: str, chains: Iterable[str]) -> list[tuple[int, int, str]]:
+        """(packets, bytes, rule) of each rule of `chains` that are there, which should be few. Raises ApplyError."""
+        found = []
+        for chain in chains:
+            for line in self._listed(table, chain, "-v", "-S") or ():
+                match = re.fullmatch(r"(-A .*?)(?: -c (\d+) (\d+))(.*)", line)
+                if match:
+                    found.append((int(match[2]), int(match[3]), match[1] + match[4]))
+        return found
+
+    def restore(self, lines: Iterable[str]) -> None:
+        """Feed `lines`, with their ends, to restore: tables, each one a transaction, of which what came before a
+        failing one has been done. Raises ApplyError."""
+        argv = [self._restore, *self._waiting, "--noflush", "--counters"]
+        said = _memory()
+        try:
+            with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=said, stderr=said, env=_environment()) as process:
+                assert process.stdin is not None
+                try:
+                    for part in _joined(lines):
+                        process.stdin.write(part)
+                    process.stdin.close()
+                except BrokenPipeError:
+                    pass  # it says why on its standard error
+                except BaseException:
+                    process.kill()
+                    raise
+            if process.returncode:
+                raise _refusal(argv, process.returncode, _said(said))
+        except OSError as error:
+            raise ApplyError("", "", error.errno or 0, f"{self._restore} cannot be run: {error.strerror}") from error
+        finally:
+            os.close(said)
+
+    @property
+    def _waiting(self) -> tuple[str, str]:
+        return ("-w", str(WAIT_SECONDS))
+
+    def _listed(self, table: str, chain: str, *how: str) -> list[str] | None:
+        """What iptables lists of a chain; None if there is none such."""
+        if self.variant is Variant.NFT:  # which has a misleading word for a chain that is not there
+            present = _asked(lambda: nftables.has_chain(self.family, table, chain))
+        else:
+            present = table in legacy_tables(self.family)
+        if not present:
+            return None
+        argv = [self._list, *self._waiting, "-t", table, *how, chain]
+        try:
+            done = subprocess.run(argv, capture_output=True, check=False, env=_environment())
+        except OSError as error:
+            raise ApplyError(table, chain, error.errno or 0, f"{argv[0]} cannot be run: {error.strerror}") from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace")
+            if "No chain/target/match by that name" in said:
+                return None
+            raise _refusal(argv, done.returncode, said)
+        return done.stdout.decode(errors="replace").splitlines()
+
+    @contextmanager
+    def _reading(self, argv: list[str], given: Iterable[str] = ()) -> Iterator[IO[str]]:
+        """The lines that a command prints, as they come. Raises ApplyError if it fails in the end."""
+        said, told = _memory(), _memory()
+        try:
+            for part in _joined(given):
+                os.write(told, part)
+            os.lseek(told, 0, os.SEEK_SET)
+            with subprocess.Popen(
+                argv, stdin=told, stdout=subprocess.PIPE, stderr=said, env=_environment(), text=True, errors="replace"
+            ) as process:
+                assert process.stdout is not None
+                try:
+                    yield process.stdout
+                except BaseException:
+                    process.kill()
+                    raise
+            if process.returncode:
+                raise _refusal(argv, process.returncode, _said(said))
+        except OSError as error:
+            raise ApplyError("", "", error.errno or 0, f"{argv[0]} cannot be run: {error.strerror}") from error
+        finally:
+            os.close(said)
+            os.close(told)
+
+
+# ---- Which variant
+
+
+def detect(families: Sequence[Family] = tuple(Family)) -> Variant:
+    """The variant that this node's rules are in: kubelet's hint, else the one that has more rules, else what plain
+    `iptables` is. Raises Unsupported if there is no iptables, ApplyError if the kernel refuses to tell."""
+    present = [variant for variant in Variant if _binary(Family.IPV4, variant, "-restore")]
+    if not present:
+        raise Unsupported("no iptables-restore is installed: apt install iptables")
+    if len(present) == 1:
+        return present[0]
+    for hint in _HINTS:
+        for variant in present:
+            if any(_has_chain(family, variant, "mangle", hint) for family in families):
+                return variant
+    sizes = {variant: sum(_rule_count(family, variant) for family in families) for variant in present}
+    most = max(present, key=lambda variant: sizes[variant])
+    if sizes[most]:
+        return most
+    plain = shutil.which("iptables", path=_search_path())
+    return version_of(plain).variant if plain else present[0]
+
+
+def version_of(binary: str) -> Version:
+    """Raises Unsupported if it does not say."""
+    try:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+        match = re.search(r" v(\d+(?:\.\d+)+)(?: \((\w+)\))?", said)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unsupported(f"{binary} cannot be run: {error}") from error
+    if match is None:
+        raise Unsupported(f"{binary} --version says {said.strip()!r}, which is no version")
+    numbers = tuple(int(part) for part in match[1].split("."))
+    return Version(numbers, Variant.NFT if match[2] == "nf_tables" else Variant.LEGACY)
+
+
+def missing_commands(family: Family, variant: Variant) -> list[str]:
+    """The commands that `Iptables` would need and does not find."""
+    return [
+        f"{_COMMANDS[family]}-{variant}{suffix}"
+        for suffix in ("", "-save", "-restore")
+        if _binary(family, variant, suffix) is None
+    ]
+
+
+def _required(family: Family, variant: Variant, suffix: str) -> str:
+    found = _binary(family, variant, suffix)
+    if found is None:
+        raise Unsupported(f"{_COMMANDS[family]}-{variant}{suffix} is not installed: apt install iptables")
+    return found
+
+
+def _binary(family: Family, variant: Variant, suffix: str) -> str | None:
+    """The path of a command. Where the variant has none of its own name, plain iptables may be of it."""
+    own = shutil.which(f"{_COMMANDS[family]}-{variant}{suffix}", path=_search_path())
+    if own is not None:
+        return own
+    plain = shutil.which(_COMMANDS[family], path=_search_path())
+    if plain is None or version_of(plain).variant is not variant:
+        return None
+    return shutil.which(f"{_COMMANDS[family]}{suffix}", path=_search_path())
+
+
+def _search_path() -> str:
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), _PATH))
+
+
+def legacy_tables(family: Family) -> frozenset[str]:
+    """The tables that the legacy engine has: to ask it about another would make that one."""
+    try:
+        return frozenset(Path("/proc/thread-self/net", _NAMES[family]).read_text().split())
+    except FileNotFoundError:
+        return frozenset()
+    except OSError as error:
+        raise ApplyError(_NAMES[family], "", error.errno or 0, f"{error.filename}: {error.strerror}") from error
+
+
+def _has_chain(family: Family, variant: Variant, table: str, chain: str) -> bool:
+    if variant is Variant.NFT:
+        return _asked(lambda: nftables.has_chain(family, table, chain))
+    return not missing_commands(family, variant) and Iptables(family, variant).rules(table, chain) is not None
+
+
+def _rule_count(family: Family, variant: Variant) -> int:
+    """About how many rules there are."""
+    if variant is Variant.NFT:
+        return sum(chain.uses for chain in _nft_chains(family) if chain.table in TABLES)
+    tables = [table for table in TABLES if table in legacy_tables(family)]
+    if not tables or missing_commands(family, variant):
+        return 0
+    return sum(len(chain.rules) for chain in Iptables(family, variant).save(tables))
+
+
+def _nft_chains(family: Family) -> list[nftables.NftChain]:
+    return _asked(lambda: nftables.chains(family))
+
+
+def _asked(question: Callable[[], T]) -> T:
+    try:
+        return question()
+    except OSError as error:
+        raise ApplyError("nf_tables", "", error.errno or 0, f"nf_tables cannot be asked: {error.strerror}") from error
+
+
+# ---- What a command says
+
+
+def _refusal(argv: Sequence[str], status: int, said: str) -> ApplyError:
+    """A failed command as an error with its own words."""
+    tool = os.path.basename(argv[0])
+    words = " ".join(
+        line.strip().removeprefix(f"{tool}: ")
+        for line in said.splitlines()
+        if line.strip() and not line.startswith(_NOISE)
+    )
+    if "xtables lock" in words:
+        return LockHeldError(
+            "xtables lock",
+            "",
+            errno.EAGAIN,
+            f"{tool}: {_lock_holder()} has held the xtables lock for {WAIT_SECONDS} s; it is tried again",
+        )
+    if "Permission denied" in words or "Operation not permitted" in words:
+        return ApplyError("", "", errno.EPERM, f"{tool}: {words}: it needs root and the capability CAP_NET_ADMIN")
+    if "is incompatible, use 'nft' tool" in words:
+        words += " (somebody's nft rules stand in a table of that name)"
+    if status < 0:
+        words = f"ended by signal {-status}. {words}".strip()
+    return ApplyError("", "", 0, f"{tool}: {words or f'exit status {status}'}")
+
+
+def _lock_holder() -> str:
+    """Who holds the xtables lock, in words."""
+    try:
+        inode = _LOCK.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if "->" not in words and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):
+                name = Path("/proc", words[4], "comm").read_text().strip()
+                return f"{name} (pid {words[4]})"
+    except (OSError, IndexError):
+        pass  # it may be in another PID namespace, or have let go
+    return "another program"
+
+
+def _listing(chains: Iterable[nftables.NftChain]) -> Iterator[str]:
+    """Restore's input that makes it print `chains`, as many at a time as it can look up quickly."""
+    for table, members in groupby(chains, key=lambda chain: chain.table):
+        names = [chain.name for chain in members]
+        for at in range(0, len(names), _READ_AT_ONCE):
+            yield f"*{table}\n"
+            yield from (f"-S {name}\n" for name in names[at : at + _READ_AT_ONCE])
+            yield "COMMIT\n"
+
+
+def _joined(lines: Iterable[str], most: int = 1 << 16) -> Iterator[bytes]:
+    """Lines in pieces of about `most` characters."""
+    part: list[str] = []
+    size = 0
+    for line in lines:
+        part.append(line)
+        size += len(line)
+        if size >= most:
+            yield "".join(part).encode()
+            part, size = [], 0
+    if part:
+        yield "".join(part).encode()
+
+
+def _memory() -> int:
+    """A file without a name, for what a process says or is told."""
+    return os.memfd_create("iptables")
+
+
+def _said(descriptor: int) -> str:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read().decode(errors="replace")
+
+
+def _environment() -> dict[str, str]:
+    """As ours, in English: some of what commands say is looked at."""
+    return {**os.environ, "LC_ALL": "C"}
