@@ -15,7 +15,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ebpflb.dataplane.iptables import names
-from ebpflb.dataplane.iptables.layout import matches_of
+from ebpflb.dataplane.iptables.layout import is_full_prefix, matches_of
 from ebpflb.model import Address, Family, ServiceName
 from ebpflb.netfilter.ruleset import Ruleset, quoted
 from ebpflb.routes import HealthCheck, HealthKey, Locality, RouteTable, address_order, packed, unpacked
@@ -185,11 +185,15 @@ def host(address: Address) -> str:
 
 def _locality(locality: Locality, family: Family) -> tuple[str, ...]:
     """What tells pods, as rules without a target. A CIDR that holds everything is not printed as a match."""
-    open_cidr = "::/0" if family is Family.IPV6 else "0.0.0.0/0"
-    return tuple(
-        f"-A {names.LOCALITY} {match}" if match else f"-A {names.LOCALITY} -m comment --comment {quoted(open_cidr)}"
-        for match in matches_of(locality, family)
-    )
+    found = []
+    for match in matches_of(locality, family):
+        comment = ""
+        if not match:
+            comment = '-m comment --comment "::/0"' if family is Family.IPV6 else '-m comment --comment "0.0.0.0/0"'
+        elif match.startswith("-i") and is_full_prefix(locality.pod_interface):
+            comment = " -m comment --comment prefix"
+        found.append(f"-A {names.LOCALITY} {match}{comment}")
+    return tuple(found)
 
 
 def _forward(mark: str, settings: Settings) -> tuple[str, ...]:

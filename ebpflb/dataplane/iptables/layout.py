@@ -38,6 +38,7 @@ _INTERNAL, _EXTERNAL = Scope.INTERNAL, Scope.EXTERNAL
 _NEVER, _NOT_POD, _ALWAYS = Masquerade.NEVER, Masquerade.NOT_POD, Masquerade.ALWAYS
 _ACTIVE = BackendState.ACTIVE
 _IPV4, _IPV6 = Family.IPV4, Family.IPV6
+IFNAMSIZ = 16
 _INSIDE_MASQUERADE = frozenset(((_NOT_POD, _ALWAYS), (_NEVER, _NEVER), (_ALWAYS, _ALWAYS)))
 
 
@@ -112,8 +113,17 @@ def pod_matches(pod_cidrs: tuple[str, ...], pod_interface: str, family: Family) 
         "" if cidr.endswith("/0") else f"-s {cidr}" for cidr in pod_cidrs if (":" in cidr) == (family == Family.IPV6)
     ]
     if pod_interface:
-        found.append(f"-i {pod_interface[:-1]}+" if pod_interface.endswith("*") else f"-i {pod_interface}")
+        found.append(f"-i {pod_interface[:-1]}+" if _is_pattern(pod_interface) else f"-i {pod_interface.rstrip('*')}")
     return tuple(found)
+
+
+def is_full_prefix(pod_interface: str) -> bool:
+    """Whether an interface is given by a prefix that leaves room for nothing behind it: iptables knows it as a name."""
+    return pod_interface.endswith("*") and not _is_pattern(pod_interface)
+
+
+def _is_pattern(pod_interface: str) -> bool:
+    return pod_interface.endswith("*") and len(pod_interface) < IFNAMSIZ
 
 
 def matches_of(locality: Locality, family: Family) -> tuple[str, ...]:

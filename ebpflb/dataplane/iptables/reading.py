@@ -75,7 +75,7 @@ _ALLOWED = re.compile(
 
 
 def owned(ruleset: Ruleset) -> bool:
-    """Whether the KUBE-* chains of `ruleset` are this dataplane's; where IPVS is at work, KUBE-SERVICES asks its sets."""
+    """Whether the KUBE-* chains of `ruleset` are this dataplane's. Under IPVS, KUBE-SERVICES asks its sets."""
     table, chain = MARK_OF_OWNERSHIP
     chains = ruleset.get(table, {})
     services = ruleset.get("nat", {}).get(names.SERVICES, ())
@@ -175,7 +175,8 @@ class _Reader:
             if flag == "-s":
                 self.cidrs.add(words[0])
             elif flag == "-i":
-                self.interfaces.add(re.sub(r"\+$", "*", words[0]))
+                name = re.sub(r"\+$", "*", words[0])
+                self.interfaces.add(name + "*" if words[-1] == "prefix" else name)
             elif flag == "-m":  # a CIDR that holds everything, which is no match
                 self.cidrs.add(words[-1].strip('"'))
         self._matches = len(self.cidrs) + len(self.interfaces)
