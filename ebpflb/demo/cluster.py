@@ -79,7 +79,9 @@ class Node(Place):
 class Cluster:
     """See the top of this file. `nodes` are names, with the zone after a colon if they have one ("node1:a").
 
-    `directory` holds `manifests/`, `log/` and the mounted `bpf/`. With `name` given, it must be unused so far.
+    `directory` holds `manifests/`, `log/` and the mounted `bpf/`. `under` is a program with its arguments, under which
+    every ebpflb of the cluster runs: one that becomes the command that it is given. With `name` given, it must be
+    unused so far.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Cluster:
         cni: Cni = Cni.ROUTED,
         hairpin: bool = False,
         options: Sequence[str] = (),
+        under: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
         self.name = name or f"ebpflb-{os.getpid()}-{next(_numbers)}"
@@ -97,6 +100,7 @@ class Cluster:
         self.cni = cni
         self.hairpin = hairpin  # the bridge plugin's default
         self.options = tuple(options)
+        self.under = tuple(under)
         self.directory = namespaces.STATE / self.name
         self.bpffs = self.directory / "bpf"
         self.logs = self.directory / "log"
@@ -273,7 +277,8 @@ class Cluster:
 
     def ebpflb(self, node: str, *words: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """Run an `ebpflb` command on a node."""
-        return self.run(self.nodes[node], [sys.executable, "-m", "ebpflb", *words], timeout, environment())
+        argv = [*self.under, sys.executable, "-m", "ebpflb", *words]
+        return self.run(self.nodes[node], argv, timeout, environment())
 
     def daemon_options(self, node: str) -> tuple[str, ...]:
         """The options by which a node's daemon runs; `plan` and `verify` take the same."""
@@ -283,12 +288,12 @@ class Cluster:
         )
 
     def start_daemon(self, node: str, *options: str) -> Daemon:
-        """Start a node's daemon; does not wait for it."""
+        """Start a node's daemon; does not wait for it. `options` go before those that it always has."""
         home = self.nodes[node]
         if home.daemon is not None:
             home.daemon.kill()
         argv = (*self.daemon_options(node), *options)
-        home.daemon = Daemon(home.namespace, home.node_cgroup, argv, self.log(node))
+        home.daemon = Daemon(home.namespace, home.node_cgroup, argv, self.log(node), self.under)
         return home.daemon
 
     def start_daemons(self, names: Iterable[str] | None = None, seconds: float = 30) -> None:

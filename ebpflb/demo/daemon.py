@@ -24,14 +24,16 @@ def environment() -> dict[str, str]:
 
 
 class Daemon:
-    """`ebpflb run`, from the moment it is started."""
+    """`ebpflb run`, from the moment it is started; `under`: see Cluster."""
 
-    def __init__(self, namespace: str, cgroup: Path, options: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, namespace: str, cgroup: Path, options: Sequence[str], log: Path, under: Sequence[str] = ()
+    ) -> None:
         self.log = log
         self._namespace = namespace
         self._cgroup = cgroup
         with log.open("ab") as file:
-            argv = [sys.executable, "-m", "ebpflb", "run", *options]
+            argv = [*under, sys.executable, "-m", "ebpflb", "run", *options]
             self._process = namespaces.spawn(namespace, cgroup, argv, stdout=file, stderr=file, env=environment())
 
     @property

@@ -43,9 +43,10 @@ from tests.box.services import (
     ServiceInBox,
 )
 from tests.box.sockets import Sockets
+from tests.pace import PACE
 from tests.world import v6
 
-SLO = 5.0  # seconds from a changed manifest to the kernels of all nodes; far more than it takes
+SLO = 5.0 * PACE  # seconds from a changed manifest to the kernels of all nodes; far more than it takes
 
 PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb"), "node3": ("c1", "sc")}
 NODES = ("node1:a", "node2:a", "node3:b")
@@ -61,7 +62,8 @@ class Box:
         options: Sequence[str] = (), hairpin: bool = False,
     ) -> None:  # fmt: skip
         self.mode = mode
-        self.cluster = Cluster(nodes, cni=cni, join=join, options=(*mode.options, *options), hairpin=hairpin)
+        options = (*mode.options, *options)
+        self.cluster = Cluster(nodes, cni=cni, join=join, options=options, under=mode.under, hairpin=hairpin)
         self.modes = dict.fromkeys(self.cluster.nodes, mode)  # as each node's daemon was last started
         self.services: dict[str, ServiceInBox] = {}
         self.expectations: list[Expectation] = []
@@ -84,7 +86,7 @@ class Box:
                 for port in (TARGET, OTHER):
                     self.servers.serve(self.place(name), port)
             self._route()
-            self.cluster.start_daemons()
+            self.cluster.start_daemons(seconds=30 * PACE)
             self.settle()
             self._stack = stack.pop_all()
         return self
@@ -193,6 +195,14 @@ class Box:
                 self.cluster.manifests.remove(name)
             self.services.clear()
             self.settle(node for node in self.cluster.nodes if self.daemon_runs(node))
+
+    def switch(self, node: str, mode: Mode) -> None:
+        """End a node's daemon, and start another one that serves in this mode; returns when it does."""
+        daemon = self.cluster.nodes[node].daemon
+        assert daemon is not None and daemon.stop() == 0
+        self.modes[node] = mode
+        self.cluster.start_daemon(node, *mode.options).wait_ready(30 * PACE)
+        self.settle([node])
 
     def daemon_runs(self, node: str) -> bool:
         """Whether a node's daemon is there."""

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from ebpflb.demo.cluster import Place
 from tests.box.sockets import Sockets, family_of
+from tests.pace import PACE
 
-PATIENCE = 3.0
+PATIENCE = 3.0 * PACE
 _FRESH_PORTS = range(36_000, 61_000)  # above the node ports
 
 

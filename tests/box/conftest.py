@@ -18,7 +18,16 @@ import pytest
 from ebpflb.dataplane.limits import limited
 from ebpflb.demo.network import Cni, Join
 from tests.box.box import NODES, Box
-from tests.box.modes import BPF, IPTABLES_LEGACY, IPTABLES_NFT, IPVS, Mode, kernel_has_ipvs
+from tests.box.modes import (
+    BPF,
+    IPTABLES_LEGACY,
+    IPTABLES_NFT,
+    IPVS,
+    KERNEL_WITHOUT_BPF,
+    MACHINE_WITHOUT_BCC,
+    Mode,
+    kernel_has_ipvs,
+)
 
 
 class Setting(NamedTuple):
@@ -44,6 +53,8 @@ REST = [
     Setting(BPF, Cni.ROUTED, Join.VXLAN),
     Setting(BPF, Cni.BRIDGE, Join.ROUTES),
     Setting(IPTABLES_LEGACY, Cni.BRIDGE, Join.VXLAN, hairpin=True),
+    Setting(KERNEL_WITHOUT_BPF, Cni.ROUTED, Join.ROUTES),
+    Setting(MACHINE_WITHOUT_BCC, Cni.ROUTED, Join.ROUTES),
 ]
 OWN = [
     Setting(BPF, Cni.BRIDGE, Join.ROUTES),

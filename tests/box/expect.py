@@ -22,9 +22,10 @@ from typing import Protocol
 from ebpflb.decide import Decision, Outcome
 from ebpflb.demo.cluster import Place
 from tests.box.clients import Answer, Clients, Nothing, Target
+from tests.pace import PACE
 
 TRIES = 20
-SILENCE = 0.25  # seconds; an answer takes less than one hundredth of that
+SILENCE = 0.25 * PACE  # seconds; an answer takes less than one hundredth of that
 
 
 class Want(enum.Enum):

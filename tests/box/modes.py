@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,10 @@ class Mode(Protocol):
         """Options by which a daemon runs so."""
 
     @property
+    def under(self) -> tuple[str, ...]:
+        """Under which program every ebpflb runs; () for by itself."""
+
+    @property
     def ways(self) -> Sequence[str]:
         """In which ways a pod is served: at its sockets, or on the way of its packets."""
 
@@ -58,6 +63,7 @@ class Bpf:
     name = dataplane = "bpf"
     variant = None
     options = ("--dataplane", "bpf")
+    under = ()
     ways = ("socket", "packet")
 
     def drops(self, say: Say, counters: Counters) -> int:
@@ -73,11 +79,13 @@ class Netfilter:
 
     ways = ("packet",)
 
-    def __init__(self, dataplane: str, variant: str) -> None:
-        self.name = f"{dataplane}-{variant}" if dataplane == "iptables" else dataplane
+    def __init__(self, name: str, dataplane: str, variant: str, under: tuple[str, ...] = ()) -> None:
+        """`under` is what keeps a daemon that may choose from a better one."""
+        self.name = name
         self.dataplane = dataplane
         self.variant = variant
-        self.options = ("--dataplane", dataplane, "--iptables-variant", variant)
+        self.options = ("--dataplane", "auto" if under else dataplane, "--iptables-variant", variant)
+        self.under = under
 
     def drops(self, say: Say, counters: Counters) -> int:
         return self._counted(say, "filter", "DROP")
@@ -102,13 +110,23 @@ class Netfilter:
         return int(say("cat", "/proc/net/ip_vs_stats").splitlines()[2].split()[0], 16)
 
 
-BPF = Bpf()
-IPTABLES_NFT = Netfilter("iptables", "nft")
-IPTABLES_LEGACY = Netfilter("iptables", "legacy")
-IPVS = Netfilter("ipvs", "nft")
-
-
 def kernel_has_ipvs() -> bool:
     """Whether this kernel has IPVS, or a module of it."""
     modules = Path("/lib/modules", os.uname().release, "kernel/net/netfilter/ipvs")
     return Path("/proc/net/ip_vs").exists() or modules.is_dir()
+
+
+BPF = Bpf()
+IPTABLES_NFT = Netfilter("iptables-nft", "iptables", "nft")
+IPTABLES_LEGACY = Netfilter("iptables-legacy", "iptables", "legacy")
+IPVS = Netfilter("ipvs", "ipvs", "nft")
+
+# Machines on which the choice falls on the next best.
+_NEXT = "ipvs" if kernel_has_ipvs() else "iptables"
+_HIDE = 'for each in /usr/lib/python3/dist-packages /var/cache; do mount -t tmpfs none $each || exit; done; exec "$@"'
+KERNEL_WITHOUT_BPF = Netfilter(
+    "kernel-without-bpf", _NEXT, "nft", (sys.executable, str(Path(__file__).with_name("without_bpf.py")))
+)
+MACHINE_WITHOUT_BCC = Netfilter(
+    "machine-without-bcc", _NEXT, "nft", ("unshare", "--mount", "sh", "-c", _HIDE, "without")
+)

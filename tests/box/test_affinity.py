@@ -15,12 +15,13 @@ import pytest
 from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target
 from tests.box.services import ServiceInBox, unready
+from tests.pace import PACE
 
 pytestmark = [pytest.mark.box, pytest.mark.needs("affinity")]
 
 STICKY: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}}
 LOOSE: dict[str, Any] = {"sessionAffinity": "None", "sessionAffinityConfig": None}
-BRIEF = 1
+BRIEF = round(PACE)  # seconds
 SERVERS = ("a1", "b1", "c1")
 
 # Who asks, and where, for each kind of frontend.

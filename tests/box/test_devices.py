@@ -9,10 +9,11 @@ import pytest
 from tests.box.box import SLO, Box
 from tests.box.clients import Answer
 from tests.box.services import TARGET
+from tests.pace import PACE
 
 pytestmark = pytest.mark.box
 
-SOON = 1.0  # seconds; attaching takes a few milliseconds
+SOON = 1.0 * PACE  # seconds; attaching takes a few milliseconds
 
 
 def test_a_pod_that_is_created_later_is_served_at_once(box: Box, family: str) -> None:

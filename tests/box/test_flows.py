@@ -11,6 +11,7 @@ from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target, about
 from tests.box.services import TARGET, ServiceInBox, unready
 from tests.box.sockets import family_of
+from tests.pace import PACE
 
 pytestmark = pytest.mark.box
 
@@ -29,7 +30,7 @@ class Sender:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def ask(self, patience: float = 1.0, to: Target | None = None) -> tuple[Answer, Target]:
+    def ask(self, patience: float = 1.0 * PACE, to: Target | None = None) -> tuple[Answer, Target]:
         """One datagram; who answered, and from where the answer seems to come. Raises OSError."""
         self.socket.settimeout(patience)
         self.socket.sendto(b"who?", to or self.to)
@@ -42,7 +43,7 @@ class Sender:
         seen: object = None
         while time.monotonic() < deadline:
             try:
-                seen = self.ask(patience=0.2)[0].server
+                seen = self.ask(patience=0.2 * PACE)[0].server
             except OSError as error:
                 seen = error
             if seen == server:
@@ -143,7 +144,7 @@ def test_should_be_able_to_preserve_udp_traffic_when_initial_unready_endpoints_g
     ):
         for sender in (inside, outside):
             with pytest.raises(OSError):
-                sender.ask(patience=0.2)
+                sender.ask(patience=0.2 * PACE)
         web.endpoints("b1")
         inside.ask_until("b1")
         outside.ask_until("b1")

@@ -1,4 +1,5 @@
-"""The essence of all in the topologies that the other tests leave out."""
+"""The essence of all in the modes and topologies that the other tests leave out; also on a kernel without BPF and on a
+machine without its compiler, where `--dataplane auto` falls to the next."""
 
 from __future__ import annotations
 
@@ -6,7 +7,11 @@ import pytest
 
 from tests.box.box import Box
 from tests.box.servers import pattern
+from tests.box.test_affinity import STICKY
+from tests.box.test_flows import preserve_udp_traffic
+from tests.box.test_source_ranges import only
 from tests.box.test_transfer import learn_path_mtu
+from tests.pace import PACE
 
 pytestmark = pytest.mark.box
 
@@ -58,5 +63,35 @@ def test_large_datagrams_and_streams(rest: Box, family: str, pod: str, server: s
         with rest.clients.converse(rest.place(client), to, "UDP") as datagrams:
             learn_path_mtu(datagrams)
             assert datagrams.ask(bytes(8000)).body == bytes(8000)
-        with rest.clients.converse(rest.place(client), to, "TCP", patience=10) as stream:
+        with rest.clients.converse(rest.place(client), to, "TCP", patience=10 * PACE) as stream:
             assert stream.fetch(1 << 20) == pattern(1 << 20)
+
+
+@pytest.mark.needs("affinity")
+def test_session_affinity(rest: Box, family: str) -> None:
+    web = rest.service("a1", "b1", kinds=["NodePort"], **STICKY)
+    rest.expect("sa", to=web.cluster_ip(family)).sticks_to_one_of("a1", "b1")
+    rest.expect("outside", to=web.node_port("node1", family)).sticks_to_one_of("a1", "b1")
+    rest.check()
+
+
+@pytest.mark.needs("undefined-ports")
+def test_a_port_that_a_cluster_ip_does_not_have(rest: Box, family: str) -> None:
+    web = rest.service("b1")
+    for client in ("sa", "node1", "outside"):
+        rest.expect(client, to=web.cluster_ip(family, 4711)).refused()
+    rest.check()
+
+
+def test_source_ranges(rest: Box, family: str, pod: str) -> None:
+    web = rest.service("b1", kinds=["LoadBalancer"], loadBalancerSourceRanges=only(rest, "node1", "outside"))
+    for client in ("node1", "outside"):
+        rest.expect(client, to=web.load_balancer(family)).reaches("b1").sees_source("node1")
+    rest.expect(pod, to=web.load_balancer(family)).dropped(at="node1")
+    rest.check()
+
+
+def test_udp_traffic_when_the_server_pod_cycles(rest: Box, family: str, pod: str) -> None:
+    web = rest.service(kinds=["NodePort"])
+    preserve_udp_traffic(rest, pod, web, web.cluster_ip(family), "b1", "c1")
+    preserve_udp_traffic(rest, "outside", web, web.node_port("node1", family), "b1", "a1")

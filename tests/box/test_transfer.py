@@ -14,6 +14,7 @@ from tests.box.box import Box
 from tests.box.clients import Answer, Conversation, Target
 from tests.box.servers import pattern
 from tests.box.services import ServiceInBox
+from tests.pace import PACE
 
 pytestmark = pytest.mark.box
 
@@ -44,7 +45,9 @@ def test_should_be_able_to_handle_large_requests_tcp(box: Box, family: str, way:
     web = box.service(server, kinds=["NodePort"])
     data = pattern(LARGE)
     digest = hashlib.sha256(data).hexdigest()
-    with box.clients.converse(box.place(client), target(web, client, node, family), "TCP", patience=10) as conversation:
+    with box.clients.converse(
+        box.place(client), target(web, client, node, family), "TCP", patience=10 * PACE
+    ) as conversation:
         about, received = conversation.send(data)
         assert (about.server, received) == (server, digest)
         assert hashlib.sha256(conversation.fetch(LARGE)).hexdigest() == digest
@@ -95,7 +98,7 @@ def test_a_smaller_mtu_in_the_middle_is_found_out(box: Box, family: str, server:
     web = box.service(server, kinds=["NodePort"])
     with narrow(box, 1300):
         place, to = box.place("outside"), web.node_port("node1", family)
-        with box.clients.converse(place, to, "TCP", patience=10) as conversation:
+        with box.clients.converse(place, to, "TCP", patience=10 * PACE) as conversation:
             client = conversation.ask().source
             assert conversation.fetch(1 << 20) == pattern(1 << 20)
         learnt = box.cluster.run(box.place(server), ["ip", "route", "get", client]).stdout

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ebpflb.demo.cluster import Place
 from tests.box.clients import Answer, Clients, Nothing, Target
+from tests.pace import PACE
 
 PAUSE = 0.002  # seconds between two questions: many, but not all that this machine can do
 
@@ -47,7 +48,7 @@ class Traffic:
         self._over.set()
         self._thread.join()
 
-    def wait_for(self, more: int, seconds: float = 10) -> None:
+    def wait_for(self, more: int, seconds: float = 10 * PACE) -> None:
         """Until that many more questions have been answered or have failed."""
         enough = len(self.got) + more
         deadline = time.monotonic() + seconds
