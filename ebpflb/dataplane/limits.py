@@ -21,6 +21,9 @@ LIMITS = (
     Limit("bpf", "affinity", "Session affinity is not kept yet: each new connection chooses anew."),
     Limit("bpf", "undefined-ports", "A port that a cluster IP does not have is not refused yet: the packet is let go."),
     Limit("bpf", "algorithm", "Backends are chosen at random only."),
+    Limit("bpf", "sctp-sockets", "The node's own SCTP sockets reach no Service: the kernel has no hook for them."),
+    Limit("bpf", "sctp-ports", "SCTP to a backend on another port than the Service's is dropped: its checksum stays."),
+    Limit("bpf", "bound-sockets", "Source ranges take each socket of the node for its main address, also a bound one."),
     Limit("iptables", "algorithm", "Backends are chosen at random only."),
 )
 

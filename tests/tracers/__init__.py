@@ -81,7 +81,7 @@ def expected(decision: Decision, packet: Packet, local: Iterable[Address]) -> Tr
 
 
 def refusal(packet: Packet) -> str:
-    """What a refused packet is answered with, as iptables calls it: at once a reset where there is one, since a client's
+    """What a refused packet is answered with, as iptables calls it: at once a reset where there is one: a client's
     connect() may miss an ICMP error for a second."""
     if packet.protocol is Protocol.TCP:
         return "tcp-reset"

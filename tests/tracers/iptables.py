@@ -70,7 +70,7 @@ def _path(chance: float, state: State, end: _End, how: str, packet: Packet) -> P
         return Path(chance, Outcome.DROP)
     if end is _End.REJECT:
         return Path(chance, Outcome.REJECT, how)
-    if not state.translated:
+    if not state.chosen:
         assert not state.masqueraded, f"the source of what is no Service's is replaced: {packet}"
         return Path(chance, Outcome.NOT_SERVICE)
     to = (state.destination, state.port)
@@ -177,7 +177,9 @@ class _Walk:
             case "DNAT":
                 assert table == "nat", rule.text
                 address, _, port = rule.options["--to-destination"].rpartition(":")
-                after = state._replace(destination=address.strip("[]"), port=int(port), translated=True)
+                to = (address.strip("[]"), int(port))
+                changed = to != (state.destination, state.port)  # else conntrack calls it no DNAT
+                after = state._replace(destination=to[0], port=to[1], chosen=True, translated=changed)
                 yield 1.0, after, _End.ACCEPT, ""
             case "MASQUERADE":
                 assert table == "nat", rule.text

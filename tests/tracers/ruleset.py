@@ -22,7 +22,8 @@ class Unknown(Exception):
 
 class State(NamedTuple):
     """A packet on its way, as matches see it. `entered` is the interface that it came by, "" for the node's own;
-    `translated` says that its destination was replaced. `remembered` are the lists that its source was put on."""
+    `chosen` says that a rule gave it a destination, `translated` that this is another
+    one than it had. `remembered` are the lists that its source was put on."""
 
     source: Address
     destination: Address
@@ -30,6 +31,7 @@ class State(NamedTuple):
     protocol: Protocol
     entered: str = ""
     mark: int = 0
+    chosen: bool = False
     translated: bool = False
     masqueraded: bool = False
     remembered: tuple[str, ...] = ()

@@ -175,6 +175,13 @@ def test_ctstate_knows_a_translated_packet() -> None:
     assert tracer(nat, drop).trace(packet(to="127.0.0.1")) == Traced(Outcome.DROP)
 
 
+def test_who_is_sent_where_he_went_anyway_is_not_translated() -> None:
+    nat = "-A KUBE-SERVICES -d 10.0.2.1/32 -p tcp -j DNAT --to-destination 10.0.2.1:80"
+    drop = "-A FORWARD -m conntrack ! --ctstate DNAT -j DROP"
+    assert tracer(nat).trace(packet(to="10.0.2.1")).verdict is Outcome.FORWARD
+    assert tracer(nat, drop).trace(packet(to="10.0.2.1")).verdict is Outcome.DROP
+
+
 def test_ipv6_addresses_and_ports() -> None:
     nat = "-A KUBE-SERVICES -d fd00:172:30::41/128 -p tcp -m tcp --dport 80 -j DNAT --to-destination [fd00:10::1]:8080"
     found = tracer(nat, version6=True).trace(packet("fd00:10::9", "fd00:172:30::41"))

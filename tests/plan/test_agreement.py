@@ -1,0 +1,123 @@
+"""Every dataplane's plan does with every packet what `decide` says.
+
+Rules of this file: worlds are random, packets are a grid over each; what a dataplane cannot do is skipped by the name
+that `ebpflb.dataplane.limits` has for it, and by nothing else. How many packets were compared is counted: a run that
+was asked for many (EBPFLB_FUZZ) fails if it had few.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+
+from ebpflb.dataplane.bpf.writer import Writer
+from ebpflb.dataplane.iptables.frame import Settings, guests
+from ebpflb.dataplane.iptables.layout import Index
+from ebpflb.dataplane.iptables.rules import ruleset
+from ebpflb.dataplane.limits import limited
+from ebpflb.decide import Decision, Outcome, Packet, decide
+from ebpflb.model import Family, Protocol
+from ebpflb.netfilter.ruleset import Ruleset
+from ebpflb.policy import routes
+from ebpflb.routes import RouteTable
+from tests.maps import FakeMaps
+from tests.plan.worlds import Client, World, packets, worlds
+from tests.tables import FACTS
+from tests.tracers import Traced, expected
+from tests.tracers.bpf import Tracer as BpfTracer
+from tests.tracers.iptables import Tracer as IptablesTracer
+from tests.world import NODE_IP, v6
+
+LEAST = 20_000
+"""Packets over all dataplanes, where many were asked for."""
+
+MAIN = (NODE_IP, v6(NODE_IP))
+"""The addresses from which the node speaks unless a socket is bound to another one."""
+
+_compared: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enough_packets() -> Iterator[None]:
+    yield
+    if "EBPFLB_FUZZ" in os.environ:
+        assert sum(_compared.values()) >= LEAST, _compared
+
+
+def described(world: World, table: RouteTable, packet: Packet, wanted: Traced, found: Traced) -> str:
+    steps = "\n  ".join(decide(table, packet).reasons)
+    return f"{packet}\nwanted {wanted}\nfound  {found}\n  {steps}\n{world.options}\n{table.locality}"
+
+
+@given(worlds)
+def test_bpf(world: World) -> None:
+    """Invariant: the rows lead every packet where `decide` does."""
+    table = routes(*world)
+    maps = FakeMaps()
+    assert Writer(maps, FACTS, time.monotonic).sync(table).complete
+    local = frozenset(table.locality.node_addresses)
+    tracer = BpfTracer(maps.tables, local)
+    for client, packet in packets(table):
+        decision = decide(table, packet)
+        if bpf_is_limited(client, packet, decision):
+            continue
+        wanted = expected(decision, packet, local)
+        if not client.interface:  # whom a socket of the node asks sees the node, without any masquerade
+            wanted = wanted._replace(backends=dict.fromkeys(wanted.backends, False))
+        found = tracer.trace(packet)
+        assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
+        _compared["bpf"] += 1
+
+
+def bpf_is_limited(client: Client, packet: Packet, decision: Decision) -> bool:
+    """Whether a limit of bpf covers this packet."""
+    if limited("bpf", "undefined-ports") and decision.verdict is Outcome.REJECT and decision.route is None:
+        return True
+    own, route = not client.interface, decision.route
+    if limited("bpf", "bound-sockets") and own and packet.source not in MAIN and route and route.source_ranges:
+        return True
+    if limited("bpf", "sctp-sockets") and own and packet.protocol is Protocol.SCTP:
+        return True
+    changes = any(each.backend.port != packet.port for each in decision.candidates)
+    return limited("bpf", "sctp-ports") and packet.protocol is Protocol.SCTP and changes
+
+
+@given(worlds)
+def test_iptables(world: World) -> None:
+    """Invariant: the rules lead every packet where `decide` does."""
+    table = routes(*world)
+    local = frozenset(table.locality.node_addresses)
+    tracer = IptablesTracer({family is Family.IPV6: saved(table, family) for family in Family}, local)
+    for _, packet in packets(table):
+        wanted = expected(decide(table, packet), packet, local)
+        found = tracer.trace(packet)
+        assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
+        _compared["iptables"] += 1
+
+
+def saved(table: RouteTable, family: Family) -> str:
+    """What iptables-save would print, were the rules of `table` written where no others are."""
+    rules, problems = ruleset(table, family, Settings())
+    assert not problems
+    chains = {name: {**_BUILT_IN[name], **rules.get(name, {})} for name in _BUILT_IN}
+    for name, heads in guests(Index(table).nodeports(family)).items():
+        chains[name] |= heads
+    lines: list[str] = []
+    for name, found in chains.items():
+        lines.append(f"*{name}")
+        lines += [f":{chain} {'ACCEPT' if chain in _BUILT_IN[name] else '-'} [0:0]" for chain in found]
+        lines += [rule for each in found.values() for rule in each]
+        lines.append("COMMIT")
+    return "\n".join(lines)
+
+
+_BUILT_IN: Ruleset = {
+    "mangle": dict.fromkeys(("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"), ()),
+    "filter": dict.fromkeys(("INPUT", "FORWARD", "OUTPUT"), ()),
+    "nat": dict.fromkeys(("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"), ()),
+}
