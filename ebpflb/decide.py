@@ -115,9 +115,18 @@ def decide(routes: RouteTable, packet: Packet) -> Decision:
         return Decision(Outcome.DROP, scope, route, (), tuple(reasons))
     masked = route.masquerade is Masquerade.ALWAYS or (route.masquerade is Masquerade.NOT_POD and not client.is_pod)
     active = [backend for backend in route.backends if backend.state is BackendState.ACTIVE]
-    candidates = tuple(Candidate(each, masked or each.address == packet.source) for each in active)
+    candidates = tuple(
+        Candidate(each, (masked or each.address == packet.source) and _leaves(routes.locality, client, each))
+        for each in active
+    )
     reasons += _choice(route, packet, candidates, masked)
     return Decision(Outcome.FORWARD, scope, route, candidates, tuple(reasons))
+
+
+def _leaves(locality: Locality, client: Client, backend: Backend) -> bool:
+    """Whether a packet to `backend` leaves this node, or began on it: what comes in for the node's own address passes
+    nothing that could replace its source."""
+    return client.is_node or backend.address not in locality.node_addresses
 
 
 def _who(locality: Locality, packet: Packet, client: Client) -> str:
@@ -137,6 +146,9 @@ def _choice(route: Route, packet: Packet, candidates: tuple[Candidate, ...], mas
         steps.append(f"a client that came within {route.affinity_seconds} s goes where it went then, if that is there")
     if masked:
         steps.append(f"masquerade is {route.masquerade.name}: the backend sees an address of this node as the source")
+        staying = [candidate.backend.address for candidate in candidates if not candidate.masquerade]
+        if staying:
+            steps.append(f"{staying[0]} is this node itself: there the packet never leaves, and keeps its source")
     else:
         steps.append(f"masquerade is {route.masquerade.name}: the backend sees {packet.source} as the source")
         if any(candidate.masquerade for candidate in candidates):

@@ -9,6 +9,8 @@ from tests.flows import Situation, check, every, situation
 from tests.world import (
     CLUSTER,
     LOCAL,
+    NODE_IP,
+    OTHER_NODE_IP,
     SCTP,
     UDP,
     dying,
@@ -87,6 +89,16 @@ POLICY_CLUSTER = (
         nodeport(),
         TWO,
         wanted={"outside 192.168.0.2:80": "NOT_SERVICE"},
+    ),
+    situation(
+        "a-backend-on-this-nodes-own-address-sees-who-comes-from-elsewhere",
+        nodeport(),
+        endpoint_slice(NODE_IP, OTHER_NODE_IP),
+        wanted={
+            "outside 192.168.0.2:30080": "192.168.0.2:80 192.168.0.3:80*",
+            "pod 192.168.0.2:30080": "192.168.0.2:80 192.168.0.3:80*",
+            "node 192.168.0.2:30080": "masq 192.168.0.2:80 192.168.0.3:80",
+        },
     ),
     situation(
         "node-port-on-the-cluster-ip-is-not-ours",
