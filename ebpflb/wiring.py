@@ -21,7 +21,7 @@ from ebpflb.dataplane import Dataplane
 from ebpflb.errors import Unsupported, UserError
 from ebpflb.model import Problem, ProxyOptions, Snapshot
 from ebpflb.observer import Observer
-from ebpflb.parts import Attendants, Changes, Choice, Parts, Watch
+from ebpflb.parts import Attendants, Changes, Choice, Leftovers, Parts, Watch
 from ebpflb.policy import Router
 from ebpflb.reconcile import Desired
 from ebpflb.routes import RouteTable
@@ -91,7 +91,7 @@ def real_parts() -> Parts:
         hostname=socket.gethostname,
         dataplanes=_dataplanes,
         prepare=_prepare,
-        kube_proxy=_NothingLeft(),
+        kube_proxy=_KubeProxy(),
         sources=lambda config: _sources(config, kubernetes),
         desired=_desired,
         attendants=lambda config, choice, sources, desired: _attendants(config, choice, sources, desired, kubernetes),
@@ -107,14 +107,22 @@ def real_parts() -> Parts:
     )
 
 
-class _NothingLeft:
-    def present(self) -> tuple[str, ...]:
-        return ()
+class _KubeProxy:
+    """`leftovers.KubeProxyLeftovers`, which is imported when it is needed."""
 
-    inventory = present
+    def _leftovers(self) -> Leftovers:
+        from ebpflb.leftovers import KubeProxyLeftovers
+
+        return KubeProxyLeftovers()
+
+    def present(self) -> tuple[str, ...]:
+        return self._leftovers().present()
+
+    def inventory(self) -> tuple[str, ...]:
+        return self._leftovers().inventory()
 
     def cleanup(self) -> None:
-        """Nothing to remove."""
+        self._leftovers().cleanup()
 
 
 def _desired(config: Config, sources: Sequence[Source]) -> Intent:

@@ -173,6 +173,8 @@ LAYERS = (
             "overview",
         ),  # fmt: skip
     ),
+    Layer("leftovers", ("model", "errors", "rtnetlink", "netfilter", "leftovers")),
+    Layer("leftovers.rules", ("netfilter.ruleset",), pure=True),
     Layer("attendants", ("*",)),
     Layer("wiring", ("*",)),
     Layer("cli", ("*",)),
