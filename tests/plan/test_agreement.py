@@ -16,16 +16,13 @@ import pytest
 from hypothesis import given
 
 from ebpflb.dataplane.bpf.writer import Writer
-from ebpflb.dataplane.iptables.frame import Settings, guests
-from ebpflb.dataplane.iptables.layout import Index
-from ebpflb.dataplane.iptables.rules import ruleset
 from ebpflb.dataplane.limits import limited
 from ebpflb.decide import Decision, Outcome, Packet, decide
-from ebpflb.model import Family, Protocol
-from ebpflb.netfilter.ruleset import Ruleset
+from ebpflb.model import Protocol
 from ebpflb.policy import routes
 from ebpflb.routes import RouteTable
 from tests.maps import FakeMaps
+from tests.plan.rulesets import saved
 from tests.plan.worlds import Client, World, packets, worlds
 from tests.tables import FACTS
 from tests.tracers import Traced, expected
@@ -66,7 +63,7 @@ def test_bpf(world: World) -> None:
         decision = decide(table, packet)
         if bpf_is_limited(client, packet, decision):
             continue
-        wanted = expected(decision, packet, local)
+        wanted = expected(decision, packet)
         if not client.interface:  # whom a socket of the node asks sees the node, without any masquerade
             wanted = wanted._replace(backends=dict.fromkeys(wanted.backends, False))
         found = tracer.trace(packet)
@@ -92,32 +89,9 @@ def test_iptables(world: World) -> None:
     """Invariant: the rules lead every packet where `decide` does."""
     table = routes(*world)
     local = frozenset(table.locality.node_addresses)
-    tracer = IptablesTracer({family is Family.IPV6: saved(table, family) for family in Family}, local)
+    tracer = IptablesTracer(saved(table), local)
     for _, packet in packets(table):
-        wanted = expected(decide(table, packet), packet, local)
+        wanted = expected(decide(table, packet), packet)
         found = tracer.trace(packet)
         assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
         _compared["iptables"] += 1
-
-
-def saved(table: RouteTable, family: Family) -> str:
-    """What iptables-save would print, were the rules of `table` written where no others are."""
-    rules, problems = ruleset(table, family, Settings())
-    assert not problems
-    chains = {name: {**_BUILT_IN[name], **rules.get(name, {})} for name in _BUILT_IN}
-    for name, heads in guests(Index(table).nodeports(family)).items():
-        chains[name] |= heads
-    lines: list[str] = []
-    for name, found in chains.items():
-        lines.append(f"*{name}")
-        lines += [f":{chain} {'ACCEPT' if chain in _BUILT_IN[name] else '-'} [0:0]" for chain in found]
-        lines += [rule for each in found.values() for rule in each]
-        lines.append("COMMIT")
-    return "\n".join(lines)
-
-
-_BUILT_IN: Ruleset = {
-    "mangle": dict.fromkeys(("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"), ()),
-    "filter": dict.fromkeys(("INPUT", "FORWARD", "OUTPUT"), ()),
-    "nat": dict.fromkeys(("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"), ()),
-}

@@ -40,6 +40,8 @@ T = TypeVar("T")
 BRIDGE_IP = "10.0.1.254"
 """The node's own address among its pods'."""
 
+SECOND_IP = "192.168.1.2"
+
 NEVER_HEARD_OF = "198.51.100.7"
 
 _LOOPBACK = ("127.0.0.1", "::1")
@@ -121,7 +123,7 @@ def random_slice(chance: Random, owner: Service, family: Family) -> EndpointSlic
 
 def random_node(chance: Random) -> Node:
     """This one, with more addresses at times."""
-    more = in_families(chance, tuple(Family), some(chance, ("192.168.1.2", BRIDGE_IP), 2))
+    more = in_families(chance, tuple(Family), some(chance, (SECOND_IP, BRIDGE_IP), 2))
     cidrs = chance.choice((("10.0.1.0/24",), ("10.0.1.0/24", v6("10.0.1.0/24")), (v6("10.0.1.0/24"),), ()))
     addresses = ("127.0.0.1", "::1", NODE_IP, v6(NODE_IP), *more)
     return Node("node1", addresses, (NODE_IP, v6(NODE_IP)), "zone-a", cidrs, known=True)
@@ -174,17 +176,18 @@ def clients(routes: RouteTable, family: Family) -> Iterator[Client]:
         return v6(address) if family is Family.IPV6 else address
 
     local = routes.locality.node_addresses
-    for address in (NODE_IP, "127.0.0.1", BRIDGE_IP, "192.168.1.2"):
+    for address in (NODE_IP, OTHER_NODE_IP, "127.0.0.1", BRIDGE_IP, SECOND_IP):
         if at(address) in local:
             yield Client("node", at(address), "")
+        elif address in (NODE_IP, OTHER_NODE_IP):
+            yield Client("host of another node", at(address), "eth0")
     yield Client("pod on the bridge", at(POD), "cni0")
     yield Client("pod by its own device", at(POD), "veth1")
     yield Client("pod of another node", at(REMOTE_POD), "eth0")
-    yield Client("host of another node", at(OTHER_NODE_IP), "eth0")
     yield Client("outside", at(OUTSIDE), "eth0")
     yield Client("outside, in no range", at(NEVER_HEARD_OF), "eth0")
     backends = {each.address for route in routes.values() for each in route.backends}
-    for address in sorted(backends - {*local, at(OTHER_NODE_IP)}):
+    for address in sorted(backends - {*local, at(NODE_IP), at(OTHER_NODE_IP)}):
         if (":" in address) == (family is Family.IPV6):
             yield Client("backend", address, "cni0" if in_cidr(address, at("10.0.1.0/24")) else "eth0")
 

@@ -66,16 +66,9 @@ def summary(paths: Iterable[Path]) -> Traced:
     return Traced(verdict, how, backends, chances)
 
 
-def expected(decision: Decision, packet: Packet, local: Iterable[Address]) -> Traced:
-    """What `decide` says, in a tracer's form; `local` are this node's addresses. What comes from elsewhere and stays on
-    this node passes no place where a source could be replaced: a backend on the node's own address sees the client."""
-    here = set(local)
-    arrives = not is_local(packet.source, here)
-    backends = {
-        (each.backend.address, each.backend.port): each.masquerade
-        and not (arrives and is_local(each.backend.address, here))
-        for each in decision.candidates
-    }
+def expected(decision: Decision, packet: Packet) -> Traced:
+    """What `decide` says, in a tracer's form."""
+    backends = {(each.backend.address, each.backend.port): each.masquerade for each in decision.candidates}
     how = refusal(packet) if decision.verdict is Outcome.REJECT else ""
     return Traced(decision.verdict, how, backends, {place: 1 / len(backends) for place in backends})
 
