@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
@@ -41,6 +41,7 @@ _TABLE_MAIN, _UNICAST = 254, 1
 _SKIP_STATISTICS = 1 << 3
 _RECEIVE = 1 << 18
 _DUMP_TRIES = 5
+_BATCH = 48 << 10  # bytes: refusals, which repeat the request, fit into what the socket can hold
 
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 # Nothing is sent there. Nobody may use them and so nobody routes them: only a default route leads there.
@@ -132,6 +133,43 @@ class Netlink:
     def request(self, type: int, flags: int, body: bytes) -> list[bytes]:
         """Ask and await the acknowledgement; the bodies of what came before it. Raises OSError."""
         return list(self._exchange(type, flags | _ACK, body))
+
+    def batch(self, type: int, flags: int, bodies: Iterable[bytes]) -> dict[int, OSError]:
+        """Many requests that answer nothing but whether they were done, many to a system call; the refusals, by the
+        index of the request. Each request is carried out, whatever became of those before it."""
+        refused: dict[int, OSError] = {}
+        sent = bytearray()
+        first = self._sequence + 1
+        done = last = 0
+        for index, body in enumerate(bodies):
+            self._sequence += 1
+            last = len(sent)
+            sent += struct.pack("=IHHII", 16 + len(body), type, flags | _REQUEST, self._sequence, 0) + body
+            sent += bytes(-len(body) % 4)
+            if len(sent) >= _BATCH:
+                self._finish(sent, last, first, refused, done)
+                done, first = index + 1, self._sequence + 1
+                sent = bytearray()
+        if sent:
+            self._finish(sent, last, first, refused, done)
+        return refused
+
+    def _finish(self, sent: bytearray, last: int, first: int, refused: dict[int, OSError], done: int) -> None:
+        """Send what was gathered. The kernel works through it within the call and says what it refused; the last
+        request, at `last`, asks to be acknowledged in any case."""
+        (flags,) = struct.unpack_from("=H", sent, last + 6)
+        struct.pack_into("=H", sent, last + 6, flags | _ACK)
+        self._socket.send(sent)
+        while True:
+            for kind, (message_flags, sequence, _), content in _messages(self._socket.recv(_RECEIVE)):
+                if kind != _ERROR or sequence < first:
+                    continue
+                try:
+                    _raise_refusal(content, message_flags)
+                except OSError as error:
+                    refused[done + sequence - first] = error
+                if sequence == self._sequence:
+                    return
 
     def dump(self, type: int, body: bytes) -> list[bytes]:
         """The bodies of all objects; read anew if they changed meanwhile."""

@@ -128,6 +128,28 @@ LAYERS = (
         (*_IPTABLES, "dataplane.iptables.names"),
         pure=True,
     ),
+    Layer(
+        "dataplane.ipvs",
+        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.ipvs"),
+    ),
+    Layer("dataplane.ipvs.options", (), pure=True),
+    Layer("dataplane.ipvs.names", (), pure=True),
+    Layer(
+        "dataplane.ipvs.table",
+        ("model", "routes", "dataplane.ipvs.names", "dataplane.ipvs.options"),
+        pure=True,
+    ),
+    Layer("dataplane.ipvs.rules", ("routes", "netfilter.ruleset", "dataplane.ipvs.names"), pure=True),
+    Layer(
+        "dataplane.ipvs.reading",
+        (*_IPTABLES, "dataplane.ipvs.names", "dataplane.ipvs.rules", "dataplane.ipvs.table"),
+        pure=True,
+    ),
+    Layer(
+        "dataplane.ipvs.messages",
+        ("dataplane.ipvs.names", "dataplane.ipvs.reading", "dataplane.ipvs.table"),
+        pure=True,
+    ),
     Layer("config", ("model",), pure=True),
     Layer("config.durations", (), pure=True),
     Layer("config.document", ("config.durations",), pure=True),
@@ -191,7 +213,7 @@ CONFINED = {
     "bcc": {"dataplane.bpf.compile"},  # it costs 75 MB: only a child process may
     "kubernetes": {"source.kube.credentials"},  # it costs 30 MB: only a child process may
     "prometheus_client": {"metrics.cells", "metrics.page"},  # its instruments name things their own way
-    "pyroute2": set(),  # see the top of rtnetlink
+    "pyroute2": {"dataplane.ipvs.netlink"},  # see the tops of rtnetlink and of that file
     "subprocess": {
         "dataplane.bpf.artifact",
         "demo.cluster",
