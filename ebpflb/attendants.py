@@ -54,7 +54,13 @@ class DaemonAttendants:
         self._keeper = keeper
         self._events = events
         self._metrics = Metrics(
-            dataplane, sources, counting, clock=clock, each_service=config.service_metrics, release=release_memory
+            dataplane,
+            sources,
+            counting,
+            clock=clock,
+            each_service=config.service_metrics,
+            release=release_memory,
+            passed=[name for name, _ in choice.passed],
         )
         self._health = Health(
             sources,

@@ -23,6 +23,7 @@ _ROUTE = "Route"
 _READ = "Read"
 _START = "Start"
 _LISTEN = "Listen"
+_HAND_OVER = "HandOver"
 
 _FAILED_TO_PROGRAM = "FailedToProgram"
 
@@ -90,6 +91,9 @@ def notice_of(found: Found, node: str) -> Notice | None:
     if found.part == "devices":
         note = f"{found.subject}: {found.reason}"
         return Notice(None, NoticeType.WARNING, found.code or "DeviceNotServed", _PROGRAM, note)
+    if found.part == "hand-over":
+        note = f"{found.subject}: {found.reason}"
+        return Notice(None, NoticeType.WARNING, found.code or "HandOverFailed", _HAND_OVER, note)
     if found.subject.startswith(_SERVICE) and found.code:
         service = _service(found.subject.removeprefix(_SERVICE))
         if service is not None:

@@ -19,8 +19,8 @@ _MOST_LINES = 20
 
 class Found(msgspec.Struct, frozen=True):
     """A problem, and which part of the daemon found it: a source's name, `policy`, `sync`, `audit`, `devices`, `node`
-    (its settings), `http` (our own ports), `health-check` (a Service's port), `health` (why /healthz says 503) or
-    `status`."""
+    (its settings), `hand-over` (from what carried Services before), `http` (our own ports), `health-check` (a Service's
+    port), `health` (why /healthz says 503) or `status`."""
 
     part: str
     subject: str

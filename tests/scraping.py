@@ -6,6 +6,7 @@ Rules of this file: time passes only when a test says so; what is read is the pa
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from ebpflb.dataplane import Report
 from ebpflb.httpd import Request, Response
@@ -31,8 +32,8 @@ class Amounts:
 class Tables(FakeDataplane):
     """Remembers what of it was read; reading takes `seconds`, and fails where a test says so."""
 
-    def __init__(self, clock: FakeClock) -> None:
-        super().__init__()
+    def __init__(self, clock: FakeClock, name: str) -> None:
+        super().__init__(name=name)
         self.asked: list[str] = []
         self.seconds = 0.0
         self.fails: dict[str, Exception] = {}
@@ -57,11 +58,14 @@ class Asked(FakeSource):
 
 
 class Bench:
-    """`each_service`: how many Services may have series of their own; `started`: so many seconds ago."""
+    """`each_service`: how many Services may have series of their own; `started`: so many seconds ago; `passed`: better
+    dataplanes than the one called `dataplane`."""
 
-    def __init__(self, each_service: int = 0, started: float = 60.0) -> None:
+    def __init__(
+        self, each_service: int = 0, started: float = 60.0, dataplane: str = "bpf", passed: Sequence[str] = ()
+    ) -> None:
         self.clock = FakeClock()
-        self.dataplane = Tables(self.clock)
+        self.dataplane = Tables(self.clock, dataplane)
         self.dataplane.rows["counters"] = [
             {"counter": "packet_forwarded", "value": 5},
             {"counter": "packet_dropped", "value": 0},
@@ -76,6 +80,7 @@ class Bench:
             wall=self.wall,
             each_service=each_service,
             release=lambda: self.dataplane.asked.append("released"),
+            passed=passed,
         )
         self.table = RouteTable()
         self.clock.advance(started)
@@ -96,13 +101,13 @@ class Bench:
         queued: float | None = None,
         took: float = 0.0,
         triggers: Sequence[Trigger] = (),
-        **report: int,
+        **report: Any,
     ) -> None:
         """A sync or an audit that ended now."""
         if table is not None:
             self.table = table
         began = self.clock.now - took
-        said = Report(report.get("written", 0), report.get("removed", 0), report.get("failed", 0))
+        said = Report(**report)
         self.metrics.attempted(Attempt(what, began, self.clock.now, queued, self.table, 0, said, tuple(triggers)))
 
     def look(self) -> None:

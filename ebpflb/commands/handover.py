@@ -21,7 +21,10 @@ from ebpflb.problems import Found
 log = logging.getLogger("ebpflb.handover")
 
 PERIOD = 30.0
-"""Seconds between two questions whether a predecessor has something left to keep, or kube-proxy something here."""
+"""Seconds between two questions whether a predecessor has something left to keep."""
+
+LEFTOVERS_PERIOD = 300.0
+"""Seconds between two looks whether what kube-proxy left is gone: with iptables-legacy one reads all of it."""
 
 PART = "hand-over"
 KUBE_PROXY = "kube-proxy"
@@ -58,7 +61,7 @@ class HandOver:
         self._details: dict[str, str] = {}  # of predecessors that are not gone, and what the last look came to
         self._failures: dict[str, str] = {}
         self._of_kube_proxy: tuple[str, ...] = ()
-        self._not_before = clock()
+        self._not_before = self._look_at = clock()
 
     def begin(self) -> None:
         """Before the successor starts: see who is here, and have it know. Raises what its `take_over` raises."""
@@ -87,20 +90,27 @@ class HandOver:
     # ---- As a worker ----
 
     def due(self) -> float | None:
-        if not (self._details or self._failures or self._of_kube_proxy):
-            return None
         # Until the successor is complete there is nothing to do, and the loop comes round when it is.
-        return max(self._not_before, self._clock()) if self._complete() else None
+        if not self._complete():
+            return None
+        times = []
+        if self._details or self._failures.keys() - {KUBE_PROXY}:
+            times.append(self._not_before)
+        if self._of_kube_proxy or KUBE_PROXY in self._failures:
+            times.append(self._look_at)
+        return max(min(times), self._clock()) if times else None
 
     def work(self) -> None:
-        due = self.due()
-        if due is None or self._clock() < due:
+        now, due = self._clock(), self.due()
+        if due is None or now < due:
             return
-        self._not_before = self._clock() + PERIOD
-        for name in (*self._details, *(name for name in self._failures if name not in self._details)):
-            if name in self._others:
-                self._move_on(name, self._others[name])
-        if self._of_kube_proxy or KUBE_PROXY in self._failures:
+        if now >= self._not_before:
+            self._not_before = now + PERIOD
+            for name in dict.fromkeys((*self._details, *self._failures)):
+                if name in self._others:
+                    self._move_on(name, self._others[name])
+        if now >= self._look_at and (self._of_kube_proxy or KUBE_PROXY in self._failures):
+            self._look_at = now + (PERIOD if KUBE_PROXY in self._failures else LEFTOVERS_PERIOD)
             self._look_for_leftovers()
 
     def _move_on(self, name: str, other: Dataplane) -> None:
@@ -141,4 +151,5 @@ class HandOver:
                 PART,
                 KUBE_PROXY,
                 f"left behind: {', '.join(self._of_kube_proxy)}; `ebpflb cleanup --kube-proxy` removes it",
+                "LeftBehind",
             )

@@ -25,10 +25,27 @@ class Reconciled(msgspec.Struct, frozen=True, gc=False):
     deleted: int
 
 
+class TableRules(msgspec.Struct, frozen=True, gc=False):
+    """iptables rules of one family and table: how many of ours there are, and how many of them were written."""
+
+    family: Family
+    table: str
+    held: int
+    written: int
+
+
+class RestoreFailure(msgspec.Struct, frozen=True, gc=False):
+    """An iptables-restore that was refused; `partial`: it was to write what changed, and not a whole ruleset."""
+
+    family: Family
+    partial: bool
+
+
 class Report(msgspec.Struct, frozen=True, gc=False):
     """What one `sync` did. `written` and `removed` count kernel rows, `failed` those that were refused (they are
     retried by the next sync), `seconds` is wall time, `problems` says in words what was refused. `reconciled` are the
-    comparisons with conntrack that were due."""
+    comparisons with conntrack that were due; `rules` and `restore_failures` are of dataplanes that write iptables
+    rules, for each family and table that was looked at."""
 
     written: int = 0
     removed: int = 0
@@ -36,6 +53,8 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     seconds: float = 0.0
     problems: tuple[Problem, ...] = ()
     reconciled: tuple[Reconciled, ...] = ()
+    rules: tuple[TableRules, ...] = ()
+    restore_failures: tuple[RestoreFailure, ...] = ()
 
     @property
     def complete(self) -> bool:

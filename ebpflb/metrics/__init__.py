@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from ebpflb.dataplane import Dataplane
 from ebpflb.metrics.cells import Cell
 from ebpflb.metrics.kubeproxy import KubeProxyMetrics
+from ebpflb.metrics.netfilter import NetfilterMetrics
 from ebpflb.metrics.own import OwnMetrics
 from ebpflb.metrics.page import Page
 from ebpflb.metrics.sampler import PERIOD, Amounts, Sampler
@@ -41,10 +42,14 @@ class Metrics(Observers):
         each_service: int = 0,
         period: float = PERIOD,
         release: Callable[[], None] = lambda: None,
+        passed: Sequence[str] = (),
     ) -> None:
         self.kube_proxy = KubeProxyMetrics(wall)
-        self._own = OwnMetrics(wall, dataplane.name, [source.name for source in sources], each_service=each_service > 0)
-        super().__init__((self.kube_proxy, self._own))
+        self._netfilter = NetfilterMetrics(dataplane.name)
+        self._own = OwnMetrics(
+            wall, dataplane.name, [source.name for source in sources], each_service=each_service > 0, passed=passed
+        )
+        super().__init__((self.kube_proxy, self._netfilter, self._own))
         self.sampler = Sampler(
             self._own,
             dataplane,
@@ -64,4 +69,5 @@ class Metrics(Observers):
     def cells(self) -> Iterator[Cell]:
         """Every metric of this package, as it is now."""
         yield from self.kube_proxy.cells()
+        yield from self._netfilter.cells()
         yield from self._own.cells()

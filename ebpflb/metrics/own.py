@@ -18,16 +18,22 @@ from ebpflb.routes import RouteTable
 from ebpflb.source import Condition, Event, SourceState
 
 _KINDS = ("sync", "audit")
-_PARTS = ("policy", "sync", "audit", "devices")
+_PARTS = ("policy", "sync", "audit", "devices", "hand-over")
 _BOUNDS = doubling(0.0005, 16)
 
 
 class OwnMetrics:
     """An Observer, and the cells that `sampler` fills. `wall`: the time of day, in seconds since the epoch;
-    `sources`: their names."""
+    `sources`: their names; `passed`: those of better dataplanes that cannot be had."""
 
     def __init__(
-        self, wall: Callable[[], float], dataplane: str, sources: Iterable[str], *, each_service: bool
+        self,
+        wall: Callable[[], float],
+        dataplane: str,
+        sources: Iterable[str],
+        *,
+        each_service: bool,
+        passed: Iterable[str] = (),
     ) -> None:
         names = tuple(sources)
         self.routes: RouteTable | None = None
@@ -43,9 +49,11 @@ class OwnMetrics:
         self._build = Gauge("ebpflb_build_info", "Always 1: the version that runs", ("version", "python_version"))
         self._build.set(1, __version__, platform.python_version())
         self._dataplane = Gauge(
-            "ebpflb_dataplane_info", "Always 1: the dataplane that carries Services", ("dataplane",)
+            "ebpflb_dataplane_info",
+            "Always 1: the dataplane that carries Services, and the better ones that cannot be had",
+            ("dataplane", "passed"),
         )
-        self._dataplane.set(1, dataplane)
+        self._dataplane.set(1, dataplane, ",".join(passed))
         self._whole = Gauge("ebpflb_synced", "1 while the kernel holds all that it should, as far as is known; else 0")
         self._in_a_row = Gauge("ebpflb_consecutive_failures", "Failed syncs and audits since all was last well")
         self._attempts = Counter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebpflb.commands.handover import PERIOD, HandOver, Retiring
+from ebpflb.commands.handover import LEFTOVERS_PERIOD, PERIOD, HandOver, Retiring
 from ebpflb.errors import ApplyError
 from ebpflb.problems import Found
 from tests.fakes import FakeClock, FakeDataplane, FakeLeftovers, both, routes
@@ -138,7 +138,7 @@ def test_kube_proxys_leftovers_are_named_and_left_alone(change: Change) -> None:
     change.wait()
     assert change.said == [
         Found("hand-over", "kube-proxy",
-              "left behind: chains, ipsets; `ebpflb cleanup --kube-proxy` removes it")
+              "left behind: chains, ipsets; `ebpflb cleanup --kube-proxy` removes it", "LeftBehind")
     ]  # fmt: skip
     assert len(change.leftovers.lines) == 2
 
@@ -149,7 +149,7 @@ def test_that_they_are_gone_is_noticed(change: Change) -> None:
     change.complete = True
     change.hand_over.work()
     change.leftovers.lines = ()
-    change.wait()
+    change.wait(LEFTOVERS_PERIOD)
     assert (change.said, change.hand_over.due()) == ([], None)
 
 

@@ -8,11 +8,13 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
+from ebpflb.dataplane import Reconciled, RestoreFailure, TableRules
 from ebpflb.httpd import Request, Response
 from ebpflb.metrics.page import handlers
 from ebpflb.model import EndpointSlice, Family, Protocol, Service, ServiceName, ServiceType
@@ -88,6 +90,72 @@ def test_names_types_labels_and_buckets_are_those_of_kube_proxy(bench: Bench) ->
         "rest_client_requests": ("counter", {"code", "method", "host"}, ()),
         "rest_client_request_duration_seconds": ("histogram", {"verb", "host"}, (0.005, 0.025, 60.0, 13)),
     }
+
+
+SYNC, CONNTRACK = "kubeproxy_sync_proxy_rules_iptables", "kubeproxy_conntrack_reconciler"
+OF_MODES: dict[str, set[str]] = {
+    "bpf": set(),
+    "ipvs": {
+        f"{SYNC}_restore_failures_total", f"{CONNTRACK}_sync_duration_seconds", f"{CONNTRACK}_deleted_entries_total"
+    },
+    "iptables": {
+        f"{SYNC}_total", f"{SYNC}_last", f"{SYNC}_restore_failures_total", f"{SYNC}_partial_restore_failures_total",
+        f"{CONNTRACK}_sync_duration_seconds", f"{CONNTRACK}_deleted_entries_total",
+    },
+}  # fmt: skip
+REPORT: dict[str, Any] = {
+    "rules": (TableRules(Family.IPV4, "nat", 120, 7), TableRules(Family.IPV6, "filter", 12, 0)),
+    "restore_failures": (RestoreFailure(Family.IPV4, True), RestoreFailure(Family.IPV4, False)),
+    "reconciled": (Reconciled(Family.IPV4, 0.003, 500, 2), Reconciled(Family.IPV6, 0.5, 10, 0)),
+}
+
+
+@pytest.mark.parametrize("dataplane", OF_MODES)
+def test_each_dataplane_has_the_metrics_of_kube_proxys_mode(dataplane: str) -> None:
+    bench = Bench(dataplane=dataplane)
+    bench.attempt(**REPORT)
+    names = set(re.findall(r"^# TYPE (\S+)", bench.get().body.decode(), re.MULTILINE))
+    assert {name for name in names if name.startswith((f"{SYNC}_", f"{CONNTRACK}_"))} == OF_MODES[dataplane]
+    bench.close()
+
+
+def test_what_a_dataplane_reports_of_rules_and_flows_adds_up() -> None:
+    bench = Bench(dataplane="iptables")
+    for _ in range(2):
+        bench.attempt(**REPORT)
+    values = bench.scrape()
+    wanted = {
+        f'{SYNC}_total{{table="nat",ip_family="IPv4"}}': 120,
+        f'{SYNC}_last{{table="nat",ip_family="IPv4"}}': 7,
+        f'{SYNC}_total{{table="filter",ip_family="IPv6"}}': 12,
+        f'{SYNC}_restore_failures_total{{ip_family="IPv4"}}': 2,
+        f'{SYNC}_restore_failures_total{{ip_family="IPv6"}}': 0,
+        f'{SYNC}_partial_restore_failures_total{{ip_family="IPv4"}}': 2,
+        f'{CONNTRACK}_deleted_entries_total{{ip_family="IPv4"}}': 4,
+        f'{CONNTRACK}_deleted_entries_total{{ip_family="IPv6"}}': 0,
+        f'{CONNTRACK}_sync_duration_seconds_count{{ip_family="IPv6"}}': 2,
+        f'{CONNTRACK}_sync_duration_seconds_bucket{{ip_family="IPv4",le="0.002"}}': 0,
+        f'{CONNTRACK}_sync_duration_seconds_bucket{{ip_family="IPv4",le="0.004"}}': 2,
+    }
+    assert {name: values.get(_in_any_order(name, values)) for name in wanted} == wanted
+    bench.close()
+
+
+def _in_any_order(sample: str, values: dict[str, float]) -> str:
+    """How the page writes a sample's labels."""
+    name, _, labels = sample.rstrip("}").partition("{")
+    wanted = (name, sorted(labels.split(",")))
+    return next(
+        each
+        for each in values
+        if (each.partition("{")[0], sorted(each.rstrip("}").partition("{")[2].split(","))) == wanted
+    )
+
+
+def test_the_dataplanes_that_cannot_be_had_are_named() -> None:
+    bench = Bench(dataplane="iptables", passed=("bpf", "ipvs"))
+    assert bench.value('ebpflb_dataplane_info{dataplane="iptables",passed="bpf,ipvs"}') == 1
+    bench.close()
 
 
 def test_bounds_are_written_as_kube_proxy_writes_them(bench: Bench) -> None:
@@ -343,7 +411,7 @@ def test_a_source_that_is_out_of_reach_is_stale_for_longer_and_longer(bench: Ben
 
 def test_who_runs_is_said(bench: Bench) -> None:
     values = bench.scrape()
-    assert values['ebpflb_dataplane_info{dataplane="bpf"}'] == 1
+    assert values['ebpflb_dataplane_info{dataplane="bpf",passed=""}'] == 1
     assert [name for name in values if name.startswith("ebpflb_build_info{")] != []
     assert values["process_resident_memory_bytes"] > 1e6
 
@@ -466,10 +534,14 @@ def exposed(bench: Bench) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def test_every_metric_is_documented_and_every_documented_metric_is_there(counting: Bench) -> None:
+    iptables = Bench(dataplane="iptables")
+    iptables.attempt(**REPORT)
+    there = {**exposed(iptables), **exposed(counting)}
+    iptables.close()
     rows = re.findall(r"^\| `([a-z_]+)` \| (\w+) \|([^|]*)\|", DOCUMENT.read_text(), re.MULTILINE)
     documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     assert len(documented) == len(rows)
-    assert documented == exposed(counting)
+    assert documented == there
 
 
 def test_every_event_of_the_kernels_programs_is_documented() -> None:
@@ -486,14 +558,8 @@ def test_what_kube_proxy_has_and_we_have_not_is_named() -> None:
     text = DOCUMENT.read_text()
     absent = text[text.index("## What is not there") :]
     for name in (
-        "kubeproxy_sync_proxy_rules_iptables_total",
-        "kubeproxy_sync_proxy_rules_iptables_last",
-        "kubeproxy_sync_proxy_rules_iptables_restore_failures_total",
-        "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
         "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
         "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
-        "kubeproxy_conntrack_reconciler_sync_duration_seconds",
-        "kubeproxy_conntrack_reconciler_deleted_entries_total",
         "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
         "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
     ):

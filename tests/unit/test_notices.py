@@ -42,6 +42,13 @@ def test_what_concerns_no_service_is_told_of_the_node() -> None:
     assert (notice.about, notice.note) == (None, "device eth0: not attached: busy")
 
 
+def test_what_kube_proxy_left_behind_is_told_of_the_node() -> None:
+    reason = "left behind: ipsets KUBE-*; `ebpflb cleanup --kube-proxy` removes it"
+    assert told(Found("hand-over", "kube-proxy", reason, "LeftBehind")) == [
+        Notice(None, NoticeType.WARNING, "LeftBehind", "HandOver", f"kube-proxy: {reason}")
+    ]
+
+
 def test_a_service_that_cannot_be_read_is_told_of_it() -> None:
     (notice,) = told(Found("api", "Service default/web", "cannot be read: port 0", "Unreadable"))
     assert (notice.about, notice.reason, notice.note) == (WEB, "Unreadable", "cannot be read: port 0")
