@@ -178,13 +178,21 @@ def choose(
     raise Unsupported("nothing here can carry services: " + "; ".join(f"{each}: {reason}" for each, reason in found))
 
 
+def installed(dataplane: Dataplane) -> tuple[str, ...]:
+    """Its inventory; () where it cannot be had, and so has nothing. Raises UserError or ApplyError."""
+    try:
+        return dataplane.inventory()
+    except Unsupported:
+        return ()
+
+
 def holder(ladder: Sequence[Dataplane], name: str = AUTO) -> Dataplane:
     """The candidate that holds something here; of several, while one takes over from another, the one that most new
     connections are carried by. Raises NothingProgrammed if none does, UserError or ApplyError if it cannot be told."""
     found, refusals = [], []
     for dataplane in candidates(ladder, name):
         try:
-            if dataplane.inventory():
+            if installed(dataplane):
                 found.append(dataplane)
         except UserError:
             raise

@@ -14,9 +14,9 @@ from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.control import listen
 from ebpflb.dataplane import Dataplane
-from ebpflb.errors import EbpflbError
+from ebpflb.errors import EbpflbError, Unsupported
 from ebpflb.output import Format, Item, document
-from ebpflb.parts import Parts
+from ebpflb.parts import Parts, installed
 
 
 def cleanup(config: Config, parts: Parts, *, dry_run: bool, form: Format) -> Result:
@@ -31,6 +31,8 @@ def cleanup(config: Config, parts: Parts, *, dry_run: bool, form: Format) -> Res
         for dataplane in ladder:
             try:
                 dataplane.cleanup()
+            except Unsupported:
+                continue  # what cannot be had has nothing here
             except EbpflbError as error:
                 refusals.append(error)  # the others need not stay for it
         if refusals:
@@ -49,7 +51,7 @@ def cleanup_kube_proxy(parts: Parts, *, dry_run: bool, form: Format) -> Result:
 
 
 def _inventory(ladder: Sequence[Dataplane]) -> list[Item]:
-    return [{"dataplane": dataplane.name, "installed": line} for dataplane in ladder for line in dataplane.inventory()]
+    return [{"dataplane": dataplane.name, "installed": line} for dataplane in ladder for line in installed(dataplane)]
 
 
 def _listed(items: list[Item], form: Format, verb: str, nothing: str) -> str:

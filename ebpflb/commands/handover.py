@@ -15,7 +15,7 @@ import msgspec
 
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import EbpflbError
-from ebpflb.parts import Leftovers
+from ebpflb.parts import Leftovers, installed
 from ebpflb.problems import Found
 
 log = logging.getLogger("ebpflb.handover")
@@ -67,7 +67,7 @@ class HandOver:
         """Before the successor starts: see who is here, and have it know. Raises what its `take_over` raises."""
         for name, other in self._others.items():
             try:
-                if other.inventory():
+                if installed(other):
                     self._details[name] = _WAITS.format(successor=self._successor.name)
             except EbpflbError as error:
                 self._fail(name, error)
@@ -116,7 +116,7 @@ class HandOver:
     def _move_on(self, name: str, other: Dataplane) -> None:
         """One step: retire it, and remove it when nothing is left to keep."""
         try:
-            if not other.inventory():  # it could not be asked before, or what it had was written over
+            if not installed(other):  # it could not be asked before, or what it had was written over
                 if self._details.pop(name, None):
                     log.info("hand-over: nothing of %s is left", name)
             elif other.retire():

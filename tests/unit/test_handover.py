@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ebpflb.commands.handover import LEFTOVERS_PERIOD, PERIOD, HandOver, Retiring
-from ebpflb.errors import ApplyError
+from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.problems import Found
 from tests.fakes import FakeClock, FakeDataplane, FakeLeftovers, both, routes
 
@@ -114,6 +114,13 @@ def test_one_that_cannot_be_asked_is_asked_again(change: Change) -> None:
     change.hand_over.work()
     assert (change.said, change.hand_over.due()) == ([], None)
     assert "retire" not in change.idle.calls
+
+
+def test_one_that_this_node_cannot_have_is_nobody(change: Change) -> None:
+    change.old.held = None
+    change.idle.raises["inventory"] = Unsupported("no iptables-restore is installed")
+    change.hand_over.begin()
+    assert (change.new.calls, change.said, change.hand_over.retiring()) == ([], [], ())
 
 
 def test_one_whose_rules_were_written_over_is_over(change: Change) -> None:

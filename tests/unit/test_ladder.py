@@ -128,6 +128,17 @@ def test_one_that_cannot_be_asked_is_in_the_way_of_nobody_else() -> None:
         holder(made[:2])
 
 
+def test_one_that_this_node_cannot_have_has_nothing_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a node without iptables, whatever is asked."""
+    world = World()
+    missing = FakeDataplane(name="iptables")
+    world.others = [missing]
+    for words, status in ((["dump"], 4), (["cleanup", "--dry-run"], 0), (["cleanup"], 0)):
+        missing.raises |= {"inventory": Unsupported("no iptables"), "cleanup": Unsupported("no iptables")}
+        assert main(words, world.parts) == status
+    assert "no iptables" not in capsys.readouterr().err
+
+
 # ---- The daemon ----
 
 
