@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ebpflb.dataplane.iptables import names
 
@@ -29,6 +34,12 @@ def test_a_service_ports_chains_are_kube_proxys(service_port: str, protocol: str
 )
 def test_an_endpoints_chain_is_kube_proxys(service_port: str, protocol: str, endpoint: str, expected: str) -> None:
     assert names.endpoint_chain(service_port, protocol, endpoint) == expected
+
+
+@given(st.text())
+def test_the_hash_is_base_32(text: str) -> None:
+    """Invariant: it is what the standard library would make of it."""
+    assert names.hashed(text) == base64.b32encode(hashlib.sha256(text.encode()).digest())[:16].decode()
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ CONFINED = {
 MODEL_FOR_DATAPLANES = {"Address", "Family", "family_of", "Problem", "Protocol", "ServiceName"}
 
 PURE_OUTSIDE = {
-    "__future__", "array", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools",
+    "__future__", "array", "bisect", "collections", "dataclasses", "datetime", "enum", "functools",
     "hashlib", "heapq", "immutables", "ipaddress", "itertools", "math", "msgspec", "operator", "re", "socket",
     "struct", "typing", "types", "weakref",
 }  # fmt: skip
