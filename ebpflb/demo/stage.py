@@ -34,6 +34,7 @@ PODS = (
 READY_SECONDS = 30.0
 COMMAND_SECONDS = 30.0
 SILENCE_SECONDS = 10.0
+LEAST_ANSWERS = 20
 
 
 def manifest_directory() -> Path:
@@ -186,7 +187,7 @@ class Probe:
     """A client that keeps asking; see `prober`."""
 
     def __init__(self, stage: Stage, where: Place, url: str) -> None:
-        self._patience = SILENCE_SECONDS * stage.patience
+        self._patience = stage.patience
         self._file = stage.cluster.logs / f"probe-{where.name}-{time.monotonic_ns()}.log"
         with self._file.open("wb") as file:
             argv = (sys.executable, "-I", prober.__file__, url)
@@ -198,9 +199,10 @@ class Probe:
         return [(float(words[0]), words[1], words[2].strip()) for words in lines]
 
     def wait(self, number: int) -> None:
-        """Return once this many more answers, good or bad, have come. Raises EbpflbError if they do not."""
-        wanted = len(self.answers()) + number
-        deadline = time.monotonic() + self._patience
+        """Return once this many more answers, good or bad, have come; a slow machine gives that many times fewer.
+        Raises EbpflbError if they do not."""
+        wanted = len(self.answers()) + max(LEAST_ANSWERS, round(number / self._patience))
+        deadline = time.monotonic() + SILENCE_SECONDS * self._patience
         while len(self.answers()) < wanted:
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise EbpflbError(f"the client that keeps asking fell silent: {self._file.read_text()[-200:]}")
