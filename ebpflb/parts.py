@@ -119,18 +119,20 @@ class Parts:
 
     `dataplanes` gives the ladder for a Config, all of them, best first; `prepare` makes the node ready for one of them
     (for bpf: the BPF file system) and raises UserError for a value that was given, Unsupported where none was.
-    `kube_proxy` is what kube-proxy left behind. `attendants` go along with a daemon that stays: by Config, choice of
-    dataplane, sources and what these come to. `set_up_node` makes the node as the Config wants it (kernel settings
-    beside Services); it answers with what could not be had. `config_changes` tells of changes of the file that the
-    Config came from, None without one. `watches` and `device_problems` ask a started dataplane what else to listen to,
-    and what is wrong with the devices. `privileged` is whether this process may change the node's network. `clock`
-    counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as RFC 3339. `patience` is how many
-    seconds a command that needs the sources' whole content waits for it.
+    `settings_of` makes the kernel's settings that one of them makes by itself where it may, which in a container it may
+    not; it answers with what could not be had. `kube_proxy` is what kube-proxy left behind. `attendants` go along with
+    a daemon that stays: by Config, choice of dataplane, sources and what these come to. `set_up_node` makes the node as
+    the Config wants it (kernel settings beside Services); it answers with what could not be had. `config_changes` tells
+    of changes of the file that the Config came from, None without one. `watches` and `device_problems` ask a started
+    dataplane what else to listen to, and what is wrong with the devices. `privileged` is whether this process may
+    change the node's network. `clock` counts seconds from anywhere, `random` gives [0, 1), `now` is the time of day as
+    RFC 3339. `patience` is how many seconds a command that needs the sources' whole content waits for it.
     """
 
     hostname: Callable[[], str]
     dataplanes: Callable[[Config], Sequence[Dataplane]]
     prepare: Callable[[Config, Dataplane], None]
+    settings_of: Callable[[Config, Dataplane], Iterable[Problem]]
     kube_proxy: Leftovers
     sources: Callable[[Config], Sequence[Source]]
     desired: Callable[[Config, Sequence[Source]], Desired]

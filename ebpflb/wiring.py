@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from ebpflb import control
 from ebpflb.config import AUTO, DEFAULT_BPFFS, ApiServer, Config
 from ebpflb.dataplane import Dataplane
-from ebpflb.errors import Unsupported, UserError
-from ebpflb.model import Problem, ProxyOptions, Snapshot
+from ebpflb.errors import ApplyError, Unsupported, UserError
+from ebpflb.model import Node, Problem, ProxyOptions, Snapshot
 from ebpflb.observer import Observer
 from ebpflb.parts import Attendants, Changes, Choice, Leftovers, Parts, Watch
 from ebpflb.policy import Router
@@ -29,6 +29,7 @@ from ebpflb.source import Event, Source, SourceState
 from ebpflb.source.store import Store
 
 if TYPE_CHECKING:
+    from ebpflb.dataplane.ipvs.options import IpvsOptions
     from ebpflb.source.kube.client import HttpClient
     from ebpflb.source.kube.endpoints import ApiServers
     from ebpflb.source.kube.source import KubeSource
@@ -91,6 +92,7 @@ def real_parts() -> Parts:
         hostname=socket.gethostname,
         dataplanes=_dataplanes,
         prepare=_prepare,
+        settings_of=_settings_of,
         kube_proxy=_KubeProxy(),
         sources=lambda config: _sources(config, kubernetes),
         desired=_desired,
@@ -258,9 +260,14 @@ def _bpf(config: Config) -> Dataplane:
 
 def _ipvs(config: Config) -> Dataplane:
     from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
+
+    return IpvsDataplane(_ipvs_options(config), mark_bit=config.masquerade_bit, variant=_variant(config))
+
+
+def _ipvs_options(config: Config) -> IpvsOptions:
     from ebpflb.dataplane.ipvs.options import IpvsOptions
 
-    options = IpvsOptions(
+    return IpvsOptions(
         scheduler=config.ipvs.scheduler,
         exclude_cidrs=config.ipvs.exclude_cidrs,
         strict_arp=config.ipvs.strict_arp,
@@ -268,7 +275,6 @@ def _ipvs(config: Config) -> Dataplane:
         tcp_fin_timeout=config.ipvs.tcp_fin_timeout,
         udp_timeout=config.ipvs.udp_timeout,
     )
-    return IpvsDataplane(options, mark_bit=config.masquerade_bit, variant=_variant(config))
 
 
 def _iptables(config: Config) -> Dataplane:
@@ -306,6 +312,28 @@ def _prepare(config: Config, dataplane: Dataplane) -> None:
         if config.bpffs != DEFAULT_BPFFS:
             raise
         raise Unsupported(str(error)) from error
+
+
+def _settings_of(config: Config, dataplane: Dataplane) -> Iterable[Problem]:
+    try:
+        if dataplane.name == "ipvs":
+            from ebpflb.dataplane.ipvs.facts import set_sysctls
+
+            set_sysctls(_ipvs_options(config))
+        elif dataplane.name == "iptables" and _loopback_carries_node_ports(config):
+            from ebpflb.dataplane.iptables.facts import localnet_routed, route_localnet
+
+            if not localnet_routed():
+                route_localnet(True)
+    except (ApplyError, OSError) as error:
+        return (Problem(dataplane.name, str(error)),)
+    return ()
+
+
+def _loopback_carries_node_ports(config: Config) -> bool:
+    from ebpflb.facts import nodeport_addresses
+
+    return bool(nodeport_addresses(Node(config.node_name, ("127.0.0.1",)), config.proxy))
 
 
 def _watches(dataplane: Dataplane) -> Sequence[Watch]:

@@ -310,6 +310,7 @@ class World:
         self.others: list[FakeDataplane] = []  # further down the ladder
         self.kube_proxy = FakeLeftovers()
         self.unprepared: dict[str, Exception] = {}
+        self.setting_problems: dict[str, tuple[Problem, ...]] = {}
         self.source = FakeSource()
         self.desired = FakeDesired(want)
         self.device_problems: tuple[Problem, ...] = ()
@@ -322,6 +323,7 @@ class World:
             hostname=lambda: "Node-1.example ",
             dataplanes=self._dataplanes,
             prepare=self._prepare,
+            settings_of=lambda config, dataplane: self.setting_problems.get(dataplane.name, ()),
             kube_proxy=self.kube_proxy,
             sources=self._sources,
             desired=lambda config, sources: self.desired,

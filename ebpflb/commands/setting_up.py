@@ -12,7 +12,7 @@ from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.config import file as config_file
 from ebpflb.errors import Unsupported, UserError
-from ebpflb.parts import Parts, candidates
+from ebpflb.parts import Parts, choose
 
 log = logging.getLogger("ebpflb.daemon")
 
@@ -34,18 +34,21 @@ def write_config(config: Config, path: str) -> Result:
 
 
 def set_up_only(config: Config, parts: Parts) -> Result:
-    """What takes all privileges, and a daemon would do first: the node is made ready for each dataplane that may be
-    chosen, and the kernel's settings are made. What could not be had is told, and is no reason to fail: the daemon
+    """What takes all privileges, and a daemon would do first: the node is made ready for the dataplane that a daemon
+    will choose, and the kernel's settings are made. What could not be had is told, and is no reason to fail: the daemon
     carries Services without it, or says that it cannot."""
     require_privilege(parts)
     for warning in config.warnings:
         log.warning("%s", warning)
-    for dataplane in candidates(parts.dataplanes(config), config.dataplane):
-        try:
-            parts.prepare(config, dataplane)
-        except Unsupported as error:
-            log.warning("dataplane %s: %s", dataplane.name, error)
-    for subject, reason, _ in parts.set_up_node(config):
+    try:
+        chosen = choose(parts.dataplanes(config), config.dataplane, lambda each: parts.prepare(config, each))
+    except Unsupported as error:
+        log.warning("%s", error)
+        problems = []
+    else:
+        log.info("dataplane %s can carry services here", chosen.dataplane.name)
+        problems = list(parts.settings_of(config, chosen.dataplane))
+    for subject, reason, _ in (*problems, *parts.set_up_node(config)):
         log.warning("node: %s: %s", subject, reason)
     log.info("the node is set up")
     return Result(status=OK)

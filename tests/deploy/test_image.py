@@ -94,6 +94,13 @@ def test_it_says_what_it_is(image: Image) -> None:
         assert (image.directory / "usr/share/doc" / package / "copyright").exists(), package
 
 
+def test_it_has_iptables_of_either_variant_for_nodes_without_bpf(image: Image) -> None:
+    for family in ("iptables", "ip6tables"):
+        for variant in ("nft", "legacy"):
+            for tool in ("", "-save", "-restore"):
+                assert (image.directory / f"usr/sbin/{family}-{variant}{tool}").exists(), (family, variant, tool)
+
+
 def test_it_has_no_toolchain_and_nothing_of_its_making(image: Image) -> None:
     for name in ("gcc", "clang", "pip", "pip3", "make", "curl"):
         assert not any((image.directory / place / name).exists() for place in ("usr/bin", "opt/ebpflb/bin")), name

@@ -18,7 +18,7 @@ from tests.deploy.base import BASE, DEPLOY, Object, container, containers, kusto
 
 NAMES = [each["name"] for each in containers()]
 # Of container runtimes' default set none is left, so that what is added is all there is.
-CAPABILITIES = {"NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "SYS_RESOURCE"}
+CAPABILITIES = {"NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_RESOURCE"}
 
 
 def volumes() -> dict[str, Object]:
@@ -142,6 +142,14 @@ def test_each_capability_is_named_with_its_reason() -> None:
     text = (BASE / "daemonset.yaml").read_text()
     for capability in CAPABILITIES:
         assert re.search(rf"^ *- {capability}  # \S.{{10,}}$", text, re.MULTILINE), capability
+
+
+@pytest.mark.parametrize("name", ["prepare", "ebpflb"])
+def test_rules_are_written_under_the_nodes_own_lock(name: str) -> None:
+    """The kubelet and the network plugin hold it too."""
+    (mount,) = (each for each in container(name)["volumeMounts"] if each["name"] == "xtables-lock")
+    assert mount["mountPath"] == volumes()["xtables-lock"]["hostPath"]["path"] == "/run/xtables.lock"
+    assert volumes()["xtables-lock"]["hostPath"]["type"] == "FileOrCreate"
 
 
 def test_pins_outlive_the_container() -> None:

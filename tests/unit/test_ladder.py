@@ -207,7 +207,7 @@ def test_the_node_is_made_ready_for_whoever_may_be_chosen(
 ) -> None:
     world.unprepared["bpf"] = Unsupported("the BPF file system cannot be mounted")
     assert main(["run", "--init-only", "--manifests", str(tmp_path)], world.parts) == 0
-    assert "WARNING dataplane bpf: the BPF file system cannot be mounted" in capsys.readouterr().err
+    assert "dataplane ipvs can carry services here" in capsys.readouterr().err
     assert run_once(world, tmp_path) == 0
     assert world.others[0].held == world.desired.want
 

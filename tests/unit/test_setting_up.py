@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ebpflb.cli import main
+from ebpflb.errors import Unsupported
 from ebpflb.model import Problem
-from tests.fakes import World, both, routes
+from tests.fakes import FakeDataplane, World, both, routes
 
 CONFIGURATION = """
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -103,7 +104,20 @@ def test_the_node_alone_is_set_up(path: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr()
     assert "node: nf_conntrack_max: cannot be set" in said.err
     assert "the node is set up" in said.err
-    assert world.dataplane.calls == []
+    assert world.dataplane.calls == ["check"]
+
+
+def test_the_settings_of_whoever_will_carry_services_are_made(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World()
+    world.others = [FakeDataplane(name="ipvs")]
+    world.dataplane.raises["check"] = Unsupported("no bpf(2)")
+    world.setting_problems["bpf"] = (Problem("bpf", "this is not asked"),)
+    world.setting_problems["ipvs"] = (Problem("ipvs", "/proc/sys/net/ipv4/vs/conntrack cannot be set to 1"),)
+    assert main(["run", "--config", str(path), "--init-only"], world.parts) == 0
+    said = capsys.readouterr().err
+    assert "dataplane ipvs can carry services here" in said
+    assert "WARNING node: ipvs: /proc/sys/net/ipv4/vs/conntrack cannot be set to 1" in said
+    assert "this is not asked" not in said
 
 
 def test_the_node_is_set_up_by_root(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
