@@ -26,7 +26,6 @@ _MOST_TRACKED = 1 << 20
 _PER_BUCKET = 4
 
 _MAX = "nf_conntrack_max"
-_LIBERAL = "nf_conntrack_tcp_be_liberal"
 
 
 class Files(NamedTuple):
@@ -46,16 +45,6 @@ def set_up(config: Config, *, files: Files | None = None, cpus: int | None = Non
     if config.oom_score_adj is not None:
         found += _set(files.oom_score_adj, config.oom_score_adj, "oomScoreAdj")
     return tuple(found)
-
-
-def takes_out_of_window(config: Config, *, files: Files | None = None) -> bool:
-    """Whether TCP packets out of the window count as valid: by `config`, or because somebody has set it so."""
-    if config.conntrack is not None and config.conntrack.tcp_be_liberal:
-        return True
-    try:
-        return int(((files or Files()).netfilter / _LIBERAL).read_text()) != 0
-    except (OSError, ValueError):
-        return False  # nobody tracks connections here, so nobody has said so
 
 
 def most_tracked(conntrack: Conntrack, cpus: int) -> int:
@@ -83,7 +72,7 @@ def _set_conntrack(conntrack: Conntrack, files: Files, cpus: int) -> Iterator[Pr
     for name, value, field in (
         ("nf_conntrack_tcp_timeout_established", conntrack.tcp_established, "tcpEstablishedTimeout"),
         ("nf_conntrack_tcp_timeout_close_wait", conntrack.tcp_close_wait, "tcpCloseWaitTimeout"),
-        (_LIBERAL, int(conntrack.tcp_be_liberal), "tcpBeLiberal"),
+        ("nf_conntrack_tcp_be_liberal", int(conntrack.tcp_be_liberal), "tcpBeLiberal"),
         ("nf_conntrack_udp_timeout", conntrack.udp, "udpTimeout"),
         ("nf_conntrack_udp_timeout_stream", conntrack.udp_stream, "udpStreamTimeout"),
     ):

@@ -278,12 +278,11 @@ def _ipvs_options(config: Config) -> IpvsOptions:
 
 
 def _iptables(config: Config) -> Dataplane:
-    from ebpflb import node_setup
     from ebpflb.dataplane.iptables.dataplane import IptablesDataplane
 
     return IptablesDataplane(
         mark_bit=config.masquerade_bit,
-        liberal_conntrack=node_setup.takes_out_of_window(config),
+        liberal_conntrack=config.conntrack is not None and config.conntrack.tcp_be_liberal,
         variant=_variant(config),
     )
 

@@ -16,7 +16,7 @@ import pytest
 from ebpflb.config import Config, Conntrack
 from ebpflb.config.options import Options, configure
 from ebpflb.model import Problem
-from ebpflb.node_setup import Files, most_tracked, set_up, takes_out_of_window
+from ebpflb.node_setup import Files, most_tracked, set_up
 
 ESTABLISHED, CLOSE_WAIT = "nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait"
 KERNELS = {
@@ -211,13 +211,3 @@ def test_a_namespaces_own_settings_are_written_and_the_machines_limit_is_not() -
     assert subject == "nf_conntrack_max"
     assert "Permission denied" in reason
     assert {path: path.read_text() for path in machine} == machine
-
-
-def test_who_takes_packets_out_of_the_window(kernel: Kernel, tmp_path: Path) -> None:
-    """iptables drops what conntrack calls invalid, unless somebody wants it otherwise: by our option or by the file."""
-    liberal = msgspec.structs.replace(BARE, conntrack=Conntrack(tcp_be_liberal=True))
-    assert not takes_out_of_window(BARE, files=kernel.files)
-    assert takes_out_of_window(liberal, files=kernel.files)
-    (kernel.files.netfilter / "nf_conntrack_tcp_be_liberal").write_text("1\n")
-    assert takes_out_of_window(BARE, files=kernel.files)
-    assert not takes_out_of_window(BARE, files=kernel.files._replace(netfilter=tmp_path / "absent"))
