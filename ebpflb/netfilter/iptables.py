@@ -27,7 +27,7 @@ from typing import IO, NamedTuple, TypeVar
 
 from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Family
-from ebpflb.netfilter import nftables
+from ebpflb.netfilter import legacy, nftables
 from ebpflb.netfilter.ruleset import Rules, SavedChain, saved_chains
 
 TABLES = ("filter", "nat", "mangle")
@@ -50,9 +50,9 @@ _READ_AT_ONCE = 200
 _LOCK = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 _PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
 _COMMANDS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
-_NAMES = {Family.IPV4: "ip_tables_names", Family.IPV6: "ip6_tables_names"}
 # kubelet makes the first for just this purpose (1.24); the second is older and of its own.
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
+_COUNTED = re.compile(r"(-A .*?) -c (\d+) (\d+)(.*)")
 _NOISE = ("Try `", "# Warning:", "Perhaps iptables or your kernel")
 
 
@@ -103,7 +103,7 @@ class Iptables:
                 return
             present = [table for table in tables if any(chain.table == table for chain in chains)]
         else:
-            present = [table for table in tables if table in legacy_tables(self.family)]
+            present = [table for table in tables if table in _legacy_tables(self.family)]
         for table in present:
             with self._reading([self._save, "-t", table]) as lines:
                 try:
@@ -136,6 +136,17 @@ class Iptables:
         if next(expected, None) is not None:
             raise ApplyError("", "", 0, f"{self._restore} lists fewer chains than it was asked for")
 
+    def has_chain(self, table: str, chain: str) -> bool:
+        """Whether there is such a chain; it costs what `rules` does. Raises ApplyError."""
+        if self.variant is Variant.NFT:
+            return _asked(lambda: nftables.has_chain(self.family, table, chain))
+        return self.rules(table, chain) is not None
+
+    def entries(self, table: str) -> int | None:
+        """How many entries a table of variant legacy has: its rules, and two for each chain; None if there is no such
+        table. It costs next to nothing. Raises ApplyError."""
+        return _asked(lambda: legacy.entries(self.family, table))
+
     def rules(self, table: str, chain: str) -> Rules | None:
         """The rules of one chain; None if there is no such chain. With variant nft it costs next to nothing, with
         legacy it reads the table. Raises ApplyError."""
@@ -143,11 +154,12 @@ class Iptables:
         return None if found is None else tuple(line for line in found if line.startswith("-A "))
 
     def counted(self, table: str, chains: Iterable[str]) -> list[tuple[int, int, str]]:
-        """(packets, bytes, rule) of each rule of `chains` that are there, which should be few. Raises ApplyError."""
+        """(packets, bytes, rule) of each rule of `chains`, which must be there. Raises ApplyError."""
+        listing = [f"*{table}\n", *(f"-v -S {chain}\n" for chain in chains), "COMMIT\n"]
         found = []
-        for chain in chains:
-            for line in self._listed(table, chain, "-v", "-S") or ():
-                match = re.fullmatch(r"(-A .*?)(?: -c (\d+) (\d+))(.*)", line)
+        with self._reading([self._restore, *self._waiting, "--noflush"], listing) as lines:
+            for line in lines:
+                match = _COUNTED.fullmatch(line.rstrip("\n"))
                 if match:
                     found.append((int(match[2]), int(match[3]), match[1] + match[4]))
         return found
@@ -185,7 +197,7 @@ class Iptables:
         if self.variant is Variant.NFT:  # which has a misleading word for a chain that is not there
             present = _asked(lambda: nftables.has_chain(self.family, table, chain))
         else:
-            present = table in legacy_tables(self.family)
+            present = table in _legacy_tables(self.family)
         if not present:
             return None
         argv = [self._list, *self._waiting, "-t", table, *how, chain]
@@ -293,27 +305,15 @@ def _search_path() -> str:
     return os.pathsep.join((os.environ.get("PATH", os.defpath), _PATH))
 
 
-def legacy_tables(family: Family) -> frozenset[str]:
-    """The tables that the legacy engine has: to ask it about another would make that one."""
-    try:
-        return frozenset(Path("/proc/thread-self/net", _NAMES[family]).read_text().split())
-    except FileNotFoundError:
-        return frozenset()
-    except OSError as error:
-        raise ApplyError(_NAMES[family], "", error.errno or 0, f"{error.filename}: {error.strerror}") from error
-
-
 def _has_chain(family: Family, variant: Variant, table: str, chain: str) -> bool:
-    if variant is Variant.NFT:
-        return _asked(lambda: nftables.has_chain(family, table, chain))
-    return not missing_commands(family, variant) and Iptables(family, variant).rules(table, chain) is not None
+    return not missing_commands(family, variant) and Iptables(family, variant).has_chain(table, chain)
 
 
 def _rule_count(family: Family, variant: Variant) -> int:
     """About how many rules there are."""
     if variant is Variant.NFT:
         return sum(chain.uses for chain in _nft_chains(family) if chain.table in TABLES)
-    tables = [table for table in TABLES if table in legacy_tables(family)]
+    tables = [table for table in TABLES if table in _legacy_tables(family)]
     if not tables or missing_commands(family, variant):
         return 0
     return sum(len(chain.rules) for chain in Iptables(family, variant).save(tables))
@@ -323,11 +323,16 @@ def _nft_chains(family: Family) -> list[nftables.NftChain]:
     return _asked(lambda: nftables.chains(family))
 
 
+def _legacy_tables(family: Family) -> frozenset[str]:
+    return _asked(lambda: legacy.tables(family))
+
+
 def _asked(question: Callable[[], T]) -> T:
+    """The kernel's answer. Raises ApplyError."""
     try:
         return question()
     except OSError as error:
-        raise ApplyError("nf_tables", "", error.errno or 0, f"nf_tables cannot be asked: {error.strerror}") from error
+        raise ApplyError("iptables", "", error.errno or 0, f"the kernel cannot be asked: {error.strerror}") from error
 
 
 # ---- What a command says

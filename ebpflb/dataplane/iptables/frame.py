@@ -32,7 +32,7 @@ SHARED: tuple[tuple[str, str], ...] = (
 LARGE = 4096
 """Rows and backends from which on the rules of endpoints go without comments: about kube-proxy's 1000 endpoints."""
 
-_BLOCK_BITS = 12  # of an address, within one KUBE-CIP chain
+BLOCK_BITS = 12  # of an address, within one KUBE-CIP chain
 _NODE_PORTS_COMMENT = "kubernetes service nodeports; NOTE: this must be the last rule in this chain"
 
 
@@ -226,11 +226,11 @@ def _by_block(
     for address, name in owned.items():
         if (":" in address) == version6:
             value = int.from_bytes(packed(address))
-            found.setdefault(value >> _BLOCK_BITS, []).append((value, address, name))
-    bits = (128 if version6 else 32) - _BLOCK_BITS
+            found.setdefault(value >> BLOCK_BITS, []).append((value, address, name))
+    bits = (128 if version6 else 32) - BLOCK_BITS
     return [
         (
-            f"{unpacked((block << _BLOCK_BITS).to_bytes(16))}/{bits}",
+            f"{unpacked((block << BLOCK_BITS).to_bytes(16))}/{bits}",
             [(address, name) for _, address, name in sorted(found[block])],
         )
         for block in sorted(found)

@@ -36,6 +36,8 @@ EXT = "KUBE-EXT-"
 FW = "KUBE-FW-"
 SEP = "KUBE-SEP-"
 CIP = "KUBE-CIP-"
+PER_PORT = (SVC, SVL, EXT, FW, SEP)
+"""What the names of service ports' chains begin with."""
 
 _FIXED = {
     "filter": frozenset(

@@ -1,0 +1,218 @@
+"""What the kernel holds in plain values, for `dump`.
+
+Rules of this file: it reads and never writes; the shapes of items are those of the other dataplanes. What is of one
+service port is named by `id`, the 16 characters that its chains' names have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from ebpflb.dataplane.iptables import flows, names
+from ebpflb.dataplane.iptables.changes import is_known
+from ebpflb.errors import ApplyError, UserError
+from ebpflb.model import Protocol
+from ebpflb.netfilter.iptables import Iptables
+from ebpflb.netfilter.ruleset import target_of
+from ebpflb.routes import Backend, RouteTable, Scope, ServicePortName, address_order, cidr_order
+
+Item: TypeAlias = dict[str, object]
+
+_CONNTRACK = Path("/proc/sys/net/netfilter")
+# (counter, table, chain, what the rules that count for it have in their text)
+_COUNTERS = (
+    ("marked_for_masquerade", "nat", names.MARK_MASQ, "-j MARK"),
+    ("masqueraded", "nat", names.POSTROUTING, "-j MASQUERADE"),
+    ("invalid_dropped", "filter", names.FORWARD, "--ctstate INVALID -j DROP"),
+    ("undefined_port_refused", "filter", names.CIP_REJECT, "-j REJECT"),
+    ("cluster_ip_refused", "filter", names.SERVICES, "-j REJECT"),
+    ("cluster_ip_dropped", "filter", names.SERVICES, "-j DROP"),
+    ("external_refused", "filter", names.EXTERNAL_SERVICES, "-j REJECT"),
+    ("external_dropped", "filter", names.EXTERNAL_SERVICES, "-j DROP"),
+    ("source_range_dropped", "filter", names.PROXY_FIREWALL, "-j DROP"),
+    ("localnet_dropped", "filter", names.KUBELET_FIREWALL, "-d 127.0.0.0/8"),
+)
+
+
+def tables(what: str, tools: Sequence[Iptables], state: Callable[[], RouteTable]) -> list[Item]:
+    """The items of `dump what`, where `tools` have rules of ours, which come to `state`. Raises UserError for a WHAT
+    that there is not, ApplyError if it cannot be read."""
+    known: dict[str, Callable[[], list[Item]]] = {
+        "services": lambda: _services(state()),
+        "backends": lambda: _backends(state()),
+        "flows": lambda: _flows(state(), tools),
+        "affinity": lambda: _affinity(state()),
+        "sources": lambda: _sources(state()),
+        "counters": lambda: _counters(tools),
+        "raw": lambda: _raw(tools),
+        "fill": lambda: _fill(tools),
+    }
+    if what not in known:
+        choices = ", ".join(each for each in known if each != "fill")
+        raise UserError(f"dump {what}: the iptables dataplane has none; choose routes, {choices}")
+    try:
+        return known[what]()
+    except OSError as error:
+        raise ApplyError(what, "", error.errno or 0, f"{what} cannot be read: {error.strerror}") from error
+
+
+def inventory(tool: Iptables) -> tuple[str, ...]:
+    """What of ours there is in one family: chains by name where they are few, and the jumps to them."""
+    engine = f"iptables ({tool.variant}) {tool.family.name}"
+    found: list[str] = []
+    many: dict[tuple[str, str], int] = {}
+    for chain in tool.save():
+        if chain.builtin:
+            ours = [rule for rule in chain.rules if is_known(chain.table, target_of(rule))]
+            found += [f"{engine}: rule in {chain.table}: {rule}" for rule in ours]
+        elif names.is_ours(chain.table, chain.name):
+            prefix = next((each for each in names.PER_PORT if chain.name.startswith(each)), "")
+            if prefix:
+                many[chain.table, prefix] = many.get((chain.table, prefix), 0) + 1
+            else:
+                found.append(f"{engine}: chain {chain.table} {chain.name}")
+    found += [f"{engine}: {count} chains {table} {prefix}…" for (table, prefix), count in many.items()]
+    return tuple(sorted(found))
+
+
+def _services(routes: RouteTable) -> list[Item]:
+    """One item per Service port and protocol: its frontends, and how many backends have new and old flows."""
+    found: dict[tuple[ServicePortName, Protocol], tuple[set[str], set[Backend]]] = {}
+    for (frontend, _), route in routes.items():
+        frontends, backends = found.setdefault((route.service, frontend.protocol), (set(), set()))
+        frontends.add(str(frontend))
+        backends.update(route.backends)
+    return [
+        {
+            "service": _service(name),
+            "protocol": protocol.name,
+            "frontends": sorted(frontends),
+            "id": names.port_hash(str(name), protocol.name.lower()),
+            "activeBackends": sum(not backend.state for backend in backends),
+            "drainingBackends": sum(bool(backend.state) for backend in backends),
+        }
+        for (name, protocol), (frontends, backends) in sorted(found.items())
+    ]
+
+
+def _endpoints(routes: RouteTable) -> dict[str, tuple[ServicePortName, Backend]]:
+    """Each service port's backends, by the chain of each."""
+    found = {}
+    for (frontend, _), route in routes.items():
+        for backend in route.backends:
+            place = _endpoint(backend.address, backend.port)
+            chain = names.endpoint_chain(str(route.service), frontend.protocol.name.lower(), place)
+            found[chain] = (route.service, backend)
+    return found
+
+
+def _backends(routes: RouteTable) -> list[Item]:
+    found = [(service, backend, chain) for chain, (service, backend) in _endpoints(routes).items()]
+    found.sort(key=lambda each: (each[0], address_order(each[1].address), each[1].port, each[2]))
+    return [
+        {
+            "service": _service(service),
+            "address": backend.address,
+            "port": backend.port,
+            "weight": backend.weight,
+            "state": backend.state.name.lower(),
+            "id": chain.removeprefix(names.SEP),
+        }
+        for service, backend, chain in found
+    ]
+
+
+def _flows(routes: RouteTable, tools: Iterable[Iptables]) -> list[Item]:
+    """conntrack's entries of our frontends. `source` is the masquerade, null if there is none."""
+    items: list[Item] = []
+    for family in {tool.family for tool in tools}:
+        for flow in flows.tracked(family):
+            route = routes.get((flow.frontend, Scope.INTERNAL))
+            if route is None or flow.reply[:2] == flow.original[2:]:
+                continue
+            client = _endpoint(*flow.original[:2])
+            seen_as = _endpoint(*flow.reply[2:])
+            items.append(
+                {
+                    "protocol": flow.protocol.name,
+                    "client": client,
+                    "frontend": _endpoint(*flow.original[2:]),
+                    "backend": _endpoint(*flow.reply[:2]),
+                    "source": None if seen_as == client else seen_as,
+                    "service": _service(route.service),
+                    "state": "closing" if flow.closing else "open",
+                    "secondsLeft": flow.seconds_left,
+                    "ageSeconds": flow.age,
+                }
+            )
+    return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"]), str(item["protocol"])))
+
+
+def _affinity(routes: RouteTable) -> list[Item]:
+    """Which client was sent to which backend, and how long ago."""
+    sticky = {route.service for route in routes.values() if route.affinity_seconds}
+    chains: dict[str, Item] = {
+        chain: {"service": _service(service), "backend": _endpoint(backend.address, backend.port)}
+        for chain, (service, backend) in _endpoints(routes).items()
+        if service in sticky
+    }
+    return sorted(flows.recent(chains), key=lambda item: (str(item["service"]), str(item["client"])))
+
+
+def _sources(routes: RouteTable) -> list[Item]:
+    locality = routes.locality
+    items: list[Item] = [
+        {"cidr": f"{address}/{128 if ':' in address else 32}", "node": True, "pod": False}
+        for address in locality.node_addresses
+    ]
+    items += [{"cidr": cidr, "node": False, "pod": True} for cidr in locality.pod_cidrs]
+    return sorted(items, key=lambda item: cidr_order(str(item["cidr"])))
+
+
+def _counters(tools: Iterable[Iptables]) -> list[Item]:
+    """Packets, of which only the first of a flow meets most rules, since these were written."""
+    totals = dict.fromkeys((counter for counter, *_ in _COUNTERS), 0)
+    for tool in tools:
+        for table in ("nat", "filter"):
+            chains = {chain for _, each, chain, _ in _COUNTERS if each == table and chain != names.KUBELET_FIREWALL}
+            found = tool.counted(table, sorted(chains))
+            if table == "filter" and tool.has_chain(table, names.KUBELET_FIREWALL):
+                found += tool.counted(table, [names.KUBELET_FIREWALL])
+            for counter, each, chain, text in _COUNTERS:
+                if each == table:
+                    totals[counter] += sum(
+                        packets for packets, _, rule in found if rule.startswith(f"-A {chain} ") and text in rule
+                    )
+    return [{"counter": counter, "value": value} for counter, value in totals.items()]
+
+
+def _raw(tools: Iterable[Iptables]) -> list[Item]:
+    """Every rule in chains of ours, and those of ours in others'."""
+    items: list[Item] = []
+    for tool in tools:
+        for chain in tool.save():
+            ours = names.is_ours(chain.table, chain.name)
+            items += [
+                {"family": tool.family.name, "table": chain.table, "chain": chain.name, "rule": rule}
+                for rule in chain.rules
+                if ours or is_known(chain.table, target_of(rule))
+            ]
+    return sorted(items, key=lambda item: (str(item["family"]), str(item["table"]), str(item["chain"])))
+
+
+def _fill(tools: Sequence[Iptables]) -> list[Item]:
+    """What has a size: conntrack's table."""
+    if not tools:
+        return []
+    found = [int((_CONNTRACK / name).read_text()) for name in ("nf_conntrack_count", "nf_conntrack_max")]
+    return [{"name": "conntrack", "entries": found[0], "max": found[1]}]
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _service(name: ServicePortName) -> Item:
+    return {"namespace": name.namespace, "name": name.name, "port": name.port}
