@@ -98,7 +98,7 @@ class HandOver:
             times.append(self._not_before)
         if self._of_kube_proxy or KUBE_PROXY in self._failures:
             times.append(self._look_at)
-        return max(min(times), self._clock()) if times else None
+        return min(times, default=None)
 
     def work(self) -> None:
         now, due = self._clock(), self.due()
