@@ -243,8 +243,7 @@ def _config_changes(config: Config) -> Changes | None:
 
 
 def _dataplanes(config: Config) -> Sequence[Dataplane]:
-    here = Path(__file__).parent / "dataplane"  # until all three are there
-    return tuple(make(config) for name, make in _LADDER if (here / name / "dataplane.py").exists())
+    return tuple(make(config) for make in (_bpf, _ipvs, _iptables))
 
 
 def _bpf(config: Config) -> Dataplane:
@@ -289,13 +288,6 @@ def _iptables(config: Config) -> Dataplane:
 
 def _variant(config: Config) -> str | None:
     return None if config.iptables_variant == AUTO else config.iptables_variant
-
-
-_LADDER: tuple[tuple[str, Callable[[Config], Dataplane]], ...] = (
-    ("bpf", _bpf),
-    ("ipvs", _ipvs),
-    ("iptables", _iptables),
-)
 
 
 def _prepare(config: Config, dataplane: Dataplane) -> None:

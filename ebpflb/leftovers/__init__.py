@@ -19,7 +19,7 @@ from ebpflb.leftovers import kernel
 from ebpflb.leftovers.kernel import VirtualServer
 from ebpflb.leftovers.rules import Removal, are_ours, commands, removals
 from ebpflb.model import Family
-from ebpflb.netfilter import iptables, nftables
+from ebpflb.netfilter import iptables, legacy, nftables
 from ebpflb.netfilter.iptables import Iptables, Variant
 
 __all__ = ["KubeProxyLeftovers"]
@@ -166,15 +166,15 @@ def _legacy_has(family: Family) -> bool:
     if not _has_tables(family, Variant.LEGACY):
         return False
     tool = Iptables(family, Variant.LEGACY)
-    if tool.rules("mangle", _CANARY) is None and tool.rules("nat", _SERVICES) is None:
+    if not (tool.has_chain("mangle", _CANARY) or tool.has_chain("nat", _SERVICES)):
         return False
-    return tool.rules("filter", _MARK) is None
+    return not tool.has_chain("filter", _MARK)
 
 
 def _has_tables(family: Family, variant: Variant) -> bool:
     """Whether there is anything to read, and somebody to read it with. Raises Unsupported if only the latter lacks."""
     if variant is Variant.LEGACY:
-        there = bool(iptables.legacy_tables(family))
+        there = bool(_asked(lambda: legacy.tables(family)))
     else:
         there = any(chain.table in iptables.TABLES for chain in _asked(lambda: nftables.chains(family)))
     if there and (missing := iptables.missing_commands(family, variant)):
