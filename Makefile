@@ -8,11 +8,11 @@ PYTEST := $(PYTHON) -m pytest
 ARTIFACTS := artifacts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions lint bench clean
+.PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions lint bench vm clean
 
 help:
 	@printf 'make setup  install what the machine lacks, make .venv\nmake demo   a small cluster on this machine, served by ebpflb\n'
-	@printf 'make test   static checks and all tests\nmake lint   static checks\nmake bench  benchmarks\nmake clean  remove what make made\n'
+	@printf 'make test   static checks and all tests\nmake lint   static checks\nmake bench  benchmarks\nmake vm     a node in an emulated machine with another kernel (VM=6.1)\nmake clean  remove what make made\n'
 
 setup:
 	@scripts/setup
@@ -60,6 +60,11 @@ lint: setup
 
 bench: setup
 	@$(PYTHON) -m bench $(BENCH)
+
+# What Vagrant does with one node, where there is no hypervisor: docs/vagrant.md.
+vm: setup
+	@[ "$$(id -u)" = 0 ] || { echo 'make vm: needs root; run it with sudo' >&2; exit 1; }
+	@$(PYTHON) -m tests.vm.machine --kernel $(or $(VM),6.12) -- deploy/vagrant/light.sh
 
 clean:
 	rm -rf .venv build artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis ebpflb.egg-info

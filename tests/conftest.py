@@ -61,6 +61,10 @@ def _no_namespaces() -> bool:
     return not Path("/proc/self/ns/net").exists() or shutil.which("ip") is None
 
 
+def _no_vagrant() -> bool:
+    return shutil.which("vagrant") is None
+
+
 # Marker, what is missing, how it is found out. The texts are the only reasons for a skip.
 LIMITS: tuple[tuple[str, str, Callable[[], bool]], ...] = (
     ("root", "not root", _no_root),
@@ -70,6 +74,7 @@ LIMITS: tuple[tuple[str, str, Callable[[], bool]], ...] = (
     ("box", "no python3-bpfcc", _no_bcc),
     ("box", "no cgroup2 hierarchy is mounted", _no_cgroup2),
     ("box", "no network namespaces", _no_namespaces),
+    ("vagrant", "no vagrant, as Debian 13 has none", _no_vagrant),
 )
 
 
