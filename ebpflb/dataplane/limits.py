@@ -25,6 +25,8 @@ LIMITS = (
     Limit("bpf", "sctp-ports", "SCTP to a backend on another port than the Service's is dropped: its checksum stays."),
     Limit("bpf", "bound-sockets", "Source ranges take each socket of the node for its main address, also a bound one."),
     Limit("iptables", "algorithm", "Backends are chosen at random only."),
+    Limit("iptables", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
+    Limit("ipvs", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
 )
 
 

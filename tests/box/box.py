@@ -22,6 +22,7 @@ from types import TracebackType
 
 import msgspec
 
+from ebpflb.dataplane.limits import limited
 from ebpflb.decide import Decision, Packet, decide
 from ebpflb.demo.cluster import Cluster, Node, Place
 from ebpflb.demo.network import Cni, Join
@@ -224,6 +225,10 @@ class Box:
         wrong = [line for line in lines if line.startswith("WRONG")]
         if wrong:
             raise AssertionError("\n".join(lines))
+
+    def may_not_send(self, client: str) -> bool:
+        """Whether this client's own kernel fails what it sends in vain: a node's, where rules say so to its own."""
+        return client in self.cluster.nodes and limited(self.modes[client].dataplane, "own-datagrams")
 
     def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
         """What the reference says at the node where this client's packet is first looked at."""

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class Nothing(NamedTuple):
-    """No answer, and how that showed: `refused`, `silence`, `reset`, or the kernel's word for it."""
+    """No answer, and how that showed: `refused`, `silence`, `reset`, `not permitted`, or the kernel's word for it."""
 
     how: str
 
@@ -170,6 +170,8 @@ def outcome(error: OSError, seconds: float, patience: float) -> Nothing:
         return Nothing("refused" if seconds < patience / 3 else f"refused after {seconds:.1f} s")
     if isinstance(error, TimeoutError):  # also ETIMEDOUT, which the socket path gives at once
         return Nothing("silence")
+    if isinstance(error, PermissionError):
+        return Nothing("not permitted")
     if isinstance(error, ConnectionResetError):
         return Nothing("reset")
     return Nothing(f"{type(error).__name__}: {error}")

@@ -53,6 +53,9 @@ class World(Protocol):
     def drops(self, node: str) -> int:
         """How much a node has dropped so far by a verdict."""
 
+    def may_not_send(self, client: str) -> bool:
+        """Whether this client's own kernel fails what it sends in vain."""
+
     def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
         """What the reference says at the node where this client's packet is first looked at."""
 
@@ -174,7 +177,11 @@ class Expectation:
     def _refused(self, protocol: str) -> tuple[bool, str]:
         place = self._world.place(self._client)
         seen = Counter(str(self._world.clients.ask(place, self._to, protocol)) for _ in range(3))
-        return set(seen) == {"refused"}, _listed(seen)
+        return set(seen) == {self._shows(protocol, "refused")}, _listed(seen)
+
+    def _shows(self, protocol: str, how: str) -> str:
+        """How this client's protocol shows what otherwise shows as `how`."""
+        return "not permitted" if protocol == "UDP" and self._world.may_not_send(self._client) else how
 
     def _unanswered(self, protocol: str) -> tuple[bool, str]:
         got = self._world.clients.ask(self._world.place(self._client), self._to, protocol, patience=SILENCE)
@@ -189,7 +196,7 @@ class Expectation:
         meanwhile = self._world.clients.ask(place, control, protocol)
         alive = isinstance(meanwhile, Answer) and meanwhile.server == server
         words = f"{got}, {counted} counted at {self._node}, control connection: {meanwhile}"
-        return got == Nothing("silence") and counted > 0 and alive, words
+        return got == Nothing(self._shows(protocol, "silence")) and counted > 0 and alive, words
 
 
 def _listed(seen: Counter[str]) -> str:

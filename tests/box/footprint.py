@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Cluster
 
+# What changes by itself: lifetimes, counters, and the dates of comments.
+_PASSING = re.compile(
+    r"(valid_lft|preferred_lft|expires) \d+sec|packets \d+ bytes \d+|\[\d+:\d+\]|^# (Generated|Completed) .*$",
+    re.MULTILINE,
+)
+
 # What a running kernel changes by itself.
 _COUNTED = re.compile(r"ipv[46]/(neigh|route)/.*|netfilter/nf_conntrack_count|ipv6/conf/.*/stable_secret")
 
@@ -30,7 +36,7 @@ class Footprint(NamedTuple):
 
 
 def footprint_of(cluster: Cluster, name: str) -> Footprint:
-    """A node's links, qdiscs, filters, rules, routes, sysctls, cgroup attachments, and pins."""
+    """A node's links, qdiscs, filters, rules, sets, routes, sysctls, cgroup attachments, and pins."""
     node = cluster.nodes[name]
 
     def said(*argv: str) -> str:
@@ -53,9 +59,12 @@ def footprint_of(cluster: Cluster, name: str) -> Footprint:
         "rules": ("ip", "rule"),
         "qdiscs": ("tc", "qdisc", "show"),
         "nftables": ("nft", "list", "ruleset"),
+        "legacy rules": ("iptables-legacy-save",),
+        "legacy rules6": ("ip6tables-legacy-save",),
+        "sets": ("ipset", "save"),
         "cgroup": ("bpftool", "cgroup", "tree", str(node.node_cgroup)),
     }.items():
-        parts[what] = re.sub(r"(valid_lft|preferred_lft|expires) \d+sec", "", said(*argv))
+        parts[what] = _PASSING.sub("", said(*argv))
     parts["pins"] = "\n".join(
         sorted(str(path) for path in cluster.bpffs.rglob("*") if cluster.pins(name) in path.parents)
     )

@@ -3,6 +3,8 @@ machine without its compiler, where `--dataplane auto` falls to the next."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.box.box import Box
@@ -95,3 +97,35 @@ def test_udp_traffic_when_the_server_pod_cycles(rest: Box, family: str, pod: str
     web = rest.service(kinds=["NodePort"])
     preserve_udp_traffic(rest, pod, web, web.cluster_ip(family), "b1", "c1")
     preserve_udp_traffic(rest, "outside", web, web.node_port("node1", family), "b1", "a1")
+
+
+LADDER = ("bpf", "ipvs", "iptables")
+
+
+def test_who_carries_services_is_told_and_why_no_better_dataplane_does(rest: Box) -> None:
+    """By log, `status` and `check`; where a dataplane was asked for by name, there is no better one to tell of."""
+    name = rest.mode.dataplane
+    better = list(LADDER[: LADDER.index(name)]) if "auto" in rest.mode.options else []
+    for node in rest.cluster.nodes:
+        (status,) = json.loads(rest.cluster.ebpflb(node, "status", "-o", "json").stdout)["items"]
+        assert status["dataplane"] == name
+        assert [passed["dataplane"] for passed in status["passed"]] == better
+        assert all(passed["reason"] for passed in status["passed"])
+        warnings = [line for line in rest.cluster.log(node).read_text().splitlines() if " WARNING dataplane " in line]
+        assert [line.split(" WARNING dataplane ")[1].split()[0] for line in warnings] == better
+    check = rest.cluster.ebpflb("node1", "check", *rest.mode.options, *rest.cluster.target("node1"))
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert f"{name} would carry services here" in check.stdout
+    for passed in better:
+        assert f"\nnot {passed}: " in check.stdout
+
+
+def test_a_dataplane_asked_for_by_name_never_falls_back(rest: Box) -> None:
+    """Who insists on BPF where it cannot be had is told why, and nothing is touched; elsewhere it could be had."""
+    before = rest.kernel.inventory("node1")
+    check = rest.cluster.ebpflb("node1", "check", "--dataplane", "bpf", *rest.cluster.target("node1"))
+    if "auto" in rest.mode.options:
+        assert (check.returncode, "bpf" in check.stdout + check.stderr) == (3, True)
+    else:
+        assert (check.returncode, "bpf would carry services here" in check.stdout) == (0, True)
+    assert rest.kernel.inventory("node1") == before
