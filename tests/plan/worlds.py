@@ -32,7 +32,7 @@ from ebpflb.model import (
     Snapshot,
     TrafficPolicy,
 )
-from ebpflb.routes import RouteTable, in_cidr
+from ebpflb.routes import Kind, RouteTable, in_cidr
 from tests.world import NODE_IP, OTHER_NODE_IP, OUTSIDE, POD, REMOTE_POD, options, snapshot, v6
 
 T = TypeVar("T")
@@ -199,9 +199,11 @@ def destinations(routes: RouteTable, family: Family) -> set[tuple[Address, int, 
     found = {(each.address, each.port, each.protocol) for each in frontends}
     found |= {(each.address, 81, each.protocol) for each in frontends}
     found |= {(each.address, each.port, Protocol.UDP) for each in frontends if each.protocol is Protocol.TCP}
-    addresses = {*routes.locality.node_addresses, *routes.owned}
+    addresses = {*routes.locality.node_addresses, *sorted(routes.owned)[:2]}
     addresses |= {v6(OTHER_NODE_IP), v6("172.30.0.99")} if version6 else {OTHER_NODE_IP, "172.30.0.99"}
-    return found | {(each, 30080, Protocol.TCP) for each in addresses if (":" in each) == version6}
+    opened = {(each.port, each.protocol) for (each, _), route in routes.items() if route.kind is Kind.NODE_PORT}
+    opened.add((30080, Protocol.TCP))
+    return found | {(each, *port) for each in addresses if (":" in each) == version6 for port in opened}
 
 
 def packets(routes: RouteTable) -> Iterator[tuple[Client, Packet]]:

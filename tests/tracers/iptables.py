@@ -137,21 +137,21 @@ class _Walk:
                 return
             still: list[tuple[float, State]] = []
             for chance, now in going:
-                if not rule.matched_by(now, world):
-                    still.append((chance, now))
-                    continue
-                if rule.chance < 1:
-                    still.append((chance * (1 - rule.chance), now))
-                if rule.chance == 0:
-                    continue
-                chance *= rule.chance
-                if rule.lists:
-                    now = now._replace(remembered=now.remembered + rule.lists)
-                for own, after, end, how in self._target(table, rule, now, depth):
-                    if end is _End.NEXT:
-                        still.append((chance * own, after))
-                    else:
-                        yield chance * own, after, end, how
+                for match in rule.matches:
+                    if not match(now, world):
+                        still.append((chance, now))
+                        break
+                else:
+                    if rule.chance < 1:
+                        still.append((chance * (1 - rule.chance), now))
+                    if rule.lists:
+                        now = now._replace(remembered=now.remembered + rule.lists)
+                    for own, after, end, how in self._target(table, rule, now, depth) if rule.chance else ():
+                        own *= chance * rule.chance
+                        if end is _End.NEXT:
+                            still.append((own, after))
+                        else:
+                            yield own, after, end, how
             going = still
         for chance, now in going:
             yield chance, now, _End.RETURN, ""

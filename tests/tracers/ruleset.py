@@ -67,9 +67,6 @@ class Rule(NamedTuple):
     address: Address | None
     port: int | None
 
-    def matched_by(self, state: State, world: World) -> bool:
-        return all(match(state, world) for match in self.matches)
-
 
 class Chain:
     """The rules of one chain in order; `policy` is "" for one that is not built in."""
@@ -77,24 +74,20 @@ class Chain:
     def __init__(self, policy: str, lines: list[str]) -> None:
         self.policy = policy
         self._places: dict[tuple[Address | None, int | None], list[tuple[int, Rule]]] = {}
+        self._known: dict[tuple[Address, int], list[Rule]] = {}
         for number, line in enumerate(lines):
             rule = compiled(line)
             self._places.setdefault((rule.address, rule.port), []).append((number, rule))
 
     def rules_for(self, state: State) -> list[Rule]:
         """Those that may match, in order."""
-        places = self._places
-        found: list[tuple[int, Rule]] = []
-        for key in (
-            (state.destination, state.port),
-            (state.destination, None),
-            (None, state.port),
-            (None, None),
-        ):
-            found += places.get(key, ())
-        if len(places) > 1:
-            found.sort(key=lambda each: each[0])
-        return [rule for _, rule in found]
+        key = (state.destination, state.port)
+        found = self._known.get(key)
+        if found is None:
+            places = (key, (state.destination, None), (None, state.port), (None, None))
+            numbered = [each for place in places for each in self._places.get(place, ())]
+            found = self._known[key] = [rule for _, rule in sorted(numbered, key=lambda each: each[0])]
+        return found
 
 
 class Ruleset:
