@@ -34,7 +34,7 @@ test-pure: setup
 test-properties: setup
 	@echo '== properties, with many more examples than pytest alone tries'
 	@mkdir -p $(ARTIFACTS)
-	@EBPFLB_FUZZ=$${EBPFLB_FUZZ:-150000} $(PYTEST) tests/property --junitxml=$(ARTIFACTS)/properties.xml
+	@EBPFLB_FUZZ=$${EBPFLB_FUZZ:-150000} $(PYTEST) tests/property tests/plan --junitxml=$(ARTIFACTS)/properties.xml
 
 test-root: setup
 	@echo '== tests that load programs, send packets and run clusters of namespaces (root)'
