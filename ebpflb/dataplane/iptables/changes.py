@@ -164,6 +164,12 @@ def same_rules(have: Rules | None, lines: Iterable[str], tail: Rules) -> bool:
     return have[body:] == tail and sorted(have[:body]) == sorted(lines)
 
 
+def fingerprint(chain: str, rules: Rules) -> int:
+    """Equal, in this process, for chains that do the same: in KUBE-CIP-… the order means nothing, since cluster IPs are
+    added one by one."""
+    return hash(tuple(sorted(rules)) if chain.startswith(names.CIP) else rules)
+
+
 def different(have: Mapping[str, int], want: Mapping[str, Rules]) -> Chains:
-    """Those of the wanted chains that are not there or have other rules, by their hashes."""
-    return {chain: rules for chain, rules in want.items() if have.get(chain) != hash(rules)}
+    """Those of the wanted chains that are not there or have other rules, by their fingerprints."""
+    return {chain: rules for chain, rules in want.items() if have.get(chain) != fingerprint(chain, rules)}

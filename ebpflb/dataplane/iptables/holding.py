@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import msgspec
 
 from ebpflb.dataplane.iptables import names
-from ebpflb.dataplane.iptables.changes import is_known
+from ebpflb.dataplane.iptables.changes import fingerprint, is_known
 from ebpflb.dataplane.iptables.frame import SHARED
 from ebpflb.netfilter.ruleset import Rules, SavedChain, target_of
 
@@ -62,7 +62,7 @@ def held(saved: Iterable[SavedChain]) -> Holding:
         elif (table, chain) in _SHARED:
             holding.shared[table, chain] = rules
         elif is_known(table, chain):
-            holding.hashes.setdefault(table, {})[chain] = hash(rules)
+            holding.hashes.setdefault(table, {})[chain] = fingerprint(chain, rules)
         else:
             holding.kubelet |= chain in KUBELET_CHAINS
             holding.wanted_by_others |= {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ebpflb.dataplane.iptables import frame, names
-from ebpflb.dataplane.iptables.changes import Change, Steps, deletion
+from ebpflb.dataplane.iptables.changes import Change, Steps, deletion, insertion
 from ebpflb.dataplane.iptables.frame import Settings
 from ebpflb.dataplane.iptables.layout import family_of
 from ebpflb.model import Address, Family, ServiceName
@@ -52,10 +52,15 @@ class World(msgspec.Struct, frozen=True):
 def surrounding_steps(before: World, after: World, family: Family) -> Steps:
     """What turns the surroundings of a world into those of another, but for guests."""
     old, new = before.chains(family), after.chains(family)
-    block_old, block_new = _changed_blocks(before, after, family)
-    old["filter"].update(block_old)
-    new["filter"].update(block_new)
     steps = Steps(Change(), Change(), Change())
+    block_old, block_new = _changed_blocks(before, after, family)
+    for chain in block_old.keys() | block_new.keys():
+        if chain in block_old and chain in block_new:  # thousands of cluster IPs, of which one came or went
+            there, wanted = set(block_old[chain]), set(block_new[chain])
+            steps.learn.commands += map(insertion, sorted(wanted - there))
+            steps.forget.commands += map(deletion, sorted(there - wanted))
+        else:
+            (old if chain in block_old else new)["filter"][chain] = (block_old | block_new)[chain]
     for table, first, last in (("filter", steps.learn, steps.forget), ("nat", steps.nat, steps.nat)):
         first.chains |= {chain: rules for chain, rules in new[table].items() if old[table].get(chain) != rules}
         last.remove |= old[table].keys() - new[table].keys()
