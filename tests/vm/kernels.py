@@ -179,13 +179,13 @@ def _mirror(archive: str) -> str:
 
 
 def _packages(apt: _Apt, source: Source) -> list[str]:
-    """The packages that hold the kernel and its modules (one until 6.16, then two), each as `name=version`, the one
-    that gives the kernel its name first."""
+    """The packages that hold the kernel, its modules and its configuration (once one, in newer releases one each), as
+    `name=version`, the one that gives the kernel its name first."""
     meta = _newest(apt, META_PACKAGE)
     (image,) = re.findall(r"\b(linux-image-[0-9]\S*-amd64)\b", meta["Depends"])
     version = meta["Version"]
     depends = _show(apt, f"{image}={version}").get("Depends", "")
-    parts = re.findall(r"\b(linux-(?:binary|modules)-[0-9]\S*-amd64)\b", depends)
+    parts = re.findall(r"\b(linux-(?:base|binary|modules)-[0-9]\S*-amd64)\b", depends)
     return [f"{package}={version}" for package in (image, *parts)]
 
 
@@ -211,10 +211,10 @@ def _unpack(apt: _Apt, packages: list[str], target: Path) -> None:
     shutil.rmtree(root / "lib", ignore_errors=True)
     (root / "lib").symlink_to("usr/lib")
     (modules,) = (root / "usr/lib/modules").iterdir()
-    (image,) = root.glob("boot/vmlinuz-*")
-    shutil.copyfile(image, modules / "vmlinuz")
-    (config,) = root.glob("boot/config-*")
-    shutil.copyfile(config, modules / "config")
+    for name in ("vmlinuz", "config"):
+        if not (modules / name).exists():  # newer packages have them there
+            (boot,) = root.glob(f"boot/{name}-*")
+            shutil.copyfile(boot, modules / name)
     for path in (root / "boot", root / "usr/share", *(modules / "kernel" / each for each in _UNWANTED)):
         shutil.rmtree(path, ignore_errors=True)
     with ThreadPoolExecutor() as pool:

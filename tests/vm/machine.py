@@ -166,6 +166,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("command", nargs="+")
     asked = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended takes the machine down, too
     try:
         kernel = fetch(asked.kernel)
         return run(kernel, asked.command, timeout=asked.timeout, memory=asked.memory, cpus=asked.cpus)
