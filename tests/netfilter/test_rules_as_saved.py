@@ -45,6 +45,8 @@ EVERYTHING = (
     endpoint_slice("10.0.2.1", of="ns1/sctp", ports=[slice_port(80, "s", SCTP)]),
     service("ns1/dns", "172.30.0.45", port(53, "dns", UDP)),
     endpoint_slice("10.0.2.1", of="ns1/dns", ports=[slice_port(53, "dns", UDP)]),
+    service("ns1/host", "172.30.0.46", port(80), lb=["192.168.0.3"], external_policy=LOCAL, ranges=["203.0.113.0/24"]),
+    endpoint_slice("192.168.0.3", of="ns1/host"),
 )
 
 

@@ -92,6 +92,8 @@ def test_the_jumps() -> None:
         rule.rpartition(" ")[2] for rules in found["filter"].values() for rule in rules if "--ctstate NEW" in rule
     }
     assert only_new == {"KUBE-PROXY-FIREWALL", "KUBE-EXTERNAL-SERVICES", "KUBE-SERVICES"}
+    untranslated = [rule for rules in found["filter"].values() for rule in rules if "! --ctstate DNAT" in rule]
+    assert {rule.rpartition(" ")[2] for rule in untranslated} == only_new
     assert found["nat"] == {
         "PREROUTING": ('-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES',),
         "OUTPUT": ('-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES',),

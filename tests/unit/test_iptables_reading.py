@@ -16,6 +16,7 @@ from tests.world import (
     CLUSTER,
     LOCAL,
     NODE_IP,
+    OTHER_NODE_IP,
     TCP,
     UDP,
     endpoint_slice,
@@ -53,6 +54,16 @@ def read(found: Ruleset, like: RouteTable) -> RouteTable:
 def test_a_service_with_everything(policy: TrafficPolicy, pods: list[str]) -> None:
     web = msgspec.structs.replace(FULL, internal_policy=policy)
     table = table_of(web, *([endpoint_slice(*pods, of="ns1/web", ports=P80)] if pods else []))
+    assert read(written(table), table) == table
+
+
+@pytest.mark.parametrize("ranges", [(), ("203.0.113.0/24", "192.168.0.0/24")], ids=["open", "ranges"])
+@pytest.mark.parametrize("policy", [CLUSTER, LOCAL])
+@pytest.mark.parametrize("address", [NODE_IP, OTHER_NODE_IP], ids=["here", "elsewhere"])
+def test_a_backend_in_its_frontends_own_place(address: str, policy: TrafficPolicy, ranges: tuple[str, ...]) -> None:
+    web = service("ns1/web", "172.30.0.41", port(80, "p80"), lb=[address], external_policy=policy, ranges=ranges)
+    table = table_of(web, endpoint_slice(address, of="ns1/web", ports=P80))
+    assert len(table) == 4
     assert read(written(table), table) == table
 
 

@@ -282,6 +282,23 @@ def test_source_ranges_come_before_a_refusal() -> None:
     assert found["filter"]["KUBE-EXTERNAL-SERVICES"] == found["nat"]["KUBE-SERVICES"] == ()
 
 
+def test_a_backend_in_its_frontends_own_place_meets_no_drop() -> None:
+    """An ingress controller on the host's network behind its node's address: what conntrack does not translate would
+    run into the rules for what was not translated, as it does with kube-proxy."""
+    web = service(
+        "ns1/web", "172.30.0.41", port(80, "p80"), lb=["192.168.0.3"], external_policy=LOCAL, ranges=["203.0.113.0/24"]
+    )
+    found = rules_of(web, endpoint_slice("192.168.0.3", of="ns1/web", ports=P80))
+    allowed, rest = chain(found, "filter", "KUBE-FW-")
+    assert allowed == '-s 203.0.113.0/24 -m comment --comment "ns1/web:p80 loadbalancer IP" -j RETURN'
+    assert rest.endswith(" -j DROP")
+    assert found["filter"]["KUBE-PROXY-FIREWALL"][0].rpartition(" -j ")[2].startswith("KUBE-FW-")
+    pod, own, drop = chain(found, "filter", "KUBE-EXT-")
+    assert (pod, own) == ("-s 10.0.0.0/8 -j RETURN", "-m addrtype --src-type LOCAL -j RETURN")
+    assert drop == '-p tcp -m comment --comment "ns1/web:p80 has no local endpoints" -j DROP'
+    assert found["filter"]["KUBE-EXTERNAL-SERVICES"][0].rpartition(" -j ")[2].startswith("KUBE-EXT-")
+
+
 def test_node_ports() -> None:
     found = rules_of(service("ns1/web", "172.30.0.41", port(80, "p80", TCP, 30080)), WEB_PODS)
     ext = next(name for name in found["nat"] if name.startswith("KUBE-EXT-"))

@@ -2,10 +2,11 @@
 
 Rules of this file: pure. All text is what `iptables-save` prints, of either variant (checked with 1.8.9).
 
-Jumps are in kube-proxy's order but for two things. KUBE-EXTERNAL-SERVICES comes before KUBE-SERVICES in table filter:
-an external address may be a cluster IP of another Service, whose undefined ports are refused there. And both are asked
-from INPUT, FORWARD and OUTPUT: the node's own packets get the same answer as others, and so do those to a cluster IP
-that is bound to this node.
+Jumps are kube-proxy's but for three things. KUBE-EXTERNAL-SERVICES comes before KUBE-SERVICES in table filter: an
+external address may be a cluster IP of another Service, whose undefined ports are refused there. Both are asked from
+INPUT, FORWARD and OUTPUT: the node's own packets get the same answer as others, and so do those to a cluster IP that is
+bound to this node. And what was translated is asked nothing: a backend on the host's network may listen where another
+Service, which has no endpoint, has its node port or external IP.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def tails(owned: Mapping[Address, ServiceName], nodeports: Iterable[Address], fa
 def guests(nodeports: Iterable[Address]) -> Ruleset:
     """Rules of ours in chains that are not: jumps from the built-in ones, to stand at their head in this order, and
     kubelet's rule against martians in KUBE-FIREWALL, which may hold others, where a node port is on loopback."""
-    new = " -m conntrack --ctstate NEW"
+    new = " -m conntrack --ctstate NEW -m conntrack ! --ctstate DNAT"
     firewall = f'{new} -m comment --comment "kubernetes load balancer firewall" -j {names.PROXY_FIREWALL}'
     health = f' -m comment --comment "kubernetes health check service ports" -j {names.NODE_PORTS}'
     external = (

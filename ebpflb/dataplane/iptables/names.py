@@ -48,7 +48,7 @@ _FIXED = {
 }
 _BASE32 = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _PAIRS = tuple(high + low for high in _BASE32 for low in _BASE32)
-_PREFIXES = {"filter": (FW, CIP), "nat": (SVC, SVL, EXT, FW, SEP), "mangle": ()}
+_PREFIXES = {"filter": (EXT, FW, CIP), "nat": (SVC, SVL, EXT, FW, SEP), "mangle": ()}
 
 
 def is_ours(table: str, chain: str) -> bool:

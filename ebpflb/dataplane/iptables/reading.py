@@ -69,8 +69,10 @@ _DNAT = re.compile(
 )
 # KUBE-EXT-… and KUBE-FW-…, the latter in either table.
 _EXTERN = re.compile(rf"-A \S+(?: -[si] \S+)?(?: {_COMMENT})?( -m addrtype --src-type LOCAL)? -j (\S+)")
+_SPARING = re.compile(rf"-A \S+ -p \w+ {_COMMENT} -j (REJECT|DROP)(?: --reject-with \S+)?")
 _ALLOWED = re.compile(
-    rf"-A \S+ -s (\S+)(?: -d (\S+)/\d+)?(?: -p \w+)? {_COMMENT} -j ({names.EXT}\S+|REJECT|DROP)(?: --reject-with \S+)?"
+    rf"-A \S+ -s (\S+)(?: -d (\S+)/\d+)?(?: -p \w+)? {_COMMENT}"
+    rf" -j ({names.EXT}\S+|RETURN|REJECT|DROP)(?: --reject-with \S+)?"
 )
 
 
@@ -197,7 +199,7 @@ class _Reader:
         guarded = {
             Frontend(line.address, line.port, line.protocol)
             for line in self._lines(self.filter.get(names.PROXY_FIREWALL, ()), Kind.LOAD_BALANCER)
-            if line.target == "DROP"
+            if line.target == "DROP" or self._lets_pass(line)
         }
         done: set[Frontend] = set()
         for line in self._dispatched():
@@ -247,16 +249,28 @@ class _Reader:
         found: dict[Frontend, Route] = {}
         for chain, kind in ((names.SERVICES, Kind.CLUSTER_IP), (names.EXTERNAL_SERVICES, None)):
             for line in self._lines(self.filter.get(chain, ()), kind):
-                if line.address and line.target in ("REJECT", "DROP"):
-                    found.setdefault(
-                        Frontend(line.address, line.port, line.protocol), _refusal(line.said, Verdict[line.target], ())
-                    )
+                answer = self._answered(line.target)
+                if line.address and answer:
+                    frontend = Frontend(line.address, line.port, line.protocol)
+                    found.setdefault(frontend, _refusal(line.said, Verdict[answer], ()))
         for line in self._lines(self.filter.get(names.PROXY_FIREWALL, ()), None):
             guard = self._guard("filter", line.target) if line.target.startswith(names.FW) else None
             if line.address and guard is not None and guard.target in ("REJECT", "DROP"):
                 frontend = Frontend(line.address, line.port, line.protocol)
                 found[frontend] = _refusal(line.said, Verdict[guard.target], guard.of(line.address))
         return found
+
+    def _lets_pass(self, line: _Line) -> bool:
+        """Whether a line leads to the source ranges of a frontend that has a backend in its own place."""
+        guard = self._guard("filter", line.target) if line.target.startswith(names.FW) else None
+        return guard is not None and guard.target == "RETURN"
+
+    def _answered(self, target: str) -> str:
+        """REJECT or DROP, be it by a chain that spares scope INTERNAL; "" for neither."""
+        if target.startswith(names.EXT):
+            found = [each for rule in self.filter.get(target, ()) if (each := _SPARING.fullmatch(rule))]
+            return found[0][2] if found else ""
+        return target if target in ("REJECT", "DROP") else ""
 
     # ---- Rows ----
 

@@ -191,9 +191,12 @@ class _Writer:
         forwards = outside.internal is _FORWARD
         if forwards:
             self._write_extern(extern, outside)
+        # A backend that is where its frontend is: what goes there is not translated, hence not told by that.
+        itself = {(each.address, each.port) for each in (*self.layout.cluster, *self.layout.local)}
+        unmoved = {place.frontend for place in outside.places if place.frontend[:2] in itself}
         guarded = [place for place in outside.places if place.source_ranges]
         if guarded:
-            self._write_firewall(guarded, outside, forwards)
+            self._write_firewall(guarded, outside, unmoved)
         on_nodes = [place for place in outside.places if place.kind is Kind.NODE_PORT]
         if forwards and on_nodes:
             self._write_node_ports(on_nodes, extern, nodeports)
@@ -202,8 +205,12 @@ class _Writer:
                 target = names.FW + self.hash if place.source_ranges else extern
                 self._line("nat", names.SERVICES, place.frontend, _PLACES[place.kind] + self.suffix, target)
             if outside.external is not _FORWARD and (forwards or not place.source_ranges):
+                answer: str | Verdict = outside.external
+                if place.frontend in unmoved:
+                    self._write_sparing(extern, outside)
+                    answer = extern
                 comment = self._lacking(outside.external) + self._unsaid(place.kind)
-                self._line("filter", names.EXTERNAL_SERVICES, place.frontend, comment, outside.external)
+                self._line("filter", names.EXTERNAL_SERVICES, place.frontend, comment, answer)
 
     def _write_extern(self, chain: str, outside: Outside) -> None:
         def rule(match: str, what: str, more: str, target: str) -> str:
@@ -226,6 +233,15 @@ class _Writer:
             rules.append(f"-A {chain} -j {names.SVL + self.hash}")
         self.nat[chain] = tuple(rules)
 
+    def _write_sparing(self, chain: str, outside: Outside) -> None:
+        """KUBE-EXT-… in table filter: answers scope EXTERNAL, and lets INTERNAL pass."""
+        spared = [*(self.matches if outside.spare_pods else ()), "-m addrtype --src-type LOCAL"]
+        self.filter[chain] = (
+            *(f"-A {chain}{match and ' '}{match} -j RETURN" for match in spared),
+            f'-A {chain} -p {self.protocol} -m comment --comment "{self.text} {self._lacking(outside.external)}"'
+            f" {self._answer(outside.external)}",
+        )
+
     def _write_node_ports(self, places: list[Place], extern: str, nodeports: frozenset[Address]) -> None:
         """One rule for all addresses where the port has them all, as it mostly has; else one for each."""
         by_port: dict[int, list[Frontend]] = {}
@@ -241,22 +257,27 @@ class _Writer:
                 for destination in destinations
             ]
 
-    def _write_firewall(self, guarded: list[Place], outside: Outside, forwards: bool) -> None:
+    def _write_firewall(self, guarded: list[Place], outside: Outside, unmoved: set[Frontend]) -> None:
         """KUBE-FW-…: in table nat it lets those in who may, and filter drops what was not translated; where nothing is
         to be translated, filter alone sorts them."""
         chain = names.FW + self.hash
         refused = f"traffic not accepted by {chain}"
-        if forwards:
+        if outside.internal is _FORWARD:
             allow = f' -m comment --comment "{self.text} loadbalancer IP" -j {names.EXT + self.hash}'
             rules = [f"-A {chain} {match}{allow}" for match in _allowed(guarded)]
             comment = f"other traffic to {self.text} will be dropped by {names.PROXY_FIREWALL}"
             self.nat[chain] = (*rules, f'-A {chain} -m comment --comment "{comment}"')
+            if any(place.frontend in unmoved for place in guarded):
+                allow = f' -m comment --comment "{self.text} loadbalancer IP" -j RETURN'
+                rules = [f"-A {chain} {match}{allow}" for match in _allowed(guarded)]
+                self.filter[chain] = (*rules, f'-A {chain} -m comment --comment "{self.text} {refused}" -j DROP')
             for place in guarded:
-                self._line("filter", names.PROXY_FIREWALL, place.frontend, refused, Verdict.DROP)
+                answer = chain if place.frontend in unmoved else Verdict.DROP
+                self._line("filter", names.PROXY_FIREWALL, place.frontend, refused, answer)
             return
         lacking = self._lacking(outside.external)
-        answer = f' -p {self.protocol} -m comment --comment "{self.text} {lacking}" {self._answer(outside.external)}'
-        rules = [f"-A {chain} {match}{answer}" for match in _allowed(guarded)]
+        refuse = f' -p {self.protocol} -m comment --comment "{self.text} {lacking}" {self._answer(outside.external)}'
+        rules = [f"-A {chain} {match}{refuse}" for match in _allowed(guarded)]
         self.filter[chain] = (*rules, f'-A {chain} -m comment --comment "{self.text} {refused}" -j DROP')
         for place in guarded:
             comment = lacking + self._unsaid(place.kind)
