@@ -114,6 +114,21 @@ def test_another_address_of_the_node_touches_node_ports_alone() -> None:
     assert index.nodeports(Family.IPV4) == {"127.0.0.1", NODE_IP, "192.168.0.9"}
 
 
+def test_a_node_port_is_written_otherwise_when_another_one_goes() -> None:
+    """ns1/web has lost one of two addresses to an external IP; once it alone has node ports, it has all that have."""
+    first = service("ns1/first", "172.30.0.42", port(30080, "p"), external=[NODE_IP], created="2024-01-01T00:00:00Z")
+    web = service("ns1/web", "172.30.0.41", port(80, "p80", TCP, 30080))
+    before = table_of(first, web, WEB_PODS, service("ns1/dns", "172.30.0.43", port(53, "dns", UDP, 30053)))
+    after = table_of(first, web, WEB_PODS)
+    index = Index(before)
+    key = PortKey(ServicePortName("ns1", "web", "p80"), TCP, Family.IPV4)
+    lines = port_rules(key, before, index, Settings()).shared["nat"]["KUBE-NODEPORTS"]
+    assert lines[0].startswith("-A KUBE-NODEPORTS -d 127.0.0.1/32 -p tcp ")
+    assert key in index.update(before, after, after.changed_from(before))
+    lines = port_rules(key, after, index, Settings()).shared["nat"]["KUBE-NODEPORTS"]
+    assert lines[0].startswith("-A KUBE-NODEPORTS -p tcp ")
+
+
 def test_other_pod_cidrs_touch_everything() -> None:
     before = table_of(WEB, WEB_PODS, service("ns1/none", "172.30.0.43"))
     index = Index(before)
