@@ -94,6 +94,7 @@ class _Plan:
         self.gone_entries: list[Entry] = []
         self.gone_servers: list[Operation] = []
         self.leaving: set[Server] = set()
+        self.freed: list[int] = []
 
     def put(self, entry: Entry, value: EntryValue) -> None:
         (self.marks if entry[0] is Set.MARKS else self.entries)[entry] = value
@@ -232,6 +233,9 @@ class Writer:
         late.gone_entries += self._health.keys() - health.keys()
         self._health = health
         self._give(plan, tally, routes)
+        # Counted down when all has been counted up: what one frontend hands to another stays.
+        late.gone_entries = [entry for entry in late.gone_entries if self._is_last_use(entry)]
+        late.unbind = [each for each in late.unbind if self._count(self._address_uses, each, -1) == 0]
         self._lead(late, tally, routes)
         self._take(late, tally, routes)
         self._reap(late.leaving, tally)
@@ -245,14 +249,12 @@ class Writer:
             elif self._is_first_use(entry):
                 (late if entry[0] is Set.MARKS else plan).put(entry, value)
         for entry in old.entries:
-            if entry not in new.entries and self._is_last_use(entry):
+            if entry not in new.entries:
                 late.gone_entries.append(entry)
         for address in new.addresses:
             if address not in old.addresses and self._count(self._address_uses, address, 1) == 1:
                 late.bind.append(address)
-        for address in old.addresses:
-            if address not in new.addresses and self._count(self._address_uses, address, -1) == 0:
-                late.unbind.append(address)
+        late.unbind += [address for address in old.addresses if address not in new.addresses]
         for server, (settings, wanted) in new.servers.items():
             before = old.servers.get(server)
             if before is None and server not in self._leaving:
@@ -300,9 +302,9 @@ class Writer:
             plan.leaving.add(server)
             return
         plan.gone_servers.append(Operation(DEL_SERVICE, server))
+        plan.freed.append(server.mark)
         self._leaving.pop(server, None)
         self._ending.discard(server)
-        self._release(server.mark)
 
     def _is_first_use(self, entry: Entry) -> bool:
         return entry[0] not in SHARED or self._count(self._uses, entry, 1) == 1
@@ -488,6 +490,8 @@ class Writer:
         self._bind(plan.unbind, tally, add=False)
         self._delete([entry for entry in plan.gone_entries if entry[0] is not Set.MARKS], tally)
         self._operate(plan.gone_servers, tally)
+        for mark in plan.freed:  # not before its virtual server is gone
+            self._release(mark)
 
     def _add(self, entries: Mapping[Entry, EntryValue], tally: Tally) -> None:
         for (each, version), found in _by_set(entries, _ADD_ORDER.__getitem__).items():
