@@ -2,25 +2,24 @@
 
 Rules of this file: worlds are random, packets are a grid over each; what a dataplane cannot do is skipped by the name
 that `ebpflb.dataplane.limits` has for it, and by nothing else. How many packets were compared is counted: a run that
-was asked for many (EBPFLB_FUZZ) fails if it had few.
+was asked for many worlds (EBPFLB_FUZZ) fails if they came to little.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.dataplane.limits import limited
 from ebpflb.decide import Decision, Outcome, Packet, decide
 from ebpflb.model import Protocol
 from ebpflb.policy import routes
-from ebpflb.routes import RouteTable
+from ebpflb.routes import Route, RouteTable
 from tests.maps import FakeMaps
 from tests.plan.rulesets import saved
 from tests.plan.worlds import Client, World, packets, worlds
@@ -30,8 +29,8 @@ from tests.tracers.bpf import Tracer as BpfTracer
 from tests.tracers.iptables import Tracer as IptablesTracer
 from tests.world import NODE_IP, v6
 
-LEAST = 20_000
-"""Packets over all dataplanes, where many were asked for."""
+MANY, LEAST = 100, 20_000
+"""From so many worlds on, so many packets are compared for each dataplane."""
 
 MAIN = (NODE_IP, v6(NODE_IP))
 """The addresses from which the node speaks unless a socket is bound to another one."""
@@ -42,8 +41,8 @@ _compared: Counter[str] = Counter()
 @pytest.fixture(scope="module", autouse=True)
 def enough_packets() -> Iterator[None]:
     yield
-    if "EBPFLB_FUZZ" in os.environ:
-        assert sum(_compared.values()) >= LEAST, _compared
+    if settings().max_examples >= MANY:
+        assert min(_compared.values()) >= LEAST, _compared
 
 
 def described(world: World, table: RouteTable, packet: Packet, wanted: Traced, found: Traced) -> str:
@@ -95,3 +94,27 @@ def test_iptables(world: World) -> None:
         found = tracer.trace(packet)
         assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
         _compared["iptables"] += 1
+
+
+@given(worlds)
+def test_affinity_of_iptables(world: World) -> None:
+    """Invariant: whoever was sent to a backend is sent there again, by every frontend of that Service port that may use
+    it, until the Service's time is over; what other Services do with him is the same as ever."""
+    table = routes(*world)
+    tracer = IptablesTracer(saved(table), frozenset(table.locality.node_addresses))
+    forwarded: dict[Client, list[tuple[Packet, Route, Traced]]] = {}
+    for client, packet in packets(table):
+        decision = decide(table, packet)
+        if decision.route is not None and decision.verdict is Outcome.FORWARD:
+            forwarded.setdefault(client, []).append((packet, decision.route, expected(decision, packet)))
+    for asked in forwarded.values():
+        for service in {route.service for _, route, _ in asked if route.affinity_seconds}:
+            first, seconds = next((each[0], each[1].affinity_seconds) for each in asked if each[1].service == service)
+            went = tracer.paths(first)[0]
+            for packet, route, wanted in asked:
+                for age in (seconds - 1, seconds):
+                    found = tracer.trace(packet, {name: {packet.source: age} for name in went.remembered})
+                    stays = route.service == service and age < seconds and went.to in wanted.backends
+                    places = {went.to} if stays else set(wanted.backends)
+                    assert set(found.backends) == places, (first, went, age, packet, found, table)
+                    _compared["affinity of iptables"] += 1
