@@ -46,8 +46,7 @@ RANDOM_FULLY = (1, 6, 2)
 
 _MANY = 1000
 _READ_AT_ONCE = 200
-# The variable is iptables' own.
-_LOCK = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
+_LOCK = "/run/xtables.lock"
 _PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
 _COMMANDS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 # kubelet makes the first for just this purpose (1.24); the second is older and of its own.
@@ -365,7 +364,7 @@ def _refusal(argv: Sequence[str], status: int, said: str) -> ApplyError:
 def _lock_holder() -> str:
     """Who holds the xtables lock, in words."""
     try:
-        inode = _LOCK.stat().st_ino
+        inode = os.stat(os.environ.get("XTABLES_LOCKFILE", _LOCK)).st_ino  # the variable is iptables' own
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()
             if "->" not in words and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):

@@ -140,8 +140,9 @@ class IptablesDataplane:
         alike = before is not None and _alike(before, world)
         for family, writer in self._writers.items():
             partly = old is not None and alike and before is not None and family not in self._unsure
-            # What was refused is tried again where nothing else is to be done, and by audits.
-            if partly and writer.refused and not (old and old[family]):
+            # What was refused is tried again when it changes, where nothing else is to be done, and by audits. What the
+            # kernel has of it only a look tells.
+            if old is not None and writer.refused and (not old[family] or writer.refused.keys() & old[family].keys()):
                 partly = False
             try:
                 if partly:
@@ -151,6 +152,11 @@ class IptablesDataplane:
                     writer.compare(world, index, tally)
                 self._unsure.discard(family)
                 self._watches[family].note()
+            except LockHeldError as error:
+                self._unsure |= self._writers.keys()
+                failed += 1
+                problems.append(Problem(NODE, str(error)))
+                break  # it is one lock for both families
             except ApplyError as error:
                 self._unsure.add(family)
                 failed += 1
