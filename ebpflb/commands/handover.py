@@ -145,7 +145,9 @@ class HandOver:
     def problems(self) -> Iterator[Found]:
         """What stands in the way of an end."""
         for name, reason in self._failures.items():
-            yield Found(PART, name, f"{reason}; tried again every {PERIOD:g} s")
+            yield Found(
+                PART, name, f"what it left cannot be looked at or removed: {reason}; tried again every {PERIOD:g} s"
+            )
         if self._of_kube_proxy:
             yield Found(
                 PART,

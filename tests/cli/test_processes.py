@@ -266,7 +266,7 @@ def test_cleanup_leaves_no_difference(place: Place) -> None:
 
 def test_a_row_that_somebody_removes_comes_back_with_the_next_audit(place: Place) -> None:
     shop(place)
-    daemon = place.start("--audit-period", "1")
+    daemon = place.start("--audit-period", "5")
     before = place.ebpflb("dump", "-o", "json").out
     place.delete_first_row("frontends")
     assert place.ebpflb("dump", "-o", "json").out != before

@@ -109,7 +109,13 @@ def test_a_step_that_is_refused_is_a_problem_and_tried_again(change: Change, wha
     change.complete = True
     change.old.raises[what] = ApplyError("frontends", "", 1, "frontends: Operation not permitted")
     change.hand_over.work()
-    assert change.said == [Found("hand-over", "bpf", "frontends: Operation not permitted; tried again every 30 s")]
+    assert change.said == [
+        Found(
+            "hand-over",
+            "bpf",
+            "what it left cannot be looked at or removed: frontends: Operation not permitted; tried again every 30 s",
+        )
+    ]
     change.wait()
     assert (change.said, change.old.held) == ([], None)
 
@@ -173,7 +179,9 @@ def test_that_they_cannot_be_looked_for_is_a_problem(change: Change) -> None:
     change.old.held = None
     change.leftovers.raises = ApplyError("iptables", "", 0, "the xtables lock is held by process 7")
     change.hand_over.begin()
-    assert [found.reason for found in change.said] == ["the xtables lock is held by process 7; tried again every 30 s"]
+    assert [found.reason for found in change.said] == [
+        "what it left cannot be looked at or removed: the xtables lock is held by process 7; tried again every 30 s"
+    ]
     change.complete = True
     change.hand_over.work()
     assert (change.said, change.hand_over.due()) == ([], None)
