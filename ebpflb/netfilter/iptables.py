@@ -51,6 +51,8 @@ _PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
 _COMMANDS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 # kubelet makes the first for just this purpose (1.24); the second is older and of its own.
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
+_CAP_NET_ADMIN = 12
+_CAPABILITY = "it needs root and the capability CAP_NET_ADMIN"
 _COUNTED = re.compile(r"(-A .*?) -c (\d+) (\d+)(.*)")
 _NOISE = ("Try `", "# Warning:", "Perhaps iptables or your kernel")
 
@@ -331,7 +333,9 @@ def _asked(question: Callable[[], T]) -> T:
     try:
         return question()
     except OSError as error:
-        raise ApplyError("iptables", "", error.errno or 0, f"the kernel cannot be asked: {error.strerror}") from error
+        remedy = f": {_CAPABILITY}" if error.errno == errno.EPERM else ""
+        words = f"the kernel cannot be asked: {error.strerror}{remedy}"
+        raise ApplyError("iptables", "", error.errno or 0, words) from error
 
 
 # ---- What a command says
@@ -352,13 +356,21 @@ def _refusal(argv: Sequence[str], status: int, said: str) -> ApplyError:
             errno.EAGAIN,
             f"{tool}: {_lock_holder()} has held the xtables lock for {WAIT_SECONDS} s; it is tried again",
         )
-    if "Permission denied" in words or "Operation not permitted" in words:
-        return ApplyError("", "", errno.EPERM, f"{tool}: {words}: it needs root and the capability CAP_NET_ADMIN")
+    if not _may_administrate():
+        return ApplyError("", "", errno.EPERM, f"{tool}: {words}: {_CAPABILITY}")
     if "is incompatible, use 'nft' tool" in words:
         words += " (somebody's nft rules stand in a table of that name)"
     if status < 0:
         words = f"ended by signal {-status}. {words}".strip()
     return ApplyError("", "", 0, f"{tool}: {words or f'exit status {status}'}")
+
+
+def _may_administrate() -> bool:
+    """Whether this process may change rules at all: the commands have many words for it that it may not."""
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return True
 
 
 def _lock_holder() -> str:

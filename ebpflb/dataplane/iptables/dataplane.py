@@ -226,15 +226,17 @@ class IptablesDataplane:
         return World(routes, settings, nodeports, bool(self._localnet))
 
     def _look_at_localnet(self, index: Index) -> list[Problem]:
-        """Whether it is for us to let packets with loopback addresses be routed, as node ports on these need it."""
+        """Whether it is for us to let packets with loopback addresses be routed, as node ports on these need it. That
+        we did so is remembered until cleanup."""
         writer = self._writers.get(Family.IPV4)
         needed = any(address.startswith("127.") for address in index.nodeports(Family.IPV4))
-        if writer is None or not needed or self._localnet is not None:
+        if writer is None or self._localnet or (self._localnet is not None and not needed):
             return []
         try:
-            self._localnet = not facts.localnet_routed() or writer.has_chain("filter", names.LOCALNET)
+            mark = writer.has_chain("filter", names.LOCALNET)
+            self._localnet = mark or (needed and not facts.localnet_routed())
         except (OSError, ApplyError) as error:
-            return [Problem(NODE, f"node ports on 127.0.0.1 may not be served: {error}")]
+            return [Problem(NODE, f"node ports on 127.0.0.1 may not be served: {error}")] if needed else []
         return []
 
     def _route_localnet(self) -> list[Problem]:

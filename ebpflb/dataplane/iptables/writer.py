@@ -162,10 +162,13 @@ class FamilyWriter:
 
     def _stream(self, comparison: Comparison, tally: Tally) -> None:
         """Feed all transactions to one restore."""
-        lines = self._lines(comparison.steps(), tally)
+        done = Tally()
+        lines = self._lines(comparison.steps(), done)
         first = next(lines, None)
         if first is not None:
             self._tool.restore(chained((first,), lines))
+        tally.written += done.written
+        tally.removed += done.removed
 
     def _lines(self, steps: Iterable[Step], tally: Tally) -> Iterator[str]:
         """Transactions as restore takes them; neighbours of one table become one where each copies the table."""
