@@ -358,12 +358,20 @@ def test_no_compiler(place: Place, tmp_path: Path) -> None:
     (tmp_path / "without" / "bcc.py").write_text("raise ModuleNotFoundError(\"No module named 'bcc'\", name='bcc')\n")
     place.environment["PYTHONPATH"] = f"{tmp_path / 'without'}:{place.environment['PYTHONPATH']}"
     place.environment["EBPFLB_CACHE"] = str(tmp_path / "cache")
-    said = place.ebpflb("run")
+    said = place.ebpflb("run", "--dataplane", "bpf")
     assert said.status == 3
     assert "apt-get install python3-bpfcc" in said.err.splitlines()[-1]
     assert "Traceback" not in said.err
-    checked = place.ebpflb("check")
+    checked = place.ebpflb("check", "--dataplane", "bpf")
     assert checked.status == 3 and "python3-bpfcc" in checked.out
+    checked = place.ebpflb("check")
+    assert checked.status == 0 and "not bpf: compiler is missing" in checked.out
+    shop(place)
+    said = place.ebpflb("run", "--once")
+    assert said.status == 0
+    assert "WARNING dataplane bpf cannot carry services here: compiler is missing (no bcc)" in said.err
+    assert backends(place) == ["10.244.1.7", "10.244.2.7"]
+    assert place.ebpflb("cleanup").status == 0
     del place.environment["EBPFLB_CACHE"]
 
 
