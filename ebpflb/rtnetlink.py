@@ -280,6 +280,18 @@ def links(netlink: Netlink) -> dict[int, Link]:
     return found
 
 
+def device_index(netlink: Netlink, name: str) -> int | None:
+    """The index of the device of that name; None if there is none."""
+    body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(3, name.encode() + b"\0")
+    try:
+        (answer,) = netlink.request(RTM_GETLINK, 0, body)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    return int(struct.unpack_from("=BxHiII", answer)[2])
+
+
 def addresses(netlink: Netlink) -> tuple[InterfaceAddress, ...]:
     """All addresses, in the kernel's order: a device's primary ones first."""
     found = []

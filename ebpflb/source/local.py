@@ -2,6 +2,8 @@
 
 Rules of this file: rtnetlink, read only, in this process's network namespace; no other source of truth.
 
+The addresses of kube-ipvs0 are Services', not the node's: else each cluster IP would get every node port.
+
 IPv6 link-local addresses are left out. Every veth brings one, so that each pod's coming would change the node's
 addresses and with them every NodePort; and no Service can be reached there, since a socket address names the link too.
 """
@@ -23,6 +25,10 @@ _GROUPS = (
     rtnetlink.GROUP_IPV6_ADDRESS,
     rtnetlink.GROUP_IPV6_ROUTE,
 )
+
+
+SERVICE_DEVICE = "kube-ipvs0"
+"""Where IPVS has the addresses of Services: ours, or kube-proxy's."""
 
 
 class LocalSource:
@@ -84,10 +90,13 @@ def look() -> LocalAddresses:
     """All addresses that the kernel calls its own, IPv4 first and by value, and its main one per family: the source
     that its default route prefers, else its first global address. Raises OSError."""
     with contextlib.closing(Netlink()) as kernel:
+        services = rtnetlink.device_index(kernel, SERVICE_DEVICE)
         found = [
             address
             for address in rtnetlink.addresses(kernel)
-            if not address.flags & IFA_F_DADFAILED and not (address.version == 6 and address.scope == SCOPE_LINK)
+            if address.ifindex != services
+            and not address.flags & IFA_F_DADFAILED
+            and not (address.version == 6 and address.scope == SCOPE_LINK)
         ]
         primary = []
         for version in (4, 6):

@@ -117,6 +117,18 @@ def test_link_local_ipv6_is_left_out(inside: Inside) -> None:
     assert said.primary == ("169.254.1.1",)
 
 
+def test_addresses_of_services_are_not_the_nodes(inside: Inside) -> None:
+    """IPVS has them on a device of its own; node ports there would be one for each cluster IP."""
+    inside.ip("link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "d2")
+    inside.ip("address", "add", "172.30.0.41/32", "dev", "kube-ipvs0")
+    inside.ip("address", "add", "192.168.0.2/24", "dev", "d0")
+    first = inside.read()[0]
+    assert first == LocalAddresses(("127.0.0.1", "192.168.0.2", "::1"), ("192.168.0.2",))
+    inside.ip("address", "add", "172.30.0.42/32", "dev", "kube-ipvs0")
+    assert select.select([inside.source], [], [], DEADLINE)[0]
+    assert inside.read() == []
+
+
 def test_a_peer_is_not_ours(inside: Inside) -> None:
     inside.ip("address", "add", "10.0.0.1", "peer", "10.0.0.2/32", "dev", "d0")
     first = inside.read()[0]

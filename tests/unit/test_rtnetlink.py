@@ -29,6 +29,7 @@ from ebpflb.rtnetlink import (
     attribute,
     attributes,
     default_devices,
+    device_index,
     is_default_route,
     links,
     number,
@@ -122,6 +123,36 @@ def test_a_refusal_is_the_kernels_own(inside: ThreadPoolExecutor) -> None:
                 put_address(netlink, "192.0.2.1", RTM_DELADDR)
             assert refused.value.errno == errno.EADDRNOTAVAIL
             assert links(netlink)  # the socket is none the worse for it
+
+    inside.submit(ask).result()
+
+
+@pytest.mark.root
+def test_many_requests_at_once_are_each_carried_out_or_refused(inside: ThreadPoolExecutor) -> None:
+    def body(host: int, link: int = LOOPBACK) -> bytes:
+        raw = socket.inet_aton(f"10.0.{host // 250}.{host % 250}")
+        return struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, link) + attribute(2, raw) + attribute(1, raw)
+
+    def ask() -> None:
+        with contextlib.closing(Netlink()) as netlink:
+            missing = {7, 1999}
+            refused = netlink.batch(
+                RTM_NEWADDR, CREATE, (body(host, 99 if host in missing else LOOPBACK) for host in range(3000))
+            )
+            assert {index: error.errno for index, error in refused.items()} == dict.fromkeys(missing, errno.ENODEV)
+            assert len(addresses(netlink)) == 2998
+            assert netlink.batch(RTM_NEWADDR, CREATE, ()) == {}
+            assert links(netlink)  # nothing is left in the socket
+
+    inside.submit(ask).result()
+
+
+@pytest.mark.root
+def test_a_device_is_found_by_its_name(inside: ThreadPoolExecutor) -> None:
+    def ask() -> None:
+        with contextlib.closing(Netlink()) as netlink:
+            assert device_index(netlink, "lo") == LOOPBACK
+            assert device_index(netlink, "kube-ipvs0") is None
 
     inside.submit(ask).result()
 
