@@ -51,6 +51,9 @@ class FakeKernel:
 
     # ---- IPVS
 
+    def is_loaded(self) -> bool:
+        return True
+
     def servers(self) -> dict[Server, Settings]:
         return dict(self.held)
 

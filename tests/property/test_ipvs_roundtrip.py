@@ -86,11 +86,11 @@ def _without_marks(standing: Standing) -> dict[object, object]:
         return "mark" if entry[0] is Set.MARKS else value
 
     held = standing.held()
-    entries = {
+    entries: dict[object, object] = {
         (each, version, key): plain((each, version, key), value)
         for (each, version), found in held.entries.items()
         for key, value in found.items()
     }
     servers = {server: settings for server, settings in held.servers.items() if not server.mark}
     marked = sorted(str(settings) for server, settings in held.servers.items() if server.mark)
-    return {**entries, **servers, "marked": marked, "addresses": held.addresses}
+    return entries | dict(servers) | {"marked": marked, "addresses": held.addresses}

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import msgspec
 
 from ebpflb.conntrack import StaleFlows
 from ebpflb.dataplane import Report, Requirement
 from ebpflb.dataplane.ipvs import chains, facts, inspect, reading, rules
 from ebpflb.dataplane.ipvs.chains import IptablesTables
 from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, SET_DEST
-from ebpflb.dataplane.ipvs.names import DEVICE, LOCALITY, SET_NAMES, Mark, Set
+from ebpflb.dataplane.ipvs.names import DEVICE, SET_NAMES, Mark, Set
 from ebpflb.dataplane.ipvs.netlink import Kernel, NetlinkKernel, Operation
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Held
@@ -73,7 +75,7 @@ class IpvsDataplane:
         if self._variant is None:
             try:
                 return detect()
-            except Unsupported:
+            except (Unsupported, ApplyError):
                 if otherwise is None:
                     raise
                 return otherwise
@@ -156,14 +158,7 @@ class IpvsDataplane:
         changed = facts.set_sysctls(self._options)
         report = writer.audit()
         report = self._with_flows(report, self._routes, anew=report.written > 0)
-        return Report(
-            report.written + changed,
-            report.removed,
-            report.failed,
-            report.seconds,
-            report.problems,
-            report.reconciled,
-        )
+        return msgspec.structs.replace(report, written=report.written + changed)
 
     def _with_flows(self, report: Report, routes: RouteTable, *, anew: bool) -> Report:
         """After a complete sync: flows of UDP to endpoints that serve no more end."""
@@ -171,7 +166,7 @@ class IpvsDataplane:
             return report
         self._stale.reconcile(routes, anew=anew)
         problems = (*report.problems, *self._stale.problems)
-        return Report(report.written, report.removed, report.failed, report.seconds, problems, self._stale.reconciled)
+        return msgspec.structs.replace(report, problems=problems, reconciled=self._stale.reconciled)
 
     def _started(self) -> Writer:
         if self._writer is None:
@@ -182,10 +177,12 @@ class IpvsDataplane:
 
     def state(self) -> RouteTable:
         """What the kernel holds. Empty if nothing is programmed."""
-        return reading.routes(self._held())
+        return reading.routes(self._held()) if self._is_ours() else RouteTable()
 
     def tables(self, what: str) -> list[dict[str, object]]:
-        """Rows of `dump what`."""
+        """Rows of `dump what`; none if nothing is programmed."""
+        if what in inspect.WHATS and not self._is_ours():
+            return []
         return inspect.Inspector(self._held, self._headers, self._mark).tables(what)
 
     def _held(self) -> Held:
@@ -223,6 +220,8 @@ class IpvsDataplane:
 
     def retire(self) -> bool:
         """All destinations to weight 0; whether no connection is left."""
+        if not self._is_ours():
+            return True
         try:
             operations = []
             connections = 0
@@ -252,7 +251,7 @@ class IpvsDataplane:
         return [
             server
             for server in self._kernel.servers()
-            if (server in named or (server.mark and self._mark.number(server.mark) is not None and self._is_ours()))
+            if (server in named or (server.mark and self._mark.number(server.mark) is not None))
             and not self._is_excluded(server)
         ]
 
@@ -260,15 +259,18 @@ class IpvsDataplane:
         return not server.mark and any(in_cidr(unpacked(server.address), cidr) for cidr in self._options.exclude_cidrs)
 
     def _is_ours(self) -> bool:
-        """Whether KUBE-* sets and the device are ours: our registry is there."""
-        return Set.FRONTENDS.base in self._headers()
+        """Whether KUBE-* sets and the device are ours: our registry is there. Where IPVS was never used, nothing is
+        loaded by asking."""
+        return self._kernel.is_loaded() and Set.FRONTENDS.base in self._headers()
 
     def inventory(self) -> tuple[str, ...]:
         """Everything of ours that is installed here."""
+        if not self._is_ours():
+            return ()
         found = []
         for version, tables in self._tables().items():
             wanted = rules.ruleset(Locality(), version, self._mark)
-            for table, mine in sorted(self._rules_of_ours(tables, version).items()):
+            for table, mine in sorted(chains.ours(wanted, tables.read()).items()):
                 for chain, lines in sorted(mine.items()):
                     found.append(
                         f"chain {chain} in table {table} (IPv{version})"
@@ -276,29 +278,20 @@ class IpvsDataplane:
                         else f"{len(lines)} rules in {chain} of table {table} (IPv{version})"
                     )
         headers = self._headers()
-        if self._is_ours():
-            found += [f"ipset {name}: {headers[name].entries} entries" for name in sorted(SET_NAMES) if name in headers]
-            found += [f"virtual server {server}" for server in sorted(self._servers_of_ours())]
-            if self._kernel.has_device():
-                found.append(f"device {DEVICE} with {len(self._kernel.addresses()[0])} addresses")
+        found += [f"ipset {name}: {headers[name].entries} entries" for name in sorted(SET_NAMES) if name in headers]
+        found += [f"virtual server {server}" for server in sorted(self._servers_of_ours())]
+        if self._kernel.has_device():
+            found.append(f"device {DEVICE} with {len(self._kernel.addresses()[0])} addresses")
         return tuple(found)
-
-    def _rules_of_ours(self, tables: chains.Tables, version: int) -> dict[str, dict[str, Sequence[str]]]:
-        """Our chains and jumps; none where the mark of ownership is missing."""
-        found = tables.read()
-        if LOCALITY not in found.get("filter", {}) and not self._is_ours():
-            return {}
-        return chains.ours(rules.ruleset(Locality(), version, self._mark), found)
 
     def cleanup(self) -> None:
         """Rules, virtual servers, addresses and sets of ours; of others nothing."""
-        for version, tables in self._tables().items():
-            if self._rules_of_ours(tables, version):
-                chains.remove(tables, rules.ruleset(Locality(), version, self._mark), tables.read())
         self._writer = None
         self._routes = None
         if not self._is_ours():
             return
+        for version, tables in self._tables().items():
+            chains.remove(tables, rules.ruleset(Locality(), version, self._mark), tables.read())
         try:
             refused = self._kernel.apply([Operation(DEL_SERVICE, server) for server in self._servers_of_ours()])
             for refusal in refused.values():

@@ -110,10 +110,11 @@ def requirements(kernel: Kernel, options: IpvsOptions, variant: Variant) -> tupl
             "run as root, or with CAP_NET_ADMIN",
         ),
         _pyroute2(),
-        *_ipvs(kernel, options),
+        *(ipvs := _ipvs(kernel, options)),
         *_ipsets(),
-        _device(kernel),
     ]
+    if ipvs[0].found:  # to try it takes pyroute2, which a node without IPVS need not load
+        found.append(_device(kernel))
     for family in (Family.IPV4, Family.IPV6) if has_version6() else (Family.IPV4,):
         missing = missing_commands(family, variant)
         found.append(

@@ -24,6 +24,8 @@ Item: TypeAlias = dict[str, object]
 
 __all__ = ["Inspector", "SetHeader"]
 
+WHATS = ("services", "backends", "flows", "affinity", "sources", "counters", "raw", "fill")
+
 NET = Path("/proc/thread-self/net")
 
 _TEMPLATE = "NONE"

@@ -12,7 +12,11 @@ from typing import NamedTuple
 DEVICE = "kube-ipvs0"
 
 LOCALITY = "EBPFLB-LOCALITY"
-"""The chain (table filter) that nothing jumps to: the mark of ownership, which holds the locality."""
+"""The chain (table filter) that nothing jumps to and that holds the locality. With it KUBE-* chains are ours, without
+it kube-proxy's."""
+
+OURS = "EBPFLB-IPVS"
+"""The empty chain beside it by which they are this dataplane's, and not those of iptables."""
 
 _NAME_LIMIT = 31
 

@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ebpflb import rtnetlink
@@ -82,6 +83,9 @@ _DELETES = (messages.DEL_SERVICE, messages.DEL_DEST)
 class Kernel(Protocol):
     """What the dataplane asks of the kernel. Every method raises OSError if the kernel refuses the whole."""
 
+    def is_loaded(self) -> bool:
+        """Whether IPVS is in use at all; asking loads nothing."""
+
     def servers(self) -> dict[Server, Settings]:
         """All virtual servers of this network namespace."""
 
@@ -131,6 +135,9 @@ class NetlinkKernel:
     """The kernel of the network namespace that the calling thread is in."""
 
     # ---- IPVS
+
+    def is_loaded(self) -> bool:
+        return Path("/proc/thread-self/net/ip_vs").exists()
 
     def servers(self) -> dict[Server, Settings]:
         with _ipvs() as (netlink, family):
@@ -227,7 +234,7 @@ class NetlinkKernel:
 
     def has_device(self) -> bool:
         with _closing(socket.NETLINK_ROUTE) as netlink:
-            return _index(netlink) is not None
+            return rtnetlink.device_index(netlink, DEVICE) is not None
 
     def create_device(self) -> None:
         if self.has_device():
@@ -237,14 +244,14 @@ class NetlinkKernel:
 
     def remove_device(self) -> None:
         with _closing(socket.NETLINK_ROUTE) as netlink:
-            index = _index(netlink)
+            index = rtnetlink.device_index(netlink, DEVICE)
         if index is not None:
             with _routes() as routes:
                 routes.link("del", index=index)
 
     def addresses(self) -> tuple[set[bytes], tuple[Address, ...]]:
         with _closing(socket.NETLINK_ROUTE) as netlink:
-            index = _index(netlink)
+            index = rtnetlink.device_index(netlink, DEVICE)
             bound: set[bytes] = set()
             others: set[bytes] = set()
             for each in rtnetlink.addresses(netlink):
@@ -259,7 +266,7 @@ class NetlinkKernel:
 
     def bind(self, addresses: Sequence[bytes], *, add: bool) -> dict[bytes, OSError]:
         with _closing(socket.NETLINK_ROUTE) as netlink:
-            index = _index(netlink)
+            index = rtnetlink.device_index(netlink, DEVICE)
             if index is None:
                 if not add:
                     return {}
@@ -283,18 +290,6 @@ def _address(index: int, address: bytes) -> bytes:
         index,
     )
     return head + attribute(2, address) + attribute(1, address)
-
-
-def _index(netlink: Netlink) -> int | None:
-    """Of kube-ipvs0."""
-    body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(3, DEVICE.encode() + b"\0")
-    try:
-        (answer,) = netlink.request(rtnetlink.RTM_GETLINK, 0, body)
-    except OSError as error:
-        if error.errno == errno.ENODEV:
-            return None
-        raise
-    return int(struct.unpack_from("=BxHiII", answer)[2])
 
 
 def _bundles(entries: Iterable[bytes]) -> Iterator[list[bytes]]:

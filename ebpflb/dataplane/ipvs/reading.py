@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpflb.dataplane.ipvs.names import LOCALITY, Set
-from ebpflb.dataplane.ipvs.rules import has_services, pod_cidrs
+from ebpflb.dataplane.ipvs.rules import is_ours, pod_cidrs
 from ebpflb.dataplane.ipvs.table import (
     PERSISTENT,
     Entry,
@@ -132,7 +132,7 @@ def routes(held: Held) -> RouteTable:
     ours = False
     for version in (4, 6):
         ruleset = held.rulesets.get(version, {})
-        if not has_services(ruleset):
+        if not is_ours(ruleset):
             continue
         ours = True
         found, interface_here = pod_cidrs(ruleset.get("filter", {}).get(LOCALITY, ()))

@@ -7,7 +7,7 @@ kube-proxy's ipvs mode as far as it has them. A set of policy Local is asked bef
 
 from __future__ import annotations
 
-from ebpflb.dataplane.ipvs.names import LOCALITY, Mark, Set
+from ebpflb.dataplane.ipvs.names import LOCALITY, OURS, Mark, Set
 from ebpflb.netfilter.ruleset import Chains, Ruleset
 from ebpflb.routes import Locality
 
@@ -43,7 +43,7 @@ SHARED = {
     "nat": frozenset(("KUBE-SERVICES", "KUBE-POSTROUTING", "KUBE-MARK-MASQ", "EBPFLB-NOT-POD")),
     "filter": frozenset(("KUBE-FORWARD", "KUBE-PROXY-FIREWALL", LOCALITY)),
 }
-"""Chains that other dataplanes have too, by table: they are ours as long as nat KUBE-SERVICES asks a set."""
+"""Chains that the iptables dataplane has too, by table: they are this one's while EBPFLB-IPVS is there."""
 
 
 def matches_of(locality: Locality, version: int) -> tuple[str, ...]:
@@ -180,6 +180,8 @@ def _nat(pods: tuple[str, ...], version: int, mark: Mark, random_fully: bool) ->
 
 
 def _filter(pods: tuple[str, ...], version: int, mark: Mark) -> Chains:
+    # What the node sends itself by way of IPVS comes here at a backend's address: it is no frontend's packet any more.
+    translated = "-m ipvs --ipvs -j RETURN"
     unreachable = "icmp6-port-unreachable" if version == 6 else "icmp-port-unreachable"
     # An ICMP error can be lost on a socket within connect(), and cost a second: TCP is answered by a reset.
     answers = ("-j REJECT --reject-with tcp-reset", *[f"-j REJECT --reject-with {unreachable}"] * 2)
@@ -190,10 +192,16 @@ def _filter(pods: tuple[str, ...], version: int, mark: Mark) -> Chains:
     return dict(
         (
             _chain(LOCALITY, *pods),
-            _chain("KUBE-PROXY-FIREWALL", f"{_match(Set.LOAD_BALANCER_FW, version)} -j KUBE-SOURCE-RANGES-FIREWALL"),
+            _chain(OURS),
+            _chain(
+                "KUBE-PROXY-FIREWALL",
+                translated,
+                f"{_match(Set.LOAD_BALANCER_FW, version)} -j KUBE-SOURCE-RANGES-FIREWALL",
+            ),
             _source_ranges(version),
             _chain(
                 "KUBE-IPVS-FILTER",
+                translated,
                 f"{_match(Set.DROP, version)} -j DROP",
                 *refused,
                 f"{_match(Set.DROP_EXTERNAL, version)} -j EBPFLB-EXTERNAL",
@@ -226,9 +234,9 @@ def _filter(pods: tuple[str, ...], version: int, mark: Mark) -> Chains:
 # ---- Whose rules they are, and what they say
 
 
-def has_services(found: Ruleset) -> bool:
-    """Whether the chains that both netfilter dataplanes have are of this one now."""
-    return any(" --match-set " in rule for rule in found.get("nat", {}).get("KUBE-SERVICES", ()))
+def is_ours(found: Ruleset) -> bool:
+    """Whether the KUBE-* chains are this dataplane's."""
+    return OURS in found.get("filter", {})
 
 
 def pod_cidrs(rules: tuple[str, ...]) -> tuple[tuple[str, ...], str]:

@@ -17,7 +17,7 @@ import errno
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from ebpflb.dataplane import Report
+from ebpflb.dataplane import Report, RestoreFailure
 from ebpflb.dataplane.ipvs import chains, rules
 from ebpflb.dataplane.ipvs.messages import (
     DEL_DEST,
@@ -49,7 +49,7 @@ from ebpflb.dataplane.ipvs.table import (
     unpacked,
 )
 from ebpflb.errors import ApplyError
-from ebpflb.model import Problem
+from ebpflb.model import Family, Problem
 from ebpflb.netfilter.ruleset import Ruleset
 from ebpflb.routes import Frontend, RouteTable, Scope, in_cidr
 
@@ -73,13 +73,21 @@ class Tally:
         self.removed = 0
         self.failed = 0
         self.problems: dict[Problem, None] = {}
+        self.restores: list[RestoreFailure] = []
 
     def refuse(self, subject: str, reason: str, code: str = "") -> None:
         self.failed += 1
         self.problems[Problem(subject, reason, code) if code else Problem(subject, reason)] = None
 
     def report(self, seconds: float) -> Report:
-        return Report(self.written, self.removed, self.failed, seconds, tuple(self.problems))
+        return Report(
+            self.written,
+            self.removed,
+            self.failed,
+            seconds,
+            tuple(self.problems),
+            restore_failures=tuple(self.restores),
+        )
 
 
 class _Plan:
@@ -468,9 +476,7 @@ class Writer:
         before: dict[int, Ruleset] = {}
         if rules_too:
             before = {version: tables.read() for version, tables in self._tables.items()}
-        late = any(
-            "KUBE-SERVICES" in found.get("nat", {}) and not rules.has_services(found) for found in before.values()
-        )
+        late = any("KUBE-SERVICES" in found.get("nat", {}) and not rules.is_ours(found) for found in before.values())
         if not late:
             self._write_rules(routes, before, tally)
         self._add(plan.marks, tally)
@@ -481,7 +487,11 @@ class Writer:
     def _write_rules(self, routes: RouteTable, before: Mapping[int, Ruleset], tally: Tally) -> None:
         for version, found in before.items():
             wanted = rules.ruleset(routes.locality, version, self._mark)
-            tally.written += chains.put(self._tables[version], wanted, found)
+            try:
+                tally.written += chains.put(self._tables[version], wanted, found)
+            except ApplyError as error:
+                tally.refuse(NODE, str(error))
+                tally.restores.append(RestoreFailure(Family(version), False))
 
     def _take(self, plan: _Plan, tally: Tally, routes: RouteTable) -> None:
         """Backwards: what leads there, addresses, entries, virtual servers."""
