@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 
+from ebpflb import rtnetlink
+from ebpflb.dataplane import Report
 from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
+from ebpflb.dataplane.ipvs.netlink import NetlinkKernel
 from ebpflb.dataplane.ipvs.options import IpvsOptions
+from ebpflb.decide import Decision, Outcome, Packet, decide
 from ebpflb.model import DetectLocal, Family, Protocol
 from ebpflb.policy import routes as routes_of
-from ebpflb.routes import RouteTable
-from tests.vm.lab import NODE_IP, PEER, POD, Lab
+from ebpflb.routes import Frontend, RouteTable
+from tests.vm.lab import BRIDGE_IP, PATIENCE, PEER, POD, REMOTES, SILENCE, Answer, Lab, Refused
 from tests.world import (
+    LOCAL,
+    NODE_IP,
     OUTSIDE,
+    REMOTE_POD,
     endpoint_slice,
     in_family,
     node,
@@ -68,30 +79,171 @@ def lab() -> Iterator[Lab]:
         yield found
 
 
-@pytest.fixture
-def dataplane(lab: Lab) -> Iterator[IpvsDataplane]:
-    found = IpvsDataplane(IpvsOptions(), variant="nft")
-    lab.on_node(found.check)
+@pytest.fixture(params=["nft"])
+def dataplane(lab: Lab, request: pytest.FixtureRequest) -> Iterator[IpvsDataplane]:
+    found = IpvsDataplane(IpvsOptions(), variant=request.param)
+    before = saved(lab)
     lab.on_node(found.start)
     yield found
     lab.on_node(found.cleanup)
     assert lab.on_node(found.inventory) == ()
+    assert saved(lab) == before
 
 
-def test_one_cluster_ip(lab: Lab, dataplane: IpvsDataplane) -> None:
-    table = world_of(*service_of("web", "172.30.0.41", POD, target=8080))
+def run(lab: Lab, *words: str) -> str:
+    """What a command says on the node."""
+    done = lab.on_node(lambda: subprocess.run(words, capture_output=True, text=True, check=True))
+    return done.stdout
+
+
+def saved(lab: Lab) -> dict[str, list[str]]:
+    """All rules and sets, virtual servers and devices on the node."""
+    rules = [
+        line
+        for tool in ("iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save")
+        for line in run(lab, tool).splitlines()
+        if line.startswith(("-A", ":KUBE", ":EBPFLB"))
+    ]
+    kernel = NetlinkKernel()
+    return {
+        "rules": rules,
+        "sets": run(lab, "ipset", "list", "-n").split(),
+        "servers": sorted(map(str, lab.on_node(kernel.servers))),
+        "devices": sorted(link.name for link in lab.on_node(_links)),
+    }
+
+
+def _links() -> list[rtnetlink.Link]:
+    with contextlib.closing(rtnetlink.Netlink()) as netlink:
+        return list(rtnetlink.links(netlink).values())
+
+
+def synced(lab: Lab, dataplane: IpvsDataplane, table: RouteTable) -> Report:
+    """The kernel holds the table, and says so."""
     report = lab.on_node(lambda: dataplane.sync(table))
     assert report.complete, report.problems
-    state = lab.on_node(dataplane.state)
-    assert dict(state) == dict(table)
-    assert state == table
+    assert lab.on_node(dataplane.state) == table
+    return report
+
+
+def test_a_second_sync_writes_nothing(lab: Lab, dataplane: IpvsDataplane) -> None:
+    table = world_of(*WORLD)
+    synced(lab, dataplane, table)
     again = lab.on_node(lambda: dataplane.sync(table))
     assert (again.written, again.removed) == (0, 0)
     audit = lab.on_node(dataplane.audit)
     assert (audit.written, audit.removed) == (0, 0), audit
+    other = IpvsDataplane(IpvsOptions(), variant="nft")
+    lab.on_node(other.start)
+    taken = lab.on_node(lambda: other.sync(table))
+    assert (taken.written, taken.removed) == (0, 0)
     assert lab.on_node(dataplane.canary)
-    for protocol in (TCP, UDP):
-        for address in both("172.30.0.41"):
-            assert lab.ask(PEER, address, 80, protocol).server in both(POD)
-            assert lab.ask("", address, 80, protocol).server in both(POD)
-            assert lab.ask(OUTSIDE, address, 80, protocol).server in both(POD)
+
+
+# ---- Packets
+
+WEB, LOCAL_WEB, ELSEWHERE, EMPTY, GUARDED, NODE_GUARDED, INSIDE_LOCAL, STICKY, LOCAL_STICKY = (
+    f"172.30.0.{at}" for at in range(41, 50)
+)
+REMOTE = REMOTES[0]
+HOST_NETWORK = "172.30.0.50"
+
+WORLD = (
+    *service_of(
+        "web", WEB, POD, REMOTE, target=8080, node_port=30041, external=both("192.168.99.1"), lb=both("1.2.3.1")
+    ),
+    *service_of(
+        "local",
+        LOCAL_WEB,
+        *(POD, REMOTE),
+        target=8080,
+        node_port=30042,
+        external=both("192.168.99.2"),
+        lb=both("1.2.3.2"),
+        external_policy=LOCAL,
+    ),
+    *service_of("elsewhere", ELSEWHERE, REMOTE, node_port=30043, lb=both("1.2.3.3"), external_policy=LOCAL),
+    *service_of("empty", EMPTY, node_port=30044, external=both("192.168.99.4"), lb=both("1.2.3.4")),
+    *service_of("guarded", GUARDED, POD, lb=both("1.2.3.5"), ranges=both("203.0.113.0/24")),
+    *service_of("node-guarded", NODE_GUARDED, POD, lb=both("1.2.3.6"), ranges=both("192.168.0.0/24")),
+    *service_of("inside-local", INSIDE_LOCAL, REMOTE, internal_policy=LOCAL),
+)
+CLIENTS = ("", PEER, POD, OUTSIDE, REMOTE_POD)
+
+
+class Question(NamedTuple):
+    client: str
+    frontend: Frontend
+
+    def asked(self, lab: Lab, patience: float = PATIENCE) -> Answer | str:
+        try:
+            return lab.ask(self.client, self.frontend.address, self.frontend.port, self.frontend.protocol, patience)
+        except Refused:
+            return "REJECT"
+        except TimeoutError:
+            return "DROP"
+        except PermissionError:
+            return "DROP" if self.client == "" and self.frontend.protocol is UDP else "EPERM"
+
+
+def decided(table: RouteTable, question: Question) -> Decision:
+    source = question.client or NODE_IP
+    frontend = question.frontend
+    if ":" in frontend.address:
+        source = v6(source)
+    return decide(table, Packet(source, frontend.address, frontend.port, frontend.protocol))
+
+
+def differences(lab: Lab, table: RouteTable, questions: list[Question]) -> list[str]:
+    """Where packets do not go as `decide` says."""
+    own = {both_ for each in (NODE_IP, BRIDGE_IP) for both_ in both(each)}
+    found = []
+    silent = [each for each in questions if decided(table, each).verdict is Outcome.DROP]
+    with ThreadPoolExecutor(24) as threads:
+        answers = threads.map(lambda each: each.asked(lab, SILENCE), silent)
+        found += [
+            f"{each}: {answer}, not DROP" for each, answer in zip(silent, answers, strict=True) if answer != "DROP"
+        ]
+    for each in questions:
+        decision = decided(table, each)
+        if decision.verdict is Outcome.REJECT:
+            answer = each.asked(lab)
+            if answer != "REJECT":
+                found.append(f"{each}: {answer}, not REJECT")
+        if decision.verdict is not Outcome.FORWARD:
+            continue
+        servers = set()
+        for _ in decision.candidates:
+            answer = each.asked(lab)
+            if isinstance(answer, str):
+                found.append(f"{each}: {answer}, not {decision.candidates}")
+                break
+            servers.add(answer.server)
+            masked = next((c.masquerade for c in decision.candidates if c.backend.address == answer.server), None)
+            client = v6(each.client) if each.client and ":" in answer.client else each.client
+            if (
+                masked is None
+                or (answer.client in own) != (masked or not each.client)
+                or not (masked or answer.client in (client, *own))
+            ):
+                found.append(f"{each}: {answer}, not {decision.candidates}")
+        if servers and servers != {c.backend.address for c in decision.candidates}:
+            found.append(f"{each}: only {servers}")
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_packets_go_where_decide_says(lab: Lab, dataplane: IpvsDataplane) -> None:
+    table = world_of(*WORLD)
+    synced(lab, dataplane, table)
+    frontends = sorted({frontend for frontend, _ in table} | {Frontend(each, 81, TCP) for each in both(WEB)})
+    questions = [
+        Question(client, frontend) for client in CLIENTS for frontend in frontends if possible(client, frontend)
+    ]
+    assert len(questions) > 300
+    assert differences(lab, table, questions) == []
+
+
+def possible(client: str, frontend: Frontend) -> bool:
+    """The world has a way to node addresses among pods only from there."""
+    return frontend.address not in both(BRIDGE_IP) or client in (PEER, POD, "")
