@@ -21,11 +21,17 @@ LIMITS = (
     Limit("bpf", "affinity", "Session affinity is not kept yet: each new connection chooses anew."),
     Limit("bpf", "undefined-ports", "A port that a cluster IP does not have is not refused yet: the packet is let go."),
     Limit("bpf", "algorithm", "Backends are chosen at random only."),
+    Limit("bpf", "forwarding", "Direct server return is not done: replies come back through this node."),
     Limit("bpf", "sctp-sockets", "The node's own SCTP sockets reach no Service: the kernel has no hook for them."),
     Limit("bpf", "sctp-ports", "SCTP to a backend on another port than the Service's is dropped: its checksum stays."),
     Limit("bpf", "bound-sockets", "Source ranges take each socket of the node for its main address, also a bound one."),
     Limit("iptables", "algorithm", "Backends are chosen at random only."),
+    Limit("iptables", "forwarding", "Direct server return is not done: replies come back through this node."),
+    Limit("iptables", "affinity-table", "Affinity knows 100 clients of an endpoint at a time: xt_recent's ip_list_tot."),
     Limit("iptables", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
+    Limit("ipvs", "forwarding", "Direct server return is not done: replies come back through this node."),
+    Limit("ipvs", "loopback", "What comes from a loopback address is not carried: no node port is on 127.0.0.1."),
+    Limit("ipvs", "external-ports", "External addresses are bound to the node: their other ports are refused there."),
     Limit("ipvs", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
 )
 
