@@ -27,7 +27,7 @@ LIMITS = (
     Limit("bpf", "bound-sockets", "Source ranges take each socket of the node for its main address, also a bound one."),
     Limit("iptables", "algorithm", "Backends are chosen at random only."),
     Limit("iptables", "forwarding", "Direct server return is not done: replies come back through this node."),
-    Limit("iptables", "affinity-table", "Affinity knows 100 clients of an endpoint at a time: xt_recent's ip_list_tot."),
+    Limit("iptables", "affinity-table", "Affinity knows 100 clients of an endpoint (ip_list_tot of xt_recent)."),
     Limit("iptables", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
     Limit("ipvs", "forwarding", "Direct server return is not done: replies come back through this node."),
     Limit("ipvs", "loopback", "What comes from a loopback address is not carried: no node port is on 127.0.0.1."),
