@@ -156,8 +156,15 @@ struct unreachable6 {
 	struct icmp_header icmp;
 };
 
-/* The sum of what is quoted: the IP header of `size` bytes and the first bytes behind it. */
-static inline s64 quoted_sum(struct __sk_buff *skb, u32 offset, u32 size, u32 quoted)
+/* The helper's result is 32 bits of a sum (folded to 16 since Linux 6.13), which bcc declares as an int: as such it
+ * would be negative half of the time, and carry its sign into wider sums. */
+static inline u32 sum_of(void *data, u32 size)
+{
+	return (u32)bpf_csum_diff(0, 0, data, size, 0);
+}
+
+/* The sum of what is quoted: the IP header of `size` bytes and the first bytes behind it. -1 if it is not there. */
+static inline int sum_quoted(struct __sk_buff *skb, u32 offset, u32 size, u32 quoted, u32 *sum)
 {
 	u32 bytes[13] = {}; /* at most 40 + 12 */
 
@@ -177,16 +184,17 @@ static inline s64 quoted_sum(struct __sk_buff *skb, u32 offset, u32 size, u32 qu
 				return -1;
 		}
 	}
-	return bpf_csum_diff(0, 0, bytes, sizeof(bytes), 0);
+	*sum = sum_of(bytes, sizeof(bytes));
+	return 0;
 }
 
 static inline int reject_ipv4(struct __sk_buff *skb, const struct packet *packet, u32 quoted)
 {
 	struct unreachable4 answer = {};
-	s64 sum = quoted_sum(skb, packet->l3, 20, quoted);
+	u32 sum = 0;
 	u64 header;
 
-	if (sum < 0 || bpf_skb_change_tail(skb, packet->l4 + quoted, 0) ||
+	if (sum_quoted(skb, packet->l3, 20, quoted, &sum) || bpf_skb_change_tail(skb, packet->l4 + quoted, 0) ||
 	    bpf_skb_adjust_room(skb, sizeof(answer), BPF_ADJ_ROOM_MAC, 0))
 		return no_answer();
 	answer.ip.version = 4;
@@ -196,7 +204,7 @@ static inline int reject_ipv4(struct __sk_buff *skb, const struct packet *packet
 	answer.ip.protocol = IPPROTO_ICMP;
 	answer.ip.saddr = packet->key.destination.word[3];
 	answer.ip.daddr = packet->key.source.word[3];
-	header = (u64)bpf_csum_diff(0, 0, (u32 *)&answer.ip, sizeof(answer.ip), 0);
+	header = sum_of(&answer.ip, sizeof(answer.ip));
 	answer.ip.check = (u16)~fold16(header);
 	answer.icmp.type = ICMP_UNREACHABLE;
 	answer.icmp.code = ICMP_CODE_PORT;
@@ -209,10 +217,10 @@ static inline int reject_ipv4(struct __sk_buff *skb, const struct packet *packet
 static inline int reject_ipv6(struct __sk_buff *skb, const struct packet *packet, u32 quoted)
 {
 	struct unreachable6 answer = {};
-	s64 sum = quoted_sum(skb, packet->l3, 40, quoted);
+	u32 sum = 0;
 	u64 total;
 
-	if (sum < 0 || bpf_skb_change_tail(skb, packet->l4 + quoted, 0) ||
+	if (sum_quoted(skb, packet->l3, 40, quoted, &sum) || bpf_skb_change_tail(skb, packet->l4 + quoted, 0) ||
 	    bpf_skb_adjust_room(skb, sizeof(answer), BPF_ADJ_ROOM_MAC, 0))
 		return no_answer();
 	answer.ip.version = 6;
@@ -225,7 +233,7 @@ static inline int reject_ipv6(struct __sk_buff *skb, const struct packet *packet
 	answer.icmp.code = ICMPV6_CODE_PORT;
 	total = (u64)sum + ICMPV6_UNREACHABLE + (ICMPV6_CODE_PORT << 8);
 	/* The pseudo-header: both addresses, the length and the protocol (RFC 4443, 2.3). */
-	total += (u64)bpf_csum_diff(0, 0, (u32 *)&answer.ip.saddr, 32, 0);
+	total += sum_of(&answer.ip.saddr, 32);
 	total += answer.ip.payload_len + swap16(IPPROTO_ICMPV6);
 	answer.icmp.checksum = (u16)~fold16(total);
 	if (bpf_skb_store_bytes(skb, packet->l3, &answer, sizeof(answer), BPF_F_RECOMPUTE_CSUM))
