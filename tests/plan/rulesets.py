@@ -27,8 +27,13 @@ def _saved(table: RouteTable, family: Family) -> str:
     chains = {name: {**_BUILT_IN[name], **rules.get(name, {})} for name in _BUILT_IN}
     for name, heads in guests(Index(table).nodeports(family)).items():
         chains[name] |= heads
+    return text_of(chains)
+
+
+def text_of(rules: Ruleset) -> str:
+    """All chains of a family as iptables-save prints them."""
     lines: list[str] = []
-    for name, found in chains.items():
+    for name, found in rules.items():
         lines.append(f"*{name}")
         lines += [f":{chain} {'ACCEPT' if chain in _BUILT_IN[name] else '-'} [0:0]" for chain in found]
         lines += [rule for each in found.values() for rule in each]

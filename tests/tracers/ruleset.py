@@ -23,7 +23,7 @@ class Unknown(Exception):
 class State(NamedTuple):
     """A packet on its way, as matches see it. `entered` is the interface that it came by, "" for the node's own;
     `chosen` says that a rule gave it a destination, `translated` that this is another
-    one than it had. `remembered` are the lists that its source was put on."""
+    one than it had, `balanced` that IPVS did that. `remembered` are the lists that its source was put on."""
 
     source: Address
     destination: Address
@@ -33,12 +33,14 @@ class State(NamedTuple):
     mark: int = 0
     chosen: bool = False
     translated: bool = False
+    balanced: bool = False
     masqueraded: bool = False
     remembered: tuple[str, ...] = ()
 
 
-Members = Callable[[tuple[str, ...]], bool]
-"""Whether an ipset has an element, which is said in words: an address, or "tcp:80" for a port."""
+Members = Callable[[State, tuple[str, ...]], "int | None"]
+"""What an ipset has for a packet, read by these directions ("src", "dst"): None if it is not in there, else the mark
+that the element carries (0 for none)."""
 
 
 class World(NamedTuple):
@@ -48,6 +50,12 @@ class World(NamedTuple):
     local: frozenset[Address]
     recent: Mapping[str, Mapping[Address, float]] = {}
     sets: Mapping[str, Members] = {}
+
+    def element(self, name: str, state: State, ways: tuple[str, ...]) -> int | None:
+        """What an ipset has for a packet. Raises Unknown if there is no such set."""
+        if name not in self.sets:
+            raise Unknown(f"no such ipset: {name}")
+        return self.sets[name](state, ways)
 
 
 Match = Callable[[State, World], bool]
@@ -136,15 +144,16 @@ _STATES = {"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED", "DNAT", "SNA
 # Words that say nothing about whether a rule matches: "comment" and "nfacct" always do, the others come with a match
 # that is told by its own words.
 _SILENT_MATCHES = frozenset(
-    ("comment", "nfacct", "tcp", "udp", "sctp", "addrtype", "conntrack", "mark", "statistic", "recent", "set")
+    ("comment", "nfacct", "tcp", "udp", "sctp", "addrtype", "conntrack", "mark", "statistic", "recent", "set", "ipvs")
 )
 _TARGET_OPTIONS = {
     "DNAT": {"--to-destination"},
     "MARK": {"--set-xmark"},
     "MASQUERADE": {"--random-fully"},
     "REJECT": {"--reject-with"},
+    "SET": {"--map-set", "--map-mark"},
 }
-_FLAGS = frozenset(("--random-fully",))
+_FLAGS = frozenset(("--random-fully", "--map-mark"))
 
 
 def compiled(text: str) -> Rule:
@@ -179,6 +188,8 @@ def compiled(text: str) -> Rule:
             if negated or word not in _TARGET_OPTIONS.get(target, ()):
                 raise Unknown(text)
             options[word] = "" if word in _FLAGS else value()
+            if word == "--map-set":
+                options["ways"] = value()
         elif word in ("-j", "-g"):
             target, goto = value(), word == "-g"
         elif word == "-m":
@@ -220,6 +231,8 @@ def compiled(text: str) -> Rule:
             recent[word] = ""
         elif word in ("--name", "--seconds", "--mask") and not negated:
             recent[word] = value()
+        elif word == "--ipvs":
+            add(_balanced)
         elif word == "--match-set":
             name, directions = value(), value()
             add(_set(name, directions, text))
@@ -267,6 +280,10 @@ def _destination_is_local(state: State, world: World) -> bool:
     return is_local(state.destination, world.local)
 
 
+def _balanced(state: State, world: World) -> bool:
+    return state.balanced
+
+
 def _conntrack(states: frozenset[str], text: str) -> Match:
     if not states <= _STATES:
         raise Unknown(text)
@@ -281,28 +298,10 @@ def _mark(words: str) -> Match:
 
 
 def _set(name: str, directions: str, text: str) -> Match:
-    ways = directions.split(",")
+    ways = tuple(directions.split(","))
     if not set(ways) <= {"src", "dst"}:
         raise Unknown(text)
-
-    def match(state: State, world: World) -> bool:
-        members = world.sets.get(name)
-        if members is None:
-            raise Unknown(f"no such ipset: {text}")
-        # What a port is depends on the type: ipset reads each direction as the next part of its elements.
-        return members(_element(state, ways))
-
-    return match
-
-
-def _element(state: State, ways: list[str]) -> tuple[str, ...]:
-    parts: list[str] = []
-    for place, way in enumerate(ways):
-        if place == 1:
-            parts.append(f"{state.protocol.name.lower()}:{state.port}" if way == "dst" else "")
-        else:
-            parts.append(state.source if way == "src" else state.destination)
-    return tuple(parts)
+    return lambda state, world: world.element(name, state, ways) is not None
 
 
 def _recent(found: dict[str, str], text: str, add: Callable[[Match], None]) -> list[str]:
