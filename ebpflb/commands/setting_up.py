@@ -12,7 +12,7 @@ from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
 from ebpflb.config import file as config_file
 from ebpflb.errors import Unsupported, UserError
-from ebpflb.parts import Parts, choose
+from ebpflb.parts import Parts, candidates, choose
 
 log = logging.getLogger("ebpflb.daemon")
 
@@ -40,8 +40,15 @@ def set_up_only(config: Config, parts: Parts) -> Result:
     require_privilege(parts)
     for warning in config.warnings:
         log.warning("%s", warning)
+    ladder = parts.dataplanes(config)
+    for dataplane in candidates(ladder, config.dataplane):
+        try:
+            # Also one that this container lacks something for: the daemon's may have it.
+            parts.prepare(config, dataplane)
+        except Unsupported as error:
+            log.info("dataplane %s: %s", dataplane.name, error)
     try:
-        chosen = choose(parts.dataplanes(config), config.dataplane, lambda each: parts.prepare(config, each))
+        chosen = choose(ladder, config.dataplane, lambda each: parts.prepare(config, each))
     except Unsupported as error:
         log.warning("%s", error)
         problems = []

@@ -19,7 +19,7 @@ from tests.deploy.stage import CLUSTER_IP, Running, endpoint_slice, service
 
 pytestmark = [pytest.mark.root, pytest.mark.box]
 
-NUMBERS = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}  # linux/capability.h
+NUMBERS = {"NET_ADMIN": 12, "NET_RAW": 13, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}  # linux/capability.h
 
 # Connects to the Service over UDP, says so, and then what becomes of the socket.
 UDP_CLIENT = """
@@ -44,6 +44,25 @@ def test_it_serves_on_both_paths_and_goes_on_without_its_daemon(running: Running
     assert running.stage.unanswered() == {}
     successor = running.serve()
     assert "0 rows written, 0 removed" in successor.words()
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_on_a_node_without_bpf_it_serves_by_iptables(running: Running, variant: str) -> None:
+    """Its preparation makes the setting that the daemon may not: /proc/sys is read-only to it."""
+    running.pod = copy.deepcopy(running.pod)
+    for container in (*running.pod["initContainers"], *running.pod["containers"]):
+        container["args"] += ["--dataplane=iptables", f"--iptables-variant={variant}"]
+    running.prepare()
+    daemon = running.serve()
+    try:
+        assert daemon.execute("cat", "/proc/sys/net/ipv4/conf/all/route_localnet").stdout == "1\n"
+        assert "refused" not in daemon.words()
+        assert running.stage.unanswered() == {}
+        assert "dataplane iptables" in daemon.execute("ebpflb", "status").stdout
+    finally:
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.wait(10)
+        assert running.start("ebpflb", ["--cleanup"]).process.wait(60) == 0
 
 
 def test_commands_in_the_pod_need_no_options(running: Running) -> None:
