@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 class IpvsDataplane:
     """See `ebpflb.dataplane.Dataplane`. `mark_bit` asks for masquerade; `variant` is that of iptables, None for the one
-    that this node uses. `kernel` and `tables` stand in for the real ones."""
+    that this node uses. `kernel`, `tables` and the others stand in for the
+    real ones."""
 
     name = "ipvs"
 
@@ -48,9 +49,11 @@ class IpvsDataplane:
         kernel: Kernel | None = None,
         tables: dict[int, chains.Tables] | None = None,
         stale: StaleFlows | None = None,
+        settings: Callable[[IpvsOptions], int] = facts.set_sysctls,
     ) -> None:
         self._options = options
-        self._mark = Mark(mark_bit)
+        self.mark = Mark(mark_bit)
+        self._set = settings
         self._variant = Variant(variant) if variant else None
         self._clock = clock
         self._kernel: Kernel = kernel or NetlinkKernel()
@@ -99,14 +102,14 @@ class IpvsDataplane:
         self._refuse_other_types()
         try:
             self._kernel.servers()  # loads the module, without which there are no settings
-            facts.set_sysctls(self._options)
+            self._set(self._options)
             self._kernel.set_timeouts(self._options)
             self._make_sets()
             self._kernel.create_device()
         except OSError as error:
             raise ApplyError("ipvs", "", error.errno or 0, explained("IPVS cannot be set up", error)) from error
         if self._writer is None:
-            self._writer = Writer(self._kernel, self._tables(), self._options, self._mark, self._clock)
+            self._writer = Writer(self._kernel, self._tables(), self._options, self.mark, self._clock)
 
     def _refuse_other_types(self) -> None:
         """A set under a name of ours that is of another type would be filled with what it has no room for."""
@@ -155,7 +158,7 @@ class IpvsDataplane:
             self._kernel.create_device()
         except (OSError, UserError) as error:
             raise ApplyError("ipvs", "", getattr(error, "errno", 0) or 0, str(error)) from error
-        changed = facts.set_sysctls(self._options)
+        changed = self._set(self._options)
         report = writer.audit()
         report = self._with_flows(report, self._routes, anew=report.written > 0)
         return msgspec.structs.replace(report, written=report.written + changed)
@@ -183,7 +186,7 @@ class IpvsDataplane:
         """Rows of `dump what`; none if nothing is programmed."""
         if what in inspect.WHATS and not self._is_ours():
             return []
-        return inspect.Inspector(self._held, self._headers, self._mark).tables(what)
+        return inspect.Inspector(self._held, self._headers, self.mark).tables(what)
 
     def _held(self) -> Held:
         """All that is ours in the kernel, read. Raises ApplyError."""
@@ -207,7 +210,7 @@ class IpvsDataplane:
             raise ApplyError("ipvs", "", error.errno or 0, explained("IPVS cannot be read", error)) from error
         if not (device and alive) or not all(name in there for name in SET_NAMES):
             return False
-        wanted = rules.ruleset(Locality(), 4, self._mark)
+        wanted = rules.ruleset(Locality(), 4, self.mark)
         for tables in self._tables().values():
             found = tables.read()
             if chains.jumps(found) or any(
@@ -251,7 +254,7 @@ class IpvsDataplane:
         return [
             server
             for server in self._kernel.servers()
-            if (server in named or (server.mark and self._mark.number(server.mark) is not None))
+            if (server in named or (server.mark and self.mark.number(server.mark) is not None))
             and not self._is_excluded(server)
         ]
 
@@ -269,7 +272,7 @@ class IpvsDataplane:
             return ()
         found = []
         for version, tables in self._tables().items():
-            wanted = rules.ruleset(Locality(), version, self._mark)
+            wanted = rules.ruleset(Locality(), version, self.mark)
             for table, mine in sorted(chains.ours(wanted, tables.read()).items()):
                 for chain, lines in sorted(mine.items()):
                     found.append(
@@ -291,7 +294,7 @@ class IpvsDataplane:
         if not self._is_ours():
             return
         for version, tables in self._tables().items():
-            chains.remove(tables, rules.ruleset(Locality(), version, self._mark), tables.read())
+            chains.remove(tables, rules.ruleset(Locality(), version, self.mark), tables.read())
         try:
             refused = self._kernel.apply([Operation(DEL_SERVICE, server) for server in self._servers_of_ours()])
             for refusal in refused.values():
