@@ -32,6 +32,10 @@ LIMITS = (
     Limit("ipvs", "forwarding", "Direct server return is not done: replies come back through this node."),
     Limit("ipvs", "loopback", "What comes from a loopback address is not carried: no node port is on 127.0.0.1."),
     Limit("ipvs", "external-ports", "External addresses are bound to the node: their other ports are refused there."),
+    Limit(
+        "ipvs", "affinity-shared", "Affinity is kept for each frontend by itself, not for a Service port as a whole."
+    ),
+    Limit("ipvs", "affinity-hash", "Affinity from outside under policy Local is by hash where targetPort is another."),
     Limit("ipvs", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
 )
 

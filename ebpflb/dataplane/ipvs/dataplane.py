@@ -180,15 +180,15 @@ class IpvsDataplane:
 
     def state(self) -> RouteTable:
         """What the kernel holds. Empty if nothing is programmed."""
-        return reading.routes(self._held()) if self._is_ours() else RouteTable()
+        return reading.routes(self.held()) if self._is_ours() else RouteTable()
 
     def tables(self, what: str) -> list[dict[str, object]]:
         """Rows of `dump what`; none if nothing is programmed."""
         if what in inspect.WHATS and not self._is_ours():
             return []
-        return inspect.Inspector(self._held, self._headers, self.mark).tables(what)
+        return inspect.Inspector(self.held, self._headers, self.mark).tables(what)
 
-    def _held(self) -> Held:
+    def held(self) -> Held:
         """All that is ours in the kernel, read. Raises ApplyError."""
         try:
             entries = {pair: self._kernel.entries(*pair) for pair in SET_NAMES.values()}

@@ -60,6 +60,8 @@ class Set(enum.Enum):
     DROP_EXTERNAL = "EBPFLB-DROP-EXTERNAL", SetType.IP_PORT, "frontends that serve only this node and its pods"
     MARKS = "EBPFLB-MARKS", SetType.IP_PORT, "frontends that serve others by a virtual server of their own"
 
+    __hash__ = object.__hash__  # Enum hashes its name in Python code; entries are hashed by the hundred thousand.
+
     @property
     def base(self) -> str:
         return self.value[0]
