@@ -81,8 +81,12 @@ class LockHeldError(ApplyError):
 class Iptables:
     """The commands of one family and variant, run in the network namespace that the thread is in."""
 
-    def __init__(self, family: Family, variant: Variant) -> None:
-        """Raises Unsupported if a command is missing."""
+    def __init__(self, family: Family, variant: Variant, *, lock: str = "") -> None:
+        """`lock`: another file than the machine's xtables lock, for a namespace of one's own. Raises Unsupported if a
+        command is missing."""
+        self._environment = {**os.environ, "LC_ALL": "C"}  # in English: some of what commands say is looked at
+        if lock:
+            self._environment["XTABLES_LOCKFILE"] = lock
         self.family = family
         self.variant = variant
         self._list, self._save, self._restore = (
@@ -108,7 +112,7 @@ class Iptables:
         for table in present:
             with self._reading([self._save, "-t", table]) as lines:
                 try:
-                    yield from saved_chains(lines)
+                    yield from saved_chains(_readable(table, lines))
                 except ValueError as error:
                     raise ApplyError(table, "", 0, f"{self._save}: {error}") from error
 
@@ -171,7 +175,9 @@ class Iptables:
         argv = [self._restore, *self._waiting, "--noflush", "--counters"]
         said = _memory()
         try:
-            with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=said, stderr=said, env=_environment()) as process:
+            with subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=said, stderr=said, env=self._environment
+            ) as process:
                 assert process.stdin is not None
                 try:
                     for part in _joined(lines):
@@ -203,7 +209,7 @@ class Iptables:
             return None
         argv = [self._list, *self._waiting, "-t", table, *how, chain]
         try:
-            done = subprocess.run(argv, capture_output=True, check=False, env=_environment())
+            done = subprocess.run(argv, capture_output=True, check=False, env=self._environment)
         except OSError as error:
             raise ApplyError(table, chain, error.errno or 0, f"{argv[0]} cannot be run: {error.strerror}") from error
         if done.returncode:
@@ -222,7 +228,13 @@ class Iptables:
                 os.write(told, part)
             os.lseek(told, 0, os.SEEK_SET)
             with subprocess.Popen(
-                argv, stdin=told, stdout=subprocess.PIPE, stderr=said, env=_environment(), text=True, errors="replace"
+                argv,
+                stdin=told,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=self._environment,
+                text=True,
+                errors="replace",
             ) as process:
                 assert process.stdout is not None
                 try:
@@ -358,8 +370,6 @@ def _refusal(argv: Sequence[str], status: int, said: str) -> ApplyError:
         )
     if not _may_administrate():
         return ApplyError("", "", errno.EPERM, f"{tool}: {words}: {_CAPABILITY}")
-    if "is incompatible, use 'nft' tool" in words:
-        words += " (somebody's nft rules stand in a table of that name)"
     if status < 0:
         words = f"ended by signal {-status}. {words}".strip()
     return ApplyError("", "", 0, f"{tool}: {words or f'exit status {status}'}")
@@ -371,6 +381,15 @@ def _may_administrate() -> bool:
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
     return True
+
+
+def _readable(table: str, lines: Iterable[str]) -> Iterator[str]:
+    """The lines, unless they say that the table cannot be told in iptables' terms: then nothing else of it comes."""
+    for line in lines:
+        if line.startswith("# Table `") and "is incompatible" in line:
+            words = f"table {table} has rules that iptables does not know, made by nft: move these to another table"
+            raise ApplyError(table, "", 0, words)
+        yield line
 
 
 def _lock_holder() -> str:
@@ -420,8 +439,3 @@ def _said(descriptor: int) -> str:
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb", closefd=False) as file:
         return file.read().decode(errors="replace")
-
-
-def _environment() -> dict[str, str]:
-    """As ours, in English: some of what commands say is looked at."""
-    return {**os.environ, "LC_ALL": "C"}

@@ -320,6 +320,37 @@ def test_rules_of_ours_are_found_in_whatever_variant_they_are() -> None:
         assert place.dataplane().inventory() == ()
 
 
+def test_a_change_of_variant_leaves_no_rules_in_the_other() -> None:
+    table = many(3, 2)
+    for variant, other in (("nft", "legacy"), ("legacy", "nft")):
+        with entered(variant) as place:
+            place.dataplane().sync(table)
+            assert Place(other).dataplane().sync(table).complete
+            assert place.everything() == {family: {} for family in Family}
+            assert dict(IptablesDataplane().state()) == dict(table)
+
+
+def test_a_held_lock_stops_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "xtables.lock"
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(lock))
+    with entered("legacy"), lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        IptablesDataplane(variant="legacy").check()
+
+
+def test_a_report_counts_the_rules_of_each_table(place: Place) -> None:
+    dataplane = place.dataplane()
+    dataplane.sync(table_of(WEB))
+    for table in (table_of(WEB, WEB_PODS), table_of(*EVERYTHING), table_of(WEB)):
+        report = dataplane.sync(table)
+        counted = {(each.family, each.table): each.held for each in dataplane.audit().rules}
+        assert {(each.family, each.table): each.held for each in report.rules} == counted
+        assert report.written == sum(each.written for each in report.rules)
+        for family, ruleset in place.everything().items():
+            for name, chains in ruleset.items():
+                assert counted[family, name] == sum(map(len, chains.values()))
+
+
 def test_the_requirements_of_this_machine_are_met(place: Place) -> None:
     dataplane = IptablesDataplane(variant=place.variant)
     found = {each.name: each for each in dataplane.requirements()}
@@ -331,10 +362,10 @@ def test_the_requirements_of_this_machine_are_met(place: Place) -> None:
 def test_somebodys_nft_rules_in_a_table_of_ours_are_named() -> None:
     rules = (
         "add table ip nat; add chain ip nat PREROUTING { type nat hook prerouting priority -100; };"
-        " add set ip nat some { type ipv4_addr; }; add rule ip nat PREROUTING ip saddr @some accept"
+        " add rule ip nat PREROUTING ip saddr 10.9.0.1 ct mark set 7 dnat to 10.9.0.2"
     )
     with entered("nft") as place:
         subprocess.run(["nft", rules], check=True)
         report = place.dataplane().sync(table_of(WEB, WEB_PODS))
-        assert report.failed and report.written == 0
-        assert "table of that name" in report.problems[0].reason
+        assert report.failed
+        assert "table nat" in report.problems[0].reason and "made by nft" in report.problems[0].reason

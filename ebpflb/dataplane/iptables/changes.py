@@ -46,12 +46,17 @@ class Change(msgspec.Struct):
     @property
     def written(self) -> int:
         """Rules."""
-        return sum(map(len, self.chains.values())) + len(self.commands) - self._deleted
+        return rule_count(self.chains) + len(self.commands) - self._deleted
 
     @property
     def removed(self) -> int:
         """Rules and chains."""
         return self._deleted + len(self.remove)
+
+    @property
+    def gain(self) -> int:
+        """How many rules more there are by the commands."""
+        return len(self.commands) - 2 * self._deleted
 
     @property
     def _deleted(self) -> int:
@@ -162,6 +167,11 @@ def same_rules(have: Rules | None, lines: Iterable[str], tail: Rules) -> bool:
         return False
     body = len(have) - len(tail)
     return have[body:] == tail and sorted(have[:body]) == sorted(lines)
+
+
+def rule_count(chains: Mapping[str, Rules]) -> int:
+    """How many rules some chains have."""
+    return sum(map(len, chains.values()))
 
 
 def fingerprint(chain: str, rules: Rules) -> int:

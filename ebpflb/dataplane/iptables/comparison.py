@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from ebpflb.dataplane.iptables import names
-from ebpflb.dataplane.iptables.changes import Change, Step, different, guest_commands, removals, same_rules
+from ebpflb.dataplane.iptables.changes import Change, Step, different, guest_commands, removals, rule_count, same_rules
 from ebpflb.dataplane.iptables.frame import SHARED
 from ebpflb.dataplane.iptables.holding import Holding
 from ebpflb.dataplane.iptables.layout import PortKey
@@ -48,6 +48,8 @@ class Comparison:
         self._tails = world.tails(family)
         self._guests = world.guests(family)
         self._any_refused = False
+        self.wanted: dict[str, int] = {}
+        """How many rules there should be, by table; known once all steps were asked for."""
 
     def steps(self) -> Iterator[Step]:
         """The transactions, in their order."""
@@ -72,11 +74,15 @@ class Comparison:
 
     def _different(self, table: str, want: Chains) -> Chains:
         """What of `want` is not there; what is wanted is no longer among what nothing needs."""
+        self._count(table, rule_count(want))
         hashes = self._hashes.get(table, {})
         found = different(hashes, want)
         for chain in want:
             hashes.pop(chain, None)
         return found
+
+    def _count(self, table: str, rules: int) -> None:
+        self.wanted[table] = self.wanted.get(table, 0) + rules
 
     def _groups(self) -> Iterator[Group]:
         """The service ports that have something to write, so many together as suit a transaction."""
@@ -112,28 +118,21 @@ class Comparison:
         found: Chains = {}
         for place, lines in self._lines.items():
             tail = self._tails.get(table, {}).get(place[1], ())
+            if place[0] == table:
+                self._count(table, len(lines) + len(tail))
             if place[0] == table and not same_rules(self._holding.shared.get(place), lines, tail):
                 found[place[1]] = (*lines, *tail)
         return found
 
     def _guest_commands(self, table: str) -> list[str]:
         guests = self._guests.get(table, {})
-        return (
-            [
-                command
-                for (each, chain), rules in self._holding.guests.items()
-                if each == table and chain != names.KUBELET_FIREWALL
-                for command in guest_commands(table, rules, guests.get(chain, ()))
-            ]
-            + [
-                command
-                for chain, rules in guests.items()
-                if (table, chain) not in self._holding.guests
-                for command in guest_commands(table, (), rules)
-                if chain != names.KUBELET_FIREWALL
-            ]
-            + self._firewall_commands(table)
-        )
+        self._count(table, rule_count(guests))
+        there = {chain: rules for (each, chain), rules in self._holding.guests.items() if each == table}
+        commands = []
+        for chain in {**there, **guests}:
+            if chain != names.KUBELET_FIREWALL:
+                commands += guest_commands(table, there.get(chain, ()), guests.get(chain, ()))
+        return commands + self._firewall_commands(table)
 
     def _firewall(self) -> Chains:
         """kubelet's chain, made where it is wanted and not there; it is never emptied."""

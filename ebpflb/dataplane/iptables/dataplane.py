@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ebpflb.conntrack import StaleFlows
-from ebpflb.dataplane import Report, Requirement
+from ebpflb.dataplane import Report, Requirement, RestoreFailure, TableRules
 from ebpflb.dataplane.iptables import facts, inspect, names, reading
 from ebpflb.dataplane.iptables.frame import Settings, wants_comments
 from ebpflb.dataplane.iptables.layout import Index, PortKey, port_key
@@ -68,6 +68,8 @@ class IptablesDataplane:
         self._target: World | None = None
         self._index: Index | None = None
         self._unsure: set[Family] = set()
+        self._variant = Variant.NFT
+        self._alone = False
 
     # ---- Before anything is touched
 
@@ -90,7 +92,7 @@ class IptablesDataplane:
         """Choose the variant. Nothing is written before the first sync."""
         if self._writers:
             return
-        variant = Variant(self._named) if self._named else detect()
+        variant = self._variant = Variant(self._named) if self._named else detect()
         for family in Family:
             try:
                 tool = Iptables(family, variant)
@@ -119,7 +121,6 @@ class IptablesDataplane:
             raise UserError("the iptables dataplane has not been started")
         started = self._clock()
         before, index = self._target, self._index
-        tally = Tally()
         problems: list[Problem] = []
         failed = 0
         old: dict[Family, dict[PortKey, PortRules]] | None = None
@@ -138,12 +139,17 @@ class IptablesDataplane:
         world = self._world(routes, index)
         self._target, self._index = world, index
         alike = before is not None and _alike(before, world)
+        if before is None or before.routes is not world.routes or not alike:
+            for writer in self._writers.values():
+                writer.doubt()
+        tallies: dict[Family, Tally] = {}
         for family, writer in self._writers.items():
             partly = old is not None and alike and before is not None and family not in self._unsure
             # What was refused is tried again when it changes, where nothing else is to be done, and by audits. What the
             # kernel has of it only a look tells.
             if old is not None and writer.refused and (not old[family] or writer.refused.keys() & old[family].keys()):
                 partly = False
+            tally = tallies[family] = Tally()
             try:
                 if partly:
                     assert before is not None and old is not None
@@ -167,19 +173,27 @@ class IptablesDataplane:
             rows = sum(family_of(frontend.address) is family for frontend, _ in routes)
             if rows:
                 failed += rows
-                problems.append(Problem(NODE, f"{rows} routes of {family.name} have no rules: {reason}"))
+                problems.append(Problem(NODE, f"{rows} routes of IPv{family.value} have no rules: {reason}"))
+        written = sum(tally.written for tally in tallies.values())
         if not failed:
             problems += self._route_localnet()
-            self._stale.reconcile(routes, anew=compare and tally.written > 0)
+            problems += self._leave_other_variant()
+            self._stale.reconcile(routes, anew=compare and written > 0)
             problems += self._stale.problems
-        reconciled = () if failed else self._stale.reconciled
         return Report(
-            tally.written,
-            tally.removed,
+            written,
+            sum(tally.removed for tally in tallies.values()),
             failed,
             self._clock() - started,
             tuple(dict.fromkeys(problems)),
-            reconciled,
+            () if failed else self._stale.reconciled,
+            tuple(
+                TableRules(family, table, count, tallies[family].rules.get(table, 0))
+                for family, writer in self._writers.items()
+                if family in tallies
+                for table, count in writer.held.items()
+            ),
+            tuple(RestoreFailure(family, partial) for family, tally in tallies.items() for partial in tally.failures),
         )
 
     def _change(
@@ -253,12 +267,26 @@ class IptablesDataplane:
             ]
         return []
 
+    def _leave_other_variant(self) -> list[Problem]:
+        """Once all is in place: take away what an earlier run left in the kernel's other engine, which would still
+        work on the same packets."""
+        if self._alone:
+            return []
+        try:
+            for tool in self._ours(Variant.LEGACY if self._variant is Variant.NFT else Variant.NFT):
+                log.warning("rules of ours in variant %s are removed: %s is used now", tool.variant, self._variant)
+                writer = FamilyWriter(tool)
+                writer.remove_all(writer.holding())
+        except ApplyError as error:
+            return [Problem(NODE, f"rules of ours in iptables' other variant cannot be removed: {error}")]
+        self._alone = True
+        return []
+
     # ---- Looking
 
-    def _ours(self) -> Iterator[Iptables]:
+    def _ours(self, *variants: Variant) -> Iterator[Iptables]:
         """The commands for each family and variant in which there are rules of ours, by a cheap look."""
-        variants = [Variant(self._named)] if self._named else list(Variant)
-        for variant in variants:
+        for variant in variants or Variant:
             for family in Family:
                 if missing_commands(family, variant):
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 import threading
@@ -20,7 +21,7 @@ from ebpflb import rtnetlink
 from ebpflb.dataplane import Requirement
 from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Address, Family
-from ebpflb.netfilter.iptables import OLDEST, Iptables, Variant, detect, missing_commands
+from ebpflb.netfilter.iptables import OLDEST, Iptables, LockHeldError, Variant, detect, missing_commands
 from ebpflb.rtnetlink import IFA_F_DADFAILED, SCOPE_LINK, Netlink
 
 _IPVS_DEVICE = "kube-ipvs0"  # its addresses are Services', not the node's
@@ -28,6 +29,7 @@ _LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 _ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf/all/route_localnet")
 _CLONE_NEWNET = 0x40000000
 _INSTALL = "apt install iptables"
+_NO_LOCK = "/dev/null"  # rules that are tried in a namespace of their own concern nobody
 _CHAIN = "EBPFLB-PROBE"
 
 
@@ -98,7 +100,13 @@ def requirements(variant: str | None) -> tuple[Requirement, ...]:
 def _requirements(variant: str | None) -> Iterator[Requirement]:
     try:
         chosen = Variant(variant) if variant else detect()
-    except (Unsupported, ApplyError) as error:
+    except LockHeldError as error:
+        yield Requirement("iptables", True, str(error))
+        return
+    except ApplyError as error:
+        yield Requirement("iptables", False, str(error), "run as root" if error.errno == errno.EPERM else "see there")
+        return
+    except Unsupported as error:
         yield Requirement("iptables", False, str(error), _INSTALL)
         return
     for family in Family:
@@ -108,7 +116,7 @@ def _requirements(variant: str | None) -> Iterator[Requirement]:
         if missing:
             yield Requirement(name, False, f"no {', '.join(missing)}", _INSTALL, essential)
             continue
-        tool = Iptables(family, chosen)
+        tool = Iptables(family, chosen, lock=_NO_LOCK)
         version = tool.version
         yield Requirement(
             name,

@@ -60,7 +60,7 @@ def tables(what: str, tools: Sequence[Iptables], state: Callable[[], RouteTable]
 
 def inventory(tool: Iptables) -> tuple[str, ...]:
     """What of ours there is in one family: chains by name where they are few, and the jumps to them."""
-    engine = f"iptables ({tool.variant}) {tool.family.name}"
+    engine = f"iptables ({tool.variant}, IPv{tool.family.value})"
     found: list[str] = []
     many: dict[tuple[str, str], int] = {}
     for chain in tool.save():
@@ -195,7 +195,7 @@ def _raw(tools: Iterable[Iptables]) -> list[Item]:
         for chain in tool.save():
             ours = names.is_ours(chain.table, chain.name)
             items += [
-                {"family": tool.family.name, "table": chain.table, "chain": chain.name, "rule": rule}
+                {"family": f"IPv{tool.family.value}", "table": chain.table, "chain": chain.name, "rule": rule}
                 for rule in chain.rules
                 if ours or is_known(chain.table, target_of(rule))
             ]

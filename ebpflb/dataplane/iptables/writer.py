@@ -17,7 +17,16 @@ from itertools import chain as chained
 import msgspec
 
 from ebpflb.dataplane.iptables import frame, names
-from ebpflb.dataplane.iptables.changes import Change, Step, deletion, guest_commands, port_steps, removals
+from ebpflb.dataplane.iptables.changes import (
+    Change,
+    Step,
+    Steps,
+    deletion,
+    guest_commands,
+    port_steps,
+    removals,
+    rule_count,
+)
 from ebpflb.dataplane.iptables.comparison import Comparison, Group
 from ebpflb.dataplane.iptables.holding import Holding, held
 from ebpflb.dataplane.iptables.layout import Index, PortKey
@@ -36,14 +45,26 @@ _HOPELESS = (errno.EPERM, errno.EACCES, errno.ENOENT)
 
 
 class Tally(msgspec.Struct):
-    """What a sync has done in one family so far."""
+    """What a sync has done in one family so far. `rules`: how many were written, by table; `removed` are rules and
+    chains. `failures`: restores that were refused, and whether each was to write a change only."""
 
-    written: int = 0
+    rules: dict[str, int] = msgspec.field(default_factory=dict)
     removed: int = 0
+    failures: list[bool] = msgspec.field(default_factory=list)
 
-    def add(self, change: Change) -> None:
-        self.written += change.written
+    @property
+    def written(self) -> int:
+        return sum(self.rules.values())
+
+    def add(self, table: str, change: Change) -> None:
+        self.rules[table] = self.rules.get(table, 0) + change.written
         self.removed += change.removed
+
+    def take(self, other: Tally) -> None:
+        """Count what `other` has, too."""
+        for table, count in other.rules.items():
+            self.rules[table] = self.rules.get(table, 0) + count
+        self.removed += other.removed
 
 
 class FamilyWriter:
@@ -55,8 +76,8 @@ class FamilyWriter:
         self._at_once = CHAINS_AT_ONCE if tool.variant is Variant.NFT else _UNLIMITED
         self._sound: int | None = None
         self.refused: dict[PortKey, Problem] = {}
-        self.compared = 0
-        """How often what is there had to be read."""
+        self.held: dict[str, int] = {}
+        """How many rules of ours there are, by table."""
 
     def change(self, before: World, after: World, old: Mapping[PortKey, PortRules], index: Index, tally: Tally) -> None:
         """Write what turns `before` into `after`, of which `index` is the index; `old` has the rules so far of each
@@ -67,6 +88,14 @@ class FamilyWriter:
             if new != rules:
                 pairs.append((rules, new))
         steps = surrounding_steps(before, after, self._family)
+        self._count(pairs, steps)
+        try:
+            self._write(pairs, steps, tally)
+        except ApplyError:
+            tally.failures.append(True)
+            raise
+
+    def _write(self, pairs: list[tuple[PortRules, PortRules]], steps: Steps, tally: Tally) -> None:
         groups = list(self._groups(pairs))
         if len(groups) <= 1:
             steps.add(port_steps(pairs))
@@ -77,6 +106,15 @@ class FamilyWriter:
         for group in groups:
             self._run(port_steps(group).in_order(), tally)
         self._run([Step("filter", forget)], tally)
+
+    def _count(self, pairs: list[tuple[PortRules, PortRules]], steps: Steps) -> None:
+        """Follow a change in how many rules there are; those around service ports that were written anew as a whole
+        the next comparison counts."""
+        for table, changes in (("filter", (steps.learn, steps.forget)), ("nat", (steps.nat,))):
+            gone = sum(rule_count(each.get(table, {})) for old, _ in pairs for each in (old.own, old.shared))
+            come = sum(rule_count(each.get(table, {})) for _, new in pairs for each in (new.own, new.shared))
+            around = sum(change.gain for change in changes)
+            self.held[table] = self.held.get(table, 0) + come - gone + around
 
     def _groups(self, pairs: list[tuple[PortRules, PortRules]]) -> Iterator[list[tuple[PortRules, PortRules]]]:
         group: list[tuple[PortRules, PortRules]] = []
@@ -103,14 +141,17 @@ class FamilyWriter:
             if change:
                 self._sound = None
                 self._tool.restore(change.lines(table))
-                tally.add(change)
+                tally.add(table, change)
+
+    def doubt(self) -> None:
+        """What there should be is another than at the last look: that nothing has changed says nothing then."""
+        self._sound = None
 
     # ---- By comparison with what is there
 
     def compare(self, world: World, index: Index, tally: Tally) -> None:
         """Read what is there, and write what differs from what `world` says. Raises ApplyError if the tool cannot work
         now, or refuses what all service ports need; what it refuses of single ones is in `refused`."""
-        self.compared += 1
         holding = self.holding()
         digest = holding.digest()
         if digest == self._sound:
@@ -118,9 +159,12 @@ class FamilyWriter:
         self._sound = None
         self.refused = {}
         before = (tally.written, tally.removed)
+        comparison = Comparison(holding, world, self._family, self._ports(world, index), self._at_once)
         try:
-            self._stream(Comparison(holding, world, self._family, self._ports(world, index), self._at_once), tally)
+            self._stream(comparison, tally)
+            self.held = comparison.wanted
         except ApplyError as error:
+            tally.failures.append(False)
             if isinstance(error, LockHeldError) or error.errno in _HOPELESS:
                 raise
             log.debug("all at once is refused: %s", error)
@@ -167,8 +211,7 @@ class FamilyWriter:
         first = next(lines, None)
         if first is not None:
             self._tool.restore(chained((first,), lines))
-        tally.written += done.written
-        tally.removed += done.removed
+        tally.take(done)
 
     def _lines(self, steps: Iterable[Step], tally: Tally) -> Iterator[str]:
         """Transactions as restore takes them; neighbours of one table become one where each copies the table."""
@@ -176,7 +219,7 @@ class FamilyWriter:
         for step in steps:
             if not step.change:
                 continue
-            tally.add(step.change)
+            tally.add(step.table, step.change)
             if self._tool.variant is Variant.NFT:
                 yield from step.change.lines(step.table)
                 continue
