@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,19 +14,22 @@ import pytest
 
 from ebpflb import rtnetlink
 from ebpflb.dataplane import Report
+from ebpflb.dataplane.ipvs import facts
 from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
-from ebpflb.dataplane.ipvs.netlink import NetlinkKernel
+from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, NEW_SERVICE
+from ebpflb.dataplane.ipvs.netlink import NetlinkKernel, Operation
 from ebpflb.dataplane.ipvs.options import IpvsOptions
+from ebpflb.dataplane.ipvs.table import Server, Settings, packed
 from ebpflb.decide import Decision, Outcome, Packet, decide
+from ebpflb.errors import Unsupported, UserError
 from ebpflb.model import DetectLocal, Family, Protocol
 from ebpflb.policy import routes as routes_of
 from ebpflb.routes import Frontend, RouteTable
-from tests.vm.lab import BRIDGE_IP, PATIENCE, PEER, POD, REMOTES, SILENCE, Answer, Lab, Refused
+from tests.vm.lab import BRIDGE_IP, PATIENCE, PEER, POD, REMOTES, SILENCE, Answer, Lab, Refused, asked
 from tests.world import (
     LOCAL,
     NODE_IP,
     OUTSIDE,
-    REMOTE_POD,
     endpoint_slice,
     in_family,
     node,
@@ -168,7 +173,7 @@ WORLD = (
     *service_of("node-guarded", NODE_GUARDED, POD, lb=both("1.2.3.6"), ranges=both("192.168.0.0/24")),
     *service_of("inside-local", INSIDE_LOCAL, REMOTE, internal_policy=LOCAL),
 )
-CLIENTS = ("", PEER, POD, OUTSIDE, REMOTE_POD)
+CLIENTS = ("", PEER, POD, OUTSIDE)
 
 
 class Question(NamedTuple):
@@ -232,18 +237,137 @@ def differences(lab: Lab, table: RouteTable, questions: list[Question]) -> list[
     return found
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_packets_go_where_decide_says(lab: Lab, dataplane: IpvsDataplane) -> None:
+    """TCP over IPv4 and datagrams over IPv6: what the two have in common need not be asked twice."""
     table = world_of(*WORLD)
     synced(lab, dataplane, table)
-    frontends = sorted({frontend for frontend, _ in table} | {Frontend(each, 81, TCP) for each in both(WEB)})
-    questions = [
-        Question(client, frontend) for client in CLIENTS for frontend in frontends if possible(client, frontend)
-    ]
-    assert len(questions) > 300
+    undefined = {Frontend(WEB, 81, TCP), Frontend(v6(WEB), 81, UDP)}
+    frontends = sorted(
+        frontend
+        for frontend in {frontend for frontend, _ in table} | undefined
+        if (frontend.protocol is UDP) == (":" in frontend.address) and frontend.address not in both(BRIDGE_IP)
+    )
+    questions = [Question(client, frontend) for client in CLIENTS for frontend in frontends]
+    assert len(questions) > 100
     assert differences(lab, table, questions) == []
 
 
-def possible(client: str, frontend: Frontend) -> bool:
-    """The world has a way to node addresses among pods only from there."""
-    return frontend.address not in both(BRIDGE_IP) or client in (PEER, POD, "")
+# ---- Flows
+
+
+def talks(made: socket.socket) -> bool:
+    """Whether a connection goes on."""
+    try:
+        return bool(asked(made))
+    except (Refused, OSError):
+        return False
+
+
+def test_an_established_connection_goes_on_while_its_backend_leaves(lab: Lab, dataplane: IpvsDataplane) -> None:
+    synced(lab, dataplane, world_of(*service_of("web", WEB, POD)))
+    with lab.connected(PEER, WEB, 80) as made:
+        assert asked(made).server == POD
+        synced(lab, dataplane, world_of(*service_of("web", WEB, REMOTE)))
+        assert talks(made), "the backend left, its connection did not"
+        assert lab.ask(PEER, WEB, 80).server == REMOTE
+        lab.on_node(dataplane.audit)
+        assert talks(made)
+        raw = lab.on_node(lambda: dataplane.tables("raw"))
+        assert any(item.get("leaving") and item["destination"] == f"{POD}:80" for item in raw)
+        (flow,) = (item for item in lab.on_node(lambda: dataplane.tables("flows")) if item["backend"] == f"{POD}:80")
+        assert (flow["frontend"], flow["state"]) == (f"{WEB}:80", "established")
+        assert not lab.on_node(dataplane.retire), "a connection is left"
+        assert talks(made)
+
+
+def test_affinity_keeps_a_client_where_it_was(lab: Lab, dataplane: IpvsDataplane) -> None:
+    external = both("192.168.99.7")
+    table = world_of(
+        *service_of("sticky", STICKY, POD, REMOTE, target=8080, affinity=600, external_policy=LOCAL, external=external)
+    )
+    synced(lab, dataplane, table)
+    for address in (STICKY, v6(STICKY)):
+        first = lab.ask(PEER, address, 80).server
+        assert {lab.ask(PEER, address, 80).server for _ in range(4)} == {first}
+    assert lab.ask(OUTSIDE, "192.168.99.7", 80).server == POD
+    templates = lab.on_node(lambda: dataplane.tables("affinity"))
+    assert any(item["client"] == PEER and item["frontend"] == f"{STICKY}:80/TCP" for item in templates)
+
+
+def test_every_scheduler_of_the_kernel_can_be_chosen(lab: Lab) -> None:
+    for scheduler in ("rr", "wrr", "lc", "wlc", "sh", "mh", "sed", "nq", "dh", "ovf", "fo", "lblc", "lblcr"):
+        found = IpvsDataplane(IpvsOptions(scheduler), variant="nft")
+        (said,) = (each for each in lab.on_node(found.requirements) if each.name == "scheduler")
+        assert said.found, said
+    lab.on_node(IpvsDataplane(IpvsOptions(), variant="nft").check)
+    with pytest.raises(Unsupported, match="scheduler is missing .nosuch.*modprobe ip_vs_nosuch"):
+        lab.on_node(IpvsDataplane(IpvsOptions("nosuch"), variant="nft").check)
+
+
+def test_settings_are_made(lab: Lab) -> None:
+    chosen = IpvsOptions("wlc", strict_arp=True, tcp_timeout=901, tcp_fin_timeout=121, udp_timeout=301)
+    found = IpvsDataplane(chosen, variant="nft")
+    lab.on_node(found.start)
+    try:
+        assert "901 121 301" in run(lab, "ipvsadm", "-l", "--timeout") if shutil.which("ipvsadm") else True
+        for each in facts.sysctls(chosen, facts.release()):
+            assert lab.on_node((facts.SYS / each.path).read_text).strip() == str(each.value)
+    finally:
+        lab.on_node(found.cleanup)
+
+
+# ---- What others do
+
+
+def test_damage_is_noticed_and_repaired(lab: Lab, dataplane: IpvsDataplane) -> None:
+    table = world_of(*WORLD)
+    synced(lab, dataplane, table)
+    kernel = NetlinkKernel()
+    theirs = Server(4, 0, 6, packed("198.51.100.1"), 80)
+    lab.on_node(lambda: kernel.apply([Operation(NEW_SERVICE, theirs, Settings("rr"))]))
+    run(lab, "ipset", "create", "THEIRS", "hash:ip")
+    run(lab, "iptables-nft", "-I", "INPUT", "-s", "198.51.100.2", "-j", "ACCEPT")
+    try:
+        for damage in (
+            lambda: kernel.apply([Operation(DEL_SERVICE, Server(4, 0, 6, packed(WEB), 80))]),
+            lambda: run(lab, "ipset", "flush", "KUBE-CLUSTER-IP"),
+            lambda: run(lab, "ip", "addr", "del", f"{WEB}/32", "dev", "kube-ipvs0"),
+            lambda: run(lab, "iptables-nft", "-t", "nat", "-I", "KUBE-SERVICES", "-j", "ACCEPT"),
+        ):
+            lab.on_node(damage)
+            report = lab.on_node(dataplane.audit)
+            assert report.complete and report.written, report
+            assert lab.on_node(dataplane.state) == table
+        run(lab, "iptables-nft", "-t", "nat", "-F")
+        assert not lab.on_node(dataplane.canary)
+        assert lab.on_node(dataplane.audit).complete
+        assert lab.on_node(dataplane.canary)
+        assert lab.ask(PEER, WEB, 80).server in (POD, REMOTE)
+        lab.on_node(dataplane.cleanup)
+        assert list(lab.on_node(kernel.servers)) == [theirs]
+        assert run(lab, "ipset", "list", "-n").split() == ["THEIRS"]
+        assert "198.51.100.2" in run(lab, "iptables-nft-save")
+    finally:
+        lab.on_node(lambda: kernel.apply([Operation(DEL_SERVICE, theirs)]))
+        run(lab, "ipset", "destroy", "THEIRS")
+        run(lab, "iptables-nft", "-D", "INPUT", "-s", "198.51.100.2", "-j", "ACCEPT")
+
+
+def test_an_ipset_of_another_type_under_our_name_is_named(lab: Lab) -> None:
+    run(lab, "ipset", "create", "KUBE-CLUSTER-IP", "hash:net")
+    try:
+        with pytest.raises(UserError, match="ipset KUBE-CLUSTER-IP already, but of type hash:net, not hash:ip,port"):
+            lab.on_node(IpvsDataplane(IpvsOptions(), variant="nft").start)
+        assert run(lab, "ipset", "list", "-n").split() == ["KUBE-CLUSTER-IP"]
+    finally:
+        run(lab, "ipset", "destroy", "KUBE-CLUSTER-IP")
+
+
+@pytest.mark.parametrize("dataplane", ["legacy"], indirect=True)
+def test_the_legacy_variant(lab: Lab, dataplane: IpvsDataplane) -> None:
+    table = world_of(*service_of("web", WEB, POD))
+    synced(lab, dataplane, table)
+    audit = lab.on_node(dataplane.audit)
+    assert (audit.written, audit.removed) == (0, 0)
+    assert lab.ask(POD, WEB, 80) == Answer(POD, BRIDGE_IP), "who reaches itself is masqueraded"
