@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ebpflb.commands.daemon import run_daemon
 from ebpflb.commands.look import compare
+from ebpflb.config import DATAPLANES, Config
+from ebpflb.config.durations import Duration
 from ebpflb.config.options import Options, configure
+from ebpflb.dataplane.bpf import pins
+from ebpflb.dataplane.iptables import dataplane as iptables
+from ebpflb.dataplane.iptables import facts as iptables_facts
+from ebpflb.dataplane.ipvs import dataplane as ipvs
+from ebpflb.dataplane.ipvs import facts as ipvs_facts
+from ebpflb.dataplane.ipvs.options import IpvsOptions
+from ebpflb.errors import ApplyError, Unsupported, UserError
 from ebpflb.model import ProxyOptions, ServiceName, Snapshot
 from ebpflb.output import Format
 from ebpflb.policy import Router
@@ -17,7 +27,7 @@ from ebpflb.policy import routes as routes_from_scratch
 from ebpflb.routes import RouteTable
 from ebpflb.source import DropService, LocalAddresses, PutService, PutSlice, Synced
 from ebpflb.source.manifests import ManifestSource
-from ebpflb.wiring import Intent
+from ebpflb.wiring import Intent, real_parts
 from tests.fakes import World
 from tests.world import NODE_IP, endpoint_slice, options, service, snapshot
 
@@ -125,3 +135,85 @@ def test_manifests_become_routes(tmp_path: Path) -> None:
     assert world.dataplane.held == want
     assert len(want) == 2
     assert compare(config, parts, kind="Change", service=None, form=Format.TABLE).status == 0
+
+
+# ---- The ladder of this machine ----
+
+
+def configured(**typed: Any) -> Config:
+    return configure(Options(**typed), hostname="node1", need_source=False)
+
+
+def test_the_ladder_is_bpf_ipvs_iptables_whatever_is_asked_for() -> None:
+    for name in ("auto", "bpf", "ipvs", "iptables"):
+        ladder = real_parts().dataplanes(configured(dataplane=name))
+        assert tuple(dataplane.name for dataplane in ladder) == DATAPLANES
+
+
+def test_each_dataplane_is_made_as_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, object] = {}
+    monkeypatch.setattr(ipvs, "IpvsDataplane", lambda options, **more: made.update(ipvs=(options, more)))
+    monkeypatch.setattr(iptables, "IptablesDataplane", lambda **more: made.update(iptables=more))
+    config = configured(
+        iptables_variant="legacy", masquerade_bit=17, ipvs_scheduler="mh", ipvs_strict_arp=True,
+        ipvs_exclude_cidrs=("10.9.0.0/16",), ipvs_udp_timeout=Duration.of(5), conntrack_tcp_be_liberal=True,
+    )  # fmt: skip
+    real_parts().dataplanes(config)
+    options_of_ipvs = IpvsOptions(scheduler="mh", exclude_cidrs=("10.9.0.0/16",), strict_arp=True, udp_timeout=5)
+    assert made == {
+        "ipvs": (options_of_ipvs, {"mark_bit": 17, "variant": "legacy"}),
+        "iptables": {"mark_bit": 17, "variant": "legacy", "liberal_conntrack": True},
+    }
+    real_parts().dataplanes(configured())
+    assert made["iptables"] == {"mark_bit": 14, "variant": None, "liberal_conntrack": False}
+
+
+def test_a_bpf_file_system_that_cannot_be_had_is_the_users_fault_only_if_it_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(bpffs: Path) -> None:
+        raise UserError("the BPF file system cannot be mounted")
+
+    monkeypatch.setattr(pins, "require_file_system", refuse)
+    parts = real_parts()
+    bpf, _, iptables_dataplane = parts.dataplanes(configured())
+    with pytest.raises(Unsupported, match="cannot be mounted"):
+        parts.prepare(configured(), bpf)
+    with pytest.raises(UserError, match="cannot be mounted"):
+        parts.prepare(configured(bpffs="/sys/fs/bpf/mine"), bpf)
+    parts.prepare(configured(), iptables_dataplane)
+
+
+@pytest.mark.parametrize(
+    ("typed", "routed"),
+    [
+        ({}, True),
+        ({"localhost_nodeports": False}, False),
+        ({"nodeport_addresses": ("10.0.0.0/8",)}, False),
+        ({"nodeport_addresses": ("10.0.0.0/8,127.0.0.0/8",)}, True),
+        ({"nodeport_addresses": ("fd00::/8",)}, True),
+        ({"nodeport_addresses": ("primary",)}, False),
+    ],
+)
+def test_loopback_is_routed_beforehand_if_it_may_carry_node_ports(
+    monkeypatch: pytest.MonkeyPatch, typed: dict[str, Any], routed: bool
+) -> None:
+    set_to: list[bool] = []
+    monkeypatch.setattr(iptables_facts, "localnet_routed", lambda: False)
+    monkeypatch.setattr(iptables_facts, "route_localnet", set_to.append)
+    parts, config = real_parts(), configured(**typed)
+    _, _, dataplane = parts.dataplanes(config)
+    assert parts.settings_of(config, dataplane) == ()
+    assert set_to == [True] * routed
+
+
+def test_a_setting_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(options: IpvsOptions) -> None:
+        raise ApplyError("sysctl", "", 30, "/proc/sys/net/ipv4/vs/conntrack cannot be set to 1: Read-only file system")
+
+    monkeypatch.setattr(ipvs_facts, "set_sysctls", refuse)
+    parts = real_parts()
+    bpf, dataplane, _ = parts.dataplanes(configured())
+    (problem,) = parts.settings_of(configured(), dataplane)
+    assert problem.subject == "ipvs" and "Read-only file system" in problem.reason
+    assert parts.settings_of(configured(), bpf) == ()
