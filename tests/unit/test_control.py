@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ebpflb.commands.handover import Retiring
 from ebpflb.commands.status import Identity, show_status, status_document
 from ebpflb.control import Control, NotRunning, ask, listen
 from ebpflb.errors import UserError
@@ -331,6 +332,22 @@ def test_many_problems_are_cut_short_for_people_only(name: str) -> None:
     assert text.endswith("+10 more (-o wide shows all)\n")
     assert "more" not in shown(found, Format.WIDE, name)[0]
     assert len(json.loads(shown(found, Format.JSON, name)[0])["items"][0]["problems"]) == 30
+
+
+def test_the_better_dataplanes_and_the_one_before_are_shown(name: str) -> None:
+    identity = Identity("node-1", "iptables", "2026-01-31T12:00:00Z", (("bpf", "no bcc"), ("ipvs", "no ip_vs")))
+    retiring = (Retiring("bpf", "keeps the connections that it began; new ones are iptables's"),)
+    answer = status_document(identity, FakeDataplane(name="iptables"), overview(), retiring)
+    text, _ = shown(overview(), Format.TABLE, name, answer)
+    assert "node node-1, dataplane iptables, since" in text
+    assert (
+        "not bpf, which cannot carry services here: no bcc\nnot ipvs, which cannot carry services here: no ip_vs\n"
+        in text
+    )
+    assert "bpf keeps the connections that it began; new ones are iptables's\n" in text
+    (item,) = json.loads(answer)["items"]
+    assert item["passed"] == [{"dataplane": "bpf", "reason": "no bcc"}, {"dataplane": "ipvs", "reason": "no ip_vs"}]
+    assert item["retiring"] == [{"dataplane": "bpf", "detail": retiring[0].detail}]
 
 
 def test_status_in_json(name: str) -> None:
