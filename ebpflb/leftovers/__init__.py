@@ -63,6 +63,8 @@ class KubeProxyLeftovers:
                 found.append(kernel.DEVICE)
         if _asked(kernel.tables):
             found.append("nftables tables kube-proxy")
+        if found and (running := _kube_proxy()):
+            found.append(f"the process {running}, which is a kube-proxy at work")
         return tuple(found)
 
     def inventory(self) -> tuple[str, ...]:

@@ -316,7 +316,8 @@ def test_a_kube_proxy_that_runs_would_write_it_again(node: Node, tmp_path: Path)
     try:
         with pytest.raises(UserError, match=rf"kube-proxy runs here \(process {here.pid}\)"):
             node.cleanup()
-        assert node.present() == ("nftables tables kube-proxy",)
+        at_work = f"the process {here.pid}, which is a kube-proxy at work"
+        assert node.present() == ("nftables tables kube-proxy", at_work)
         here.kill()
         here.wait()
         node.cleanup()
