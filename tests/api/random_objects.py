@@ -52,6 +52,32 @@ def world(chance: Random, number: int) -> tuple[list[Object], list[Object]]:
     return services, slices
 
 
+def backend_at_a_refused_frontend(number: int) -> tuple[list[Object], list[Object]]:
+    """A world that no chance makes: a pod in the host's network listens where another Service, which has no endpoints,
+    has the node's address as its external IP."""
+    chance = Random(0)
+    port = {"protocol": "TCP", "port": 1000 + number * 8, "targetPort": 80}
+    spec: Object = {
+        "type": "ClusterIP",
+        "ports": [port],
+        "ipFamilies": ["IPv4"],
+        "ipFamilyPolicy": "SingleStack",
+        "internalTrafficPolicy": "Cluster",
+        "sessionAffinity": "None",
+    }
+    found = []
+    for at, more in enumerate(({}, {"externalIPs": [NODE_IP], "externalTrafficPolicy": "Cluster"})):
+        ip = _cluster_ip(number, at, "IPv4")
+        name = {"namespace": namespace(number), "name": f"svc-{at}"}
+        own = {**spec, "clusterIP": ip, "clusterIPs": [ip], **more}
+        status: Object = {"loadBalancer": {}}
+        found.append({"apiVersion": "v1", "kind": "Service", "metadata": name, "spec": own, "status": status})
+    listening = _endpoint(chance, NODE_IP, "IPv4", True, False)
+    listening["conditions"] = {"ready": True}
+    ports = [{"name": "", "protocol": "TCP", "port": port["port"]}]
+    return found, [_slice(found[0], "IPv4", 0, [listening], ports)]
+
+
 def _service(chance: Random, number: int, at: int) -> Object:
     families = chance.choice((["IPv4"], ["IPv6"], ["IPv4", "IPv6"], ["IPv6", "IPv4"]))
     kind = chance.choice(("ClusterIP", "NodePort", "LoadBalancer", "LoadBalancer"))
@@ -137,19 +163,23 @@ def _slices(chance: Random, of: Object, family: str) -> Iterator[Object]:
         moved = {**parts[0][0], "conditions": {"ready": False, "serving": True, "terminating": True}}
         parts[1].append(moved)
     for number, part in enumerate(parts):
-        metadata = {
-            "namespace": of["metadata"]["namespace"],
-            "name": f"{of['metadata']['name']}-{family.lower()}-{number}",
-            "labels": {"kubernetes.io/service-name": of["metadata"]["name"]},
-        }
-        yield {
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": metadata,
-            "addressType": family,
-            "endpoints": part,
-            "ports": ports,
-        }
+        yield _slice(of, family, number, part, ports)
+
+
+def _slice(of: Object, family: str, number: int, endpoints: list[Object], ports: list[Object]) -> Object:
+    metadata = {
+        "namespace": of["metadata"]["namespace"],
+        "name": f"{of['metadata']['name']}-{family.lower()}-{number}",
+        "labels": {"kubernetes.io/service-name": of["metadata"]["name"]},
+    }
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": metadata,
+        "addressType": family,
+        "endpoints": endpoints,
+        "ports": ports,
+    }
 
 
 def _endpoint(chance: Random, address: str, family: str, most_ready: bool, hinted: bool) -> Object:

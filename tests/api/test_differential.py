@@ -23,7 +23,7 @@ from ebpflb.policy import routes
 from ebpflb.routes import Frontend, Key, Kind, Route, RouteTable, Scope, Verdict
 from tests.api.conftest import OnFailure
 from tests.api.kube_proxies import KubeProxies, Proxy
-from tests.api.random_objects import MOST, world
+from tests.api.random_objects import MOST, backend_at_a_refused_frontend, world
 from tests.plan.rulesets import saved
 from tests.plan.worlds import Client, packets
 from tests.tracers import Traced, expected, is_local
@@ -150,6 +150,20 @@ def node_port_on_every_address(at: Situation, answer: Traced) -> Traced | None:
     return Traced(Outcome.REJECT, "tcp-reset") if route.verdict is Verdict.REJECT else Traced(Outcome.DROP)
 
 
+def translated_to_a_refused_frontend(at: Situation, answer: Traced) -> Traced | None:
+    """Refusals look at where a packet goes after its translation: whoever is sent to a backend that listens where an
+    external frontend without endpoints is, is refused. We spare what was translated."""
+    if answer.verdict is not Outcome.FORWARD or len(answer.backends) != 1:
+        return None
+    (((address, port), masqueraded),) = answer.backends.items()
+    route = at.table.get((Frontend(address, port, at.packet.protocol), Scope.EXTERNAL))
+    if route is None or route.kind is Kind.CLUSTER_IP or route.verdict is not Verdict.REJECT:
+        return None
+    # On its way to another host, what is masqueraded is accepted before that, and the node's own is not asked.
+    spared = (at.own or masqueraded) and not is_local(address, at.table.locality.node_addresses)
+    return None if spared else Traced(Outcome.REJECT, "tcp-reset")
+
+
 def refused_by_icmp(at: Situation, answer: Traced) -> Traced | None:
     """TCP is refused by an ICMP error, which a client's connect() may miss for a second; we reset."""
     how = "icmp6-port-unreachable" if ":" in at.packet.destination else "icmp-port-unreachable"
@@ -162,6 +176,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     external_ip_that_is_a_balancers,
     own_packet_to_elsewhere,
     node_port_on_every_address,
+    translated_to_a_refused_frontend,
     refused_by_icmp,
 )
 """In the order in which one may lead to another."""
@@ -182,7 +197,7 @@ def node_ports_of(table: RouteTable) -> NodePorts:
 def kube_proxies(programs: dict[str, Path]) -> Iterator[KubeProxies]:
     """All of them, with everything written or on its way."""
     chance = Random(SEED)
-    worlds = [world(chance, number) for number in range(MOST)]
+    worlds = [*(world(chance, number) for number in range(MOST)), backend_at_a_refused_frontend(MOST)]
     with KubeProxies(programs, PROXIES) as found:
         found.load([each for some, _ in worlds for each in some], [each for _, some in worlds for each in some])
         found.start()
