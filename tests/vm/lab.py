@@ -83,6 +83,8 @@ class Lab:
             every = {"ipv6/conf/all/accept_dad": 0, "ipv6/conf/default/accept_dad": 0}
             namespaces.sysctl(self.namespace(place), every)
         namespaces.sysctl(node, {"ipv4/ip_forward": 1, "ipv6/conf/all/forwarding": 1})
+        # Who is refused more often than some times a second is not told each time.
+        namespaces.sysctl(node, {"ipv4/icmp_ratelimit": 0, "ipv6/icmp/ratelimit": 0})
         self._join("world", GATEWAY, "eth0", NODE_IP, 24)
         for place, address in (("pod", POD), ("peer", PEER)):
             self._join(place, address, f"v{place}", BRIDGE_IP, 32)
