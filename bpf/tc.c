@@ -98,7 +98,7 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 	struct route *route;
 	struct backend *backend;
 	u32 flags, id = 0;
-	int verdict;
+	int verdict, not_new;
 
 	frontend = find_frontend(&packet->key.destination, packet->key.destination_port, packet->key.protocol);
 	if (packet->error || packet->fragment == LATER_FRAGMENT)
@@ -112,10 +112,10 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 		route = &frontend->scope[SCOPE_INTERNAL];
 	else
 		route = &frontend->scope[SCOPE_EXTERNAL];
-	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN) {
+	not_new = packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN;
+	if (not_new && node->flows_elsewhere) {
 		count(PACKET_NOT_NEW);
-		if (node->flows_elsewhere)
-			return PASS; /* conntrack or IPVS may know it, and would not know it translated */
+		return PASS; /* conntrack or IPVS may know it, and would not know it translated */
 	}
 
 	if (route->ranges && !in_ranges(route->ranges, &packet->key.source)) {
@@ -138,6 +138,8 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 		count(PACKET_SCTP_PORT);
 		return DISCARD;
 	}
+	if (not_new)
+		count(PACKET_NOT_NEW);
 	verdict =
 		begin_flow(packet, route, backend, id, wants_masquerade(packet, route, backend, flags), node, now, to);
 	if (verdict != GO_ON)
