@@ -11,6 +11,8 @@ from ebpflb.dataplane.ipvs.names import LOCALITY, OURS, Mark, Set
 from ebpflb.netfilter.ruleset import Chains, Ruleset
 from ebpflb.routes import Locality
 
+_NAME_LIMIT = 15  # of an interface
+_PREFIX = "-m comment --comment prefix"
 _TRANSPORTS = ("tcp", "udp", "sctp")
 _LOOPBACK = {4: "127.0.0.0/8", 6: "::1/128"}
 
@@ -50,9 +52,15 @@ def matches_of(locality: Locality, version: int) -> tuple[str, ...]:
     """What tells a local pod in one family, as arguments of a rule."""
     found = [f"-s {cidr}" for cidr in locality.pod_cidrs if (":" in cidr) == (version == 6)]
     if locality.pod_interface:
-        name = locality.pod_interface
-        found.append(f"-i {name[:-1]}+" if name.endswith("*") else f"-i {name}")
+        found.append(f"-i {_interface(locality.pod_interface)}")
     return tuple(found)
+
+
+def _interface(name: str) -> str:
+    """A prefix as long as a name can be is a name: there is no room for a wildcard, nor for a longer one."""
+    if not name.endswith("*"):
+        return name
+    return name[:-1] if len(name) > _NAME_LIMIT else f"{name[:-1]}+"
 
 
 def ruleset(locality: Locality, version: int, mark: Mark, *, random_fully: bool = True) -> Ruleset:
@@ -61,8 +69,14 @@ def ruleset(locality: Locality, version: int, mark: Mark, *, random_fully: bool 
     return {
         "mangle": _mangle(pods, version, mark),
         "nat": _nat(pods, version, mark, random_fully),
-        "filter": _filter(pods, version, mark),
+        "filter": _filter(pods, version, mark, _locality(locality, pods)),
     }
+
+
+def _locality(locality: Locality, pods: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The locality, told; nothing jumps there."""
+    prefix = locality.pod_interface.endswith("*")
+    return _chain(LOCALITY, *(f"{pod} {_PREFIX}" if prefix and pod.startswith("-i") else pod for pod in pods))
 
 
 def guests() -> Ruleset:
@@ -179,7 +193,7 @@ def _nat(pods: tuple[str, ...], version: int, mark: Mark, random_fully: bool) ->
     )
 
 
-def _filter(pods: tuple[str, ...], version: int, mark: Mark) -> Chains:
+def _filter(pods: tuple[str, ...], version: int, mark: Mark, locality: tuple[str, tuple[str, ...]]) -> Chains:
     # What the node sends itself by way of IPVS comes here at a backend's address: it is no frontend's packet any more.
     translated = "-m ipvs --ipvs -j RETURN"
     unreachable = "icmp6-port-unreachable" if version == 6 else "icmp-port-unreachable"
@@ -191,7 +205,7 @@ def _filter(pods: tuple[str, ...], version: int, mark: Mark) -> Chains:
     )
     return dict(
         (
-            _chain(LOCALITY, *pods),
+            locality,
             _chain(OURS),
             _chain(
                 "KUBE-PROXY-FIREWALL",
@@ -248,5 +262,5 @@ def pod_cidrs(rules: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
         if words[2:3] == ["-s"]:
             cidrs.append(words[3])
         elif words[2:3] == ["-i"]:
-            interface = words[3]
-    return tuple(cidrs), f"{interface[:-1]}*" if interface.endswith("+") else interface
+            interface = words[3].removesuffix("+") + ("*" if words[-1] == "prefix" else "")
+    return tuple(cidrs), interface
