@@ -30,15 +30,15 @@ class Place:
 
     def iptables(self, *arguments: str, family: Family = Family.IPV4) -> str:
         """Run iptables."""
-        return self._run(f"{COMMANDS[family]}-{self.variant}", *arguments)
+        return self.run(f"{COMMANDS[family]}-{self.variant}", *arguments)
 
     def restore(self, text: str, family: Family = Family.IPV4) -> None:
         """Feed iptables-restore, keeping what is there."""
-        self._run(f"{COMMANDS[family]}-{self.variant}-restore", "--noflush", given=text)
+        self.run(f"{COMMANDS[family]}-{self.variant}-restore", "--noflush", given=text)
 
     def saved(self, family: Family = Family.IPV4) -> Ruleset:
         """All chains, by another program than the one under test where these are many."""
-        return ruleset_of(self._run(f"{COMMANDS[family]}-{self.variant}-save").splitlines())
+        return ruleset_of(self.run(f"{COMMANDS[family]}-{self.variant}-save").splitlines())
 
     def everything(self) -> dict[Family, Ruleset]:
         """All chains of both families, without tables that have only empty built-in chains: to look makes some."""
@@ -57,7 +57,7 @@ class Place:
         assert self.variant == "nft"
         found: dict[str, list[str]] = {}
         chain = ""
-        for line in self._run("nft", "-a", "list", "table", "ip", "nat").splitlines():
+        for line in self.run("nft", "-a", "list", "table", "ip", "nat").splitlines():
             words = line.split()
             if words[:1] == ["chain"]:
                 chain = words[1]
@@ -66,7 +66,8 @@ class Place:
         return found
 
     @staticmethod
-    def _run(*argv: str, given: str = "") -> str:
+    def run(*argv: str, given: str = "") -> str:
+        """Run a command; what it says."""
         done = subprocess.run(argv, input=given, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{argv}: {done.stderr}"
         return done.stdout

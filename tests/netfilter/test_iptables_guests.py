@@ -341,7 +341,7 @@ def test_a_held_lock_stops_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_report_counts_the_rules_of_each_table(place: Place) -> None:
     dataplane = place.dataplane()
     dataplane.sync(table_of(WEB))
-    for table in (table_of(WEB, WEB_PODS), table_of(*EVERYTHING), table_of(WEB)):
+    for table in (table_of(WEB, WEB_PODS), table_of(*EVERYTHING), table_of(*EVERYTHING[:-2])):
         report = dataplane.sync(table)
         counted = {(each.family, each.table): each.held for each in dataplane.audit().rules}
         assert {(each.family, each.table): each.held for each in report.rules} == counted

@@ -3,8 +3,8 @@
 Rules of this file: it puts the parts together and decides nothing about rules. The first sync and each audit compare
 what is there with what should be; the syncs between write the difference of two tables of routes, and where that is
 refused, or somebody changed the rules meanwhile, compare. What only reads works without `start`, on whatever variant
-has our mark. Established flows are conntrack's, which rules have no say in: nothing has to be kept when this dataplane
-retires, and nothing to be known when it takes over.
+has our mark. Established flows are conntrack's, which rules have no say in: nothing has to be known when this dataplane
+takes over, and when it retires only that conntrack stays at work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ebpflb.conntrack import StaleFlows
 from ebpflb.dataplane import Report, Requirement, RestoreFailure, TableRules
-from ebpflb.dataplane.iptables import facts, inspect, names, reading
+from ebpflb.dataplane.iptables import facts, flows, inspect, names, reading
 from ebpflb.dataplane.iptables.frame import Settings, wants_comments
 from ebpflb.dataplane.iptables.layout import Index, PortKey, port_key
 from ebpflb.dataplane.iptables.rules import PortRules, port_rules
@@ -315,8 +315,21 @@ class IptablesDataplane:
         return all(watch.intact() for watch in self._watches.values())
 
     def retire(self) -> bool:
-        """Nothing to keep: established flows are conntrack's."""
-        return True
+        """Rules go; what was translated goes on by conntrack, which is kept at work while there is such a connection."""
+        families = set()
+        for tool in self._ours():
+            families.add(tool.family)
+            writer = FamilyWriter(tool)
+            if writer.stand_by(writer.holding()):
+                log.info("iptables: rules of IPv%d left to the successor", tool.family.value)
+        try:
+            return not any(
+                flow.translated and not flow.closing for family in sorted(families) for flow in flows.tracked(family)
+            )
+        except OSError as error:
+            raise ApplyError(
+                "conntrack", "", error.errno or 0, f"conntrack cannot be read: {error.strerror}"
+            ) from error
 
     def inventory(self) -> tuple[str, ...]:
         """Everything of ours that is installed here."""

@@ -23,6 +23,7 @@ Item: TypeAlias = dict[str, object]
 _NETLINK_NETFILTER = 12
 _GET = 0x101
 _FAMILIES = {Family.IPV4: int(socket.AF_INET), Family.IPV6: int(socket.AF_INET6)}
+_STATUS, _DST_NAT = 3, 1 << 5
 _ORIGINAL, _REPLY, _PROTOINFO, _TIMEOUT, _TIMESTAMP = 1, 2, 4, 7, 20
 _TCP_CLOSING = frozenset((4, 5, 6, 7, 8))  # FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE
 _PROTOCOLS = {int(protocol): protocol for protocol in Protocol}
@@ -40,12 +41,14 @@ class Ends(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """A flow as conntrack has it. `age` is None unless conntrack takes times (net.netfilter.nf_conntrack_timestamp)."""
+    """A flow as conntrack has it. `age` is None unless conntrack takes times (net.netfilter.nf_conntrack_timestamp).
+    `translated`: to another destination, by whatever rule."""
 
     protocol: Protocol
     original: Ends
     reply: Ends
     closing: bool
+    translated: bool
     seconds_left: int
     age: float | None
 
@@ -71,6 +74,7 @@ def tracked(family: Family, wall: Callable[[], float] = time.time) -> Iterator[T
                 original,
                 reply,
                 tcp.get(1, b"\0")[0] in _TCP_CLOSING,
+                bool(int.from_bytes(has.get(_STATUS, b""), "big") & _DST_NAT),
                 int.from_bytes(has.get(_TIMEOUT, b""), "big"),
                 round(wall() - began / 1e9, 1) if began else None,
             )

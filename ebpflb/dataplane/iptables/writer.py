@@ -35,7 +35,7 @@ from ebpflb.dataplane.iptables.surroundings import World, surrounding_steps
 from ebpflb.errors import ApplyError
 from ebpflb.model import Problem
 from ebpflb.netfilter.iptables import CHAINS_AT_ONCE, Iptables, LockHeldError, Variant
-from ebpflb.netfilter.ruleset import target_of
+from ebpflb.netfilter.ruleset import Chains, target_of
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +239,20 @@ class FamilyWriter:
     def holding(self) -> Holding:
         """What is there. Raises ApplyError."""
         return held(self._tool.save())
+
+    def stand_by(self, holding: Holding) -> bool:
+        """Remove all but our mark, which then has a rule that looks at conntrack, so that the kernel goes on to track:
+        without any such rule in a network namespace it stops, and translated connections with it. Whether there was
+        anything to remove. Raises ApplyError."""
+        rule = f"-A {names.LOCALITY} -m conntrack --ctstate ESTABLISHED"
+        mark: Chains = {names.LOCALITY: (rule,)}
+        left = {table: holding.chains(table) for table in ("nat", "filter", "mangle")}
+        if left["filter"] == mark.keys() and not left["nat"] and not left["mangle"]:
+            return False
+        self._run([Step("filter", Change(mark))], Tally())
+        del holding.hashes["filter"][names.LOCALITY]
+        self.remove_all(holding)
+        return True
 
     def remove_all(self, holding: Holding) -> None:
         """Remove our chains and the jumps to them. What somebody else's chain jumps to stays, empty. Raises
