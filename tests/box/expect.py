@@ -180,8 +180,10 @@ class Expectation:
         return set(seen) == {self._shows(protocol, "refused")}, _listed(seen)
 
     def _shows(self, protocol: str, how: str) -> str:
-        """How this client's protocol shows what otherwise shows as `how`."""
-        return "not permitted" if protocol == "UDP" and self._world.may_not_send(self._client) else how
+        """How this client is shown by a verdict what otherwise shows as `how`."""
+        verdict = self._world.first_decision(self._client, self._to, protocol).verdict
+        told = protocol == "UDP" and verdict is not Outcome.NOT_SERVICE and self._world.may_not_send(self._client)
+        return "not permitted" if told else how
 
     def _unanswered(self, protocol: str) -> tuple[bool, str]:
         got = self._world.clients.ask(self._world.place(self._client), self._to, protocol, patience=SILENCE)
