@@ -306,6 +306,11 @@ def addresses(netlink: Netlink) -> tuple[InterfaceAddress, ...]:
     return tuple(found)
 
 
+def ifindex_of_address(message: bytes) -> int:
+    """The device that an address message is about."""
+    return int(struct.unpack_from("=BBBBI", message)[4])
+
+
 def default_devices(netlink: Netlink) -> dict[int, int]:
     """By IP version (4, 6): the index of the device of the main table's best default route."""
     best: dict[int, tuple[int, int]] = {}

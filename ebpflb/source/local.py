@@ -73,17 +73,23 @@ class LocalSource:
     def _drain(self) -> bool:
         """Whether anything was said about addresses or default routes; other routes come and go with every pod."""
         try:
-            return any(_is_news(kind, body) for kind, body in self._events.events())
+            return _is_news(self._events.events())
         except Overrun:
             return True
         except OSError as error:
             raise SourceError(f"the kernel's events cannot be read: {error.strerror}") from error
 
 
-def _is_news(kind: int, body: bytes) -> bool:
-    if kind in rtnetlink.ROUTE_EVENTS:
-        return rtnetlink.is_default_route(body)
-    return kind in rtnetlink.ADDRESS_EVENTS
+def _is_news(events: list[tuple[int, bytes]]) -> bool:
+    """Whether anything was said about the node's addresses or default routes. Other routes come and go with every pod,
+    addresses of Services with every Service, each of which would cost a look at all of them."""
+    changed = {rtnetlink.ifindex_of_address(body) for kind, body in events if kind in rtnetlink.ADDRESS_EVENTS}
+    if changed:
+        with contextlib.closing(Netlink()) as kernel:
+            changed.discard(rtnetlink.device_index(kernel, SERVICE_DEVICE) or 0)
+    return bool(changed) or any(
+        kind in rtnetlink.ROUTE_EVENTS and rtnetlink.is_default_route(body) for kind, body in events
+    )
 
 
 def look() -> LocalAddresses:
