@@ -250,7 +250,8 @@ def test_packets_go_where_decide_says(lab: Lab, dataplane: IpvsDataplane) -> Non
     )
     questions = [Question(client, frontend) for client in CLIENTS for frontend in frontends]
     assert len(questions) > 100
-    assert differences(lab, table, questions) == []
+    found = differences(lab, table, questions)
+    assert not found, "\n".join(found)
 
 
 # ---- Flows
