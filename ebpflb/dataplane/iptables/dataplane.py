@@ -315,7 +315,7 @@ class IptablesDataplane:
         return all(watch.intact() for watch in self._watches.values())
 
     def retire(self) -> bool:
-        """Rules go; what was translated goes on by conntrack, which is kept at work while there is such a connection."""
+        """Rules go; what was translated goes on by conntrack, which is kept at work as long as there is any of it."""
         families = set()
         for tool in self._ours():
             families.add(tool.family)
