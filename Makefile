@@ -8,7 +8,7 @@ PYTEST := $(PYTHON) -m pytest
 ARTIFACTS := artifacts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions lint bench vm clean
+.PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions test-vm test-vm-matrix lint bench vm clean
 
 help:
 	@printf 'make setup  install what the machine lacks, make .venv\nmake demo   a small cluster on this machine, served by ebpflb\n'
@@ -22,7 +22,7 @@ demo: setup
 
 # Every stage runs, also after one that failed, so that one run tells everything.
 test: setup
-	@status=0; for stage in lint test-pure test-properties test-root test-api; do \
+	@status=0; for stage in lint test-pure test-properties test-root test-vm test-api; do \
 		$(MAKE) --no-print-directory $$stage || { status=1; failed="$$failed $$stage"; }; \
 	done; [ $$status = 0 ] || echo "make test: failed in:$$failed"; exit $$status
 
@@ -41,6 +41,20 @@ test-root: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
 	@$(PYTEST) -m '(root or bpf_load or box or slow or fuzz) and not vm and not api' --junitxml=$(ARTIFACTS)/root.xml
+
+# IPVS, and whatever needs another kernel than this machine's: emulated, so that no hypervisor is needed.
+test-vm: setup
+	@echo '== tests on another kernel, in an emulated machine (root)'
+	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTHON) -m tests.vm.kernels
+	@status=0; $(PYTEST) -m vm tests/machines --junitxml=$(ARTIFACTS)/machines.xml || status=1; \
+		$(PYTHON) -m tests.vm.stage || status=1; exit $$status
+
+# Every kernel of the matrix (MATRIX='5.10 6.1' for some), and more on each: hours.
+test-vm-matrix: setup
+	@mkdir -p $(ARTIFACTS)
+	@$(PYTHON) -m tests.vm.stage --matrix $(MATRIX)
 
 test-api: setup
 	@echo '== tests with a real kube-apiserver, etcd and kube-controller-manager (root)'

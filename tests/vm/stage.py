@@ -1,0 +1,103 @@
+"""Which tests run on which kernel: the stages `make test-vm` and `make test-vm-matrix`.
+
+    python -m tests.vm.stage                the default kernel, in some ten minutes
+    python -m tests.vm.stage --matrix       every kernel, and more on each: some hours
+    python -m tests.vm.stage --matrix 5.10  more on this one
+
+Rules of this file: a kernel is booted once for a whole list of pytest runs. What each finds goes to
+artifacts/vm-<kernel>-<run>.xml, where .ci/summary counts it like any other; a run that said nothing has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tests.vm.kernels import DEFAULT, MATRIX, Kernel, Missing, fetch
+from tests.vm.machine import ARTIFACTS, CHECKOUT, run
+
+PYTHON = CHECKOUT / ".venv" / "bin" / "python"
+STAGE_SECONDS = 30 * 60  # far more than it takes on a machine that does nothing else
+MATRIX_SECONDS = 4 * 3600
+TEST_SECONDS = 900
+
+
+class Run(NamedTuple):
+    """One pytest run: a word for it, and what to give pytest."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+# Each dataplane with every protocol, IPVS at length, and what `make vm` does.
+KERNEL = Run("kernel", ("-m", "vm", "tests/vm"))
+# The clusters of namespaces, as other stages run them with the other dataplanes, with IPVS.
+BOX = Run(
+    "box",
+    (
+        "-m",
+        "box",
+        "-k",
+        "ipvs",
+        "tests/box/test_cluster_ip.py",
+        "tests/box/test_node_port.py",
+        "tests/box/test_affinity.py",
+    ),
+)
+DEFAULT_RUNS = (KERNEL, BOX)
+
+# The kernel pretends that hardware has summed a packet since 6.16, which the newest shows and the others would skip.
+PROGRAMS = Run("programs", ("-m", "bpf_load", "-k", "not hardware-sum", "tests/bpf"))
+BOXES = Run("boxes", ("-m", "box", "tests/box"))
+MATRIX_RUNS = (KERNEL, PROGRAMS, BOXES)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.vm.stage")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(source.name for source in MATRIX))
+    parser.add_argument("--matrix", action="store_true")
+    asked = parser.parse_args(arguments)
+    names = asked.kernels or ([source.name for source in MATRIX] if asked.matrix else [DEFAULT])
+    runs, seconds = (MATRIX_RUNS, MATRIX_SECONDS) if asked.matrix else (DEFAULT_RUNS, STAGE_SECONDS)
+    status = 0
+    for name in names:
+        try:
+            status |= _on(fetch(name), runs, seconds)
+        except Missing as error:
+            print(f"vm: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _on(kernel: Kernel, runs: Sequence[Run], seconds: float) -> int:
+    print(f"== {kernel.name}: {kernel.release}", flush=True)
+    reports = {each: ARTIFACTS / f"vm-{kernel.name}-{each.name}.xml" for each in runs}
+    for report in reports.values():
+        report.unlink(missing_ok=True)
+    begun = time.monotonic()
+    commands = [
+        shlex.join([
+            *(str(PYTHON), "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}", "--durations=5"),
+            *(f"--junitxml={report}", *each.words),
+        ])
+        for each, report in reports.items()
+    ]  # fmt: skip
+    status = run(
+        kernel,
+        ["sh", "-c", f"status=0; {' '.join(f'{one} || status=1;' for one in commands)} exit $status"],
+        timeout=seconds,
+    )
+    for each, report in reports.items():
+        if not report.exists():
+            print(f"vm: {each.name} on {kernel.release} has come to no end", file=sys.stderr)
+            status = 1
+    print(f"== {kernel.name}: {time.monotonic() - begun:.0f} s", flush=True)
+    return 1 if status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
