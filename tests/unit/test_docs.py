@@ -9,6 +9,7 @@ import click
 import pytest
 
 from ebpflb import cli
+from ebpflb.dataplane.limits import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bpf/README.md"]
@@ -49,6 +50,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_files_that_the_design_names_exist() -> None:
     named = re.findall(r"`((?:ebpflb|bpf|tests)/[\w/]+\.\w+)`", (ROOT / "docs/design.md").read_text())
     assert named and [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_limits_of_dataplanes_are_told() -> None:
+    """All of them, in the words of the one list."""
+    page = (ROOT / "docs/dataplanes.md").read_text()
+    wanted = [f"| {limit.dataplane} | `{limit.code}` | {limit.what} |" for limit in LIMITS]
+    told = re.findall(r"^\| (?:bpf|ipvs|iptables) \| `.*\|$", page, re.MULTILINE)
+    assert told == wanted, "docs/dataplanes.md should have:\n" + "\n".join(wanted)
 
 
 def test_a_wrong_option_is_noticed() -> None:
