@@ -57,9 +57,13 @@ class FakeKernel:
     def servers(self) -> dict[Server, Settings]:
         return dict(self.held)
 
-    def destinations(self, server: Server) -> dict[bytes, Destination]:
-        found = self.places.get(server, {})
-        return {key: each._replace(active=self.busy.get(key, 0)) for key, each in found.items()}
+    def destinations(self, servers: Iterable[Server]) -> dict[Server, dict[bytes, Destination]]:
+        return {
+            server: {
+                key: each._replace(active=self.busy.get(key, 0)) for key, each in self.places.get(server, {}).items()
+            }
+            for server in servers
+        }
 
     def apply(self, operations: Sequence[Operation]) -> dict[int, OSError]:
         refused = {}

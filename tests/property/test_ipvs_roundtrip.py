@@ -34,7 +34,7 @@ class Standing:
     def held(self) -> Held:
         return Held(
             self.kernel.servers(),
-            {server: self.kernel.destinations(server) for server in self.kernel.servers()},
+            self.kernel.destinations(self.kernel.servers()),
             {pair: self.kernel.entries(*pair) for pair in SET_NAMES.values()},
             self.kernel.bound,
             self.kernel.node_addresses,

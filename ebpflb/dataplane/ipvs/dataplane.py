@@ -193,7 +193,7 @@ class IpvsDataplane:
         try:
             entries = {pair: self._kernel.entries(*pair) for pair in SET_NAMES.values()}
             servers = self._kernel.servers()
-            destinations = {server: self._kernel.destinations(server) for server in servers}
+            destinations = self._kernel.destinations(servers)
             bound, others = self._kernel.addresses()
         except OSError as error:
             raise ApplyError("ipvs", "", error.errno or 0, explained("IPVS cannot be read", error)) from error
@@ -228,8 +228,8 @@ class IpvsDataplane:
         try:
             operations = []
             connections = 0
-            for server in self._servers_of_ours():
-                for place, has in self._kernel.destinations(server).items():
+            for server, found in self._kernel.destinations(self._servers_of_ours()).items():
+                for place, has in found.items():
                     connections += has.connections
                     if has.weight:
                         operations.append(Operation(SET_DEST, server, None, place, 0, leaving=True))

@@ -89,8 +89,8 @@ class Kernel(Protocol):
     def servers(self) -> dict[Server, Settings]:
         """All virtual servers of this network namespace."""
 
-    def destinations(self, server: Server) -> dict[bytes, Destination]:
-        """Those of a virtual server; none if it is not there."""
+    def destinations(self, servers: Iterable[Server]) -> dict[Server, dict[bytes, Destination]]:
+        """Those of virtual servers; one that is not there has none."""
 
     def apply(self, operations: Sequence[Operation]) -> dict[int, OSError]:
         """Carry out each, in order; what was refused, by index."""
@@ -145,12 +145,15 @@ class NetlinkKernel:
                 messages.read_service(body) for body in netlink.dump(family, messages.generic(messages.GET_SERVICE))
             )
 
-    def destinations(self, server: Server) -> dict[bytes, Destination]:
+    def destinations(self, servers: Iterable[Server]) -> dict[Server, dict[bytes, Destination]]:
         with _ipvs() as (netlink, family):
-            return dict(
-                messages.read_destination(body, server.version)
-                for body in netlink.dump(family, messages.destinations_of(server))
-            )
+            return {
+                server: dict(
+                    messages.read_destination(body, server.version)
+                    for body in netlink.dump(family, messages.destinations_of(server))
+                )
+                for server in servers
+            }
 
     def apply(self, operations: Sequence[Operation]) -> dict[int, OSError]:
         with _ipvs() as (netlink, family):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from ebpflb.dataplane import Report, RestoreFailure
 from ebpflb.dataplane.ipvs import chains, rules
@@ -39,7 +39,6 @@ from ebpflb.dataplane.ipvs.table import (
     Refusal,
     Rows,
     Server,
-    Settings,
     frontend_of,
     health_entries,
     is_udp,
@@ -343,11 +342,16 @@ class Writer:
         wanted: set[Server] = set()
         for part in _parts(dict.fromkeys(frontend for frontend, _ in routes)):
             plan = _Plan()
+            asked: dict[Frontend, Rows] = {}
             for frontend in part:
                 rows = self._rows(frontend, routes)
                 self._forget_marks(frontend, rows)
-                if rows is None:
-                    continue
+                if rows is not None:
+                    asked[frontend] = rows
+            held = self._kernel.destinations(
+                [server for rows in asked.values() for server in rows.servers if server in servers]
+            )
+            for frontend, rows in asked.items():
                 for entry, value in rows.entries.items():
                     self._settle(entry, value, entries, late if entry[0] is Set.MARKS else plan)
                 for address in rows.addresses:
@@ -355,7 +359,11 @@ class Writer:
                         late.bind.append(address)
                 for server, (settings, places) in rows.servers.items():
                     wanted.add(server)
-                    self._meet(server, settings, places, servers, is_udp(frontend), plan, late)
+                    if server not in servers:
+                        plan.servers.append(Operation(NEW_SERVICE, server, settings))
+                    elif servers[server] != settings:
+                        plan.servers.append(Operation(SET_SERVICE, server, settings))
+                    self._meet(server, places, held.get(server, {}), is_udp(frontend), plan, late)
             self._give(plan, tally, routes)
         self._health = health_entries(_health_ports(routes))
         plan = _Plan()
@@ -411,20 +419,13 @@ class Writer:
     def _meet(
         self,
         server: Server,
-        settings: Settings,
         wanted: Destinations,
-        servers: Mapping[Server, Settings],
+        found: Mapping[bytes, Destination],
         udp: bool,
         plan: _Plan,
         late: _Plan,
     ) -> None:
-        """One virtual server that is wanted."""
-        there = server in servers
-        if not there:
-            plan.servers.append(Operation(NEW_SERVICE, server, settings))
-        elif servers[server] != settings:
-            plan.servers.append(Operation(SET_SERVICE, server, settings))
-        found: Mapping[bytes, Destination] = self._kernel.destinations(server) if there else {}
+        """The destinations of a virtual server that is wanted, given those that it has."""
         for place, weight in wanted.items():
             has = found.get(place)
             if has is None:
@@ -451,7 +452,7 @@ class Writer:
     def _end_unknown(self, server: Server, routes: RouteTable, plan: _Plan) -> None:
         """A virtual server of ours of which only the kernel knows: gently, as long as there is a frontend, or (of a
         mark, which does not tell its frontend) as long as there are connections."""
-        found = self._kernel.destinations(server)
+        found = self._kernel.destinations((server,))[server]
         if server.mark:
             gently = True
             self._taken.add(self._mark.number(server.mark) or 0)
@@ -576,13 +577,16 @@ class Writer:
 
     # ---- Letting go
 
-    def _reap(self, servers: Iterable[Server], tally: Tally) -> None:
+    def _reap(self, servers: Collection[Server], tally: Tally) -> None:
         """Remove the destinations that were kept for their connections and have none any more, and with the last one a
         virtual server that nobody asks for."""
+        if not servers:
+            return
         operations: list[Operation] = []
+        held = self._kernel.destinations([server for server in servers if self._leaving.get(server)])
         for server in servers:
             leaving = self._leaving.get(server, set())
-            found = self._kernel.destinations(server) if leaving else {}
+            found = held.get(server, {})
             for place in list(leaving):
                 has = found.get(place)
                 if has is None or has.connections == 0:
