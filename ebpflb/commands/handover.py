@@ -146,7 +146,7 @@ class HandOver:
         """What stands in the way of an end."""
         for name, reason in self._failures.items():
             yield Found(
-                PART, name, f"what it left cannot be looked at or removed: {reason}; tried again every {PERIOD:g} s"
+                PART, name, f"every {PERIOD:g} s it is tried to look at what it left, or to remove it: {reason}"
             )
         if self._of_kube_proxy:
             yield Found(

@@ -113,7 +113,7 @@ def test_a_step_that_is_refused_is_a_problem_and_tried_again(change: Change, wha
         Found(
             "hand-over",
             "bpf",
-            "what it left cannot be looked at or removed: frontends: Operation not permitted; tried again every 30 s",
+            "every 30 s it is tried to look at what it left, or to remove it: frontends: Operation not permitted",
         )
     ]
     change.wait()
@@ -180,7 +180,7 @@ def test_that_they_cannot_be_looked_for_is_a_problem(change: Change) -> None:
     change.leftovers.raises = ApplyError("iptables", "", 0, "the xtables lock is held by process 7")
     change.hand_over.begin()
     assert [found.reason for found in change.said] == [
-        "what it left cannot be looked at or removed: the xtables lock is held by process 7; tried again every 30 s"
+        "every 30 s it is tried to look at what it left, or to remove it: the xtables lock is held by process 7"
     ]
     change.complete = True
     change.hand_over.work()
