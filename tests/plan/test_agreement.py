@@ -37,23 +37,26 @@ from tests.tracers.ipvs import Held
 from tests.tracers.ipvs import Tracer as IpvsTracer
 from tests.world import NODE_IP, v6
 
+pytestmark = pytest.mark.timeout(1200)  # EBPFLB_FUZZ may ask for any number
+
 AS_OFTEN = settings(max_examples=settings().max_examples if "EBPFLB_FUZZ" in os.environ else 6)
 """A world is a few hundred packets: not as many as a property has examples where nobody asked for many."""
 
-MANY, LEAST = 100, 20_000
-"""From so many worlds on, so many packets are compared for each dataplane."""
+MANY, LEAST, LEAST_OF_A_VERDICT = 100, 20_000, 500
+"""From so many worlds on, so many packets are compared for each dataplane, and so many of each verdict."""
 
 MAIN = (NODE_IP, v6(NODE_IP))
 """The addresses from which the node speaks unless a socket is bound to another one."""
 
-_compared: Counter[str] = Counter()
+_compared: dict[str, Counter[Outcome]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def enough_packets() -> Iterator[None]:
     yield
     if AS_OFTEN.max_examples >= MANY:
-        assert min(_compared.values()) >= LEAST, _compared
+        for counted in _compared.values():
+            assert counted.total() >= LEAST and min(counted[each] for each in Outcome) >= LEAST_OF_A_VERDICT, _compared
 
 
 def described(world: World, table: RouteTable, packet: Packet, wanted: Traced, found: Traced) -> str:
@@ -79,7 +82,7 @@ def test_bpf(world: World) -> None:
             wanted = wanted._replace(backends=dict.fromkeys(wanted.backends, False))
         found = tracer.trace(packet)
         assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
-        _compared["bpf"] += 1
+        _compared.setdefault("bpf", Counter())[wanted.verdict] += 1
 
 
 def bpf_is_limited(client: Client, packet: Packet, decision: Decision) -> bool:
@@ -106,7 +109,7 @@ def test_iptables(world: World) -> None:
         wanted = expected(decide(table, packet), packet)
         found = tracer.trace(packet)
         assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
-        _compared["iptables"] += 1
+        _compared.setdefault("iptables", Counter())[wanted.verdict] += 1
 
 
 @AS_OFTEN
@@ -146,7 +149,7 @@ def test_ipvs(world: World) -> None:
             continue
         wanted, found = expected(decision, packet), tracer.trace(packet)
         assert found[:3] == wanted[:3] and found.evenly, described(world, table, packet, wanted, found)
-        _compared["ipvs"] += 1
+        _compared.setdefault("ipvs", Counter())[wanted.verdict] += 1
 
 
 @AS_OFTEN
