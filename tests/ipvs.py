@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ebpflb.dataplane.ipvs import messages
 from ebpflb.dataplane.ipvs.chains import TABLES
-from ebpflb.dataplane.ipvs.messages import SetHeader
+from ebpflb.dataplane.ipvs.messages import Operation, SetHeader
 from ebpflb.dataplane.ipvs.names import SET_NAMES, Set, SetType
-from ebpflb.dataplane.ipvs.netlink import Operation
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Destination
 from ebpflb.dataplane.ipvs.table import EntryValue, Server, Settings

@@ -12,8 +12,8 @@ from ebpflb.conntrack import StaleFlows
 from ebpflb.dataplane import Report
 from ebpflb.dataplane.ipvs import facts, messages, rules
 from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
+from ebpflb.dataplane.ipvs.messages import Operation
 from ebpflb.dataplane.ipvs.names import LOCALITY, OURS, SET_NAMES, Set
-from ebpflb.dataplane.ipvs.netlink import Operation
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Destination
 from ebpflb.dataplane.ipvs.table import Server, Settings, packed, place, server_of

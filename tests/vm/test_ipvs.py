@@ -16,8 +16,8 @@ from ebpflb import rtnetlink
 from ebpflb.dataplane import Report
 from ebpflb.dataplane.ipvs import facts
 from ebpflb.dataplane.ipvs.dataplane import IpvsDataplane
-from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, NEW_SERVICE
-from ebpflb.dataplane.ipvs.netlink import NetlinkKernel, Operation
+from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, NEW_SERVICE, Operation
+from ebpflb.dataplane.ipvs.netlink import NetlinkKernel
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.table import Server, Settings, packed
 from ebpflb.decide import Decision, Outcome, Packet, decide

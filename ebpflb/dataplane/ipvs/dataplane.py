@@ -17,9 +17,9 @@ from ebpflb.conntrack import StaleFlows
 from ebpflb.dataplane import Report, Requirement
 from ebpflb.dataplane.ipvs import chains, facts, inspect, reading, rules
 from ebpflb.dataplane.ipvs.chains import IptablesTables
-from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, SET_DEST
+from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, SET_DEST, Operation
 from ebpflb.dataplane.ipvs.names import DEVICE, SET_NAMES, Mark, Set
-from ebpflb.dataplane.ipvs.netlink import Kernel, NetlinkKernel, Operation
+from ebpflb.dataplane.ipvs.netlink import Kernel, NetlinkKernel
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Held
 from ebpflb.dataplane.ipvs.table import Server, server_of, unpacked

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
 from ebpflb.dataplane.ipvs import messages
-from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, NEW_SERVICE
+from ebpflb.dataplane.ipvs.messages import DEL_SERVICE, NEW_SERVICE, Operation
 from ebpflb.dataplane.ipvs.names import DEVICE, SetType
-from ebpflb.dataplane.ipvs.netlink import Kernel, Operation
+from ebpflb.dataplane.ipvs.netlink import Kernel
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.table import Server, Settings, packed
 from ebpflb.errors import ApplyError

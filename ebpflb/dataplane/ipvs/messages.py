@@ -92,6 +92,22 @@ def _service(server: Server, settings: Settings | None) -> bytes:
     )
 
 
+class Operation(NamedTuple):
+    """A write to IPVS: `command` is one of the above; `settings` are a virtual server's, the others a destination's."""
+
+    command: int
+    server: Server
+    settings: Settings | None = None
+    place: bytes = b""
+    weight: int = 1
+    leaving: bool = False
+
+    def body(self) -> bytes:
+        if self.place:
+            return destination(self.command, self.server, self.place, self.weight, leaving=self.leaving)
+        return service(self.command, self.server, self.settings)
+
+
 def timeouts(tcp: int, tcp_fin: int, udp: int) -> bytes:
     """SET_CONFIG with seconds; 0 is left out, which leaves the kernel's."""
     payload = b"".join(

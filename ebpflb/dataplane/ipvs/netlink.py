@@ -19,11 +19,11 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ebpflb import rtnetlink
 from ebpflb.dataplane.ipvs import messages
-from ebpflb.dataplane.ipvs.messages import SetHeader
+from ebpflb.dataplane.ipvs.messages import Operation, SetHeader
 from ebpflb.dataplane.ipvs.names import DEVICE, Set, SetType
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Destination
@@ -51,22 +51,6 @@ _IPSET_ERRORS = {
     4103: "the entry is there already",
     4352: "the set is full",
 }
-
-
-class Operation(NamedTuple):
-    """A write to IPVS: `command` is of `messages`; `settings` are a virtual server's, the others a destination's."""
-
-    command: int
-    server: Server
-    settings: Settings | None = None
-    place: bytes = b""
-    weight: int = 1
-    leaving: bool = False
-
-    def body(self) -> bytes:
-        if self.place:
-            return messages.destination(self.command, self.server, self.place, self.weight, leaving=self.leaving)
-        return messages.service(self.command, self.server, self.settings)
 
 
 _AGAIN = {
