@@ -276,8 +276,9 @@ def test_an_established_connection_goes_on_while_its_backend_leaves(lab: Lab, da
         assert talks(made)
         raw = lab.on_node(lambda: dataplane.tables("raw"))
         assert any(item.get("leaving") and item["destination"] == f"{POD}:80" for item in raw)
-        (flow,) = (item for item in lab.on_node(lambda: dataplane.tables("flows")) if item["backend"] == f"{POD}:80")
-        assert (flow["frontend"], flow["state"]) == (f"{WEB}:80", "established")
+        client = f"{PEER}:{made.getsockname()[1]}"
+        (flow,) = (item for item in lab.on_node(lambda: dataplane.tables("flows")) if item["client"] == client)
+        assert (flow["frontend"], flow["backend"], flow["state"]) == (f"{WEB}:80", f"{POD}:80", "established")
         assert not lab.on_node(dataplane.retire), "a connection is left"
         assert talks(made)
 
