@@ -28,8 +28,6 @@ WHATS = ("services", "backends", "flows", "affinity", "sources", "counters", "ra
 
 NET = Path("/proc/thread-self/net")
 
-_TEMPLATE = "NONE"
-
 
 class Connection(NamedTuple):
     """A line of ip_vs_conn: the client, the address that it connected to, its destination. A template (affinity) has
@@ -41,6 +39,10 @@ class Connection(NamedTuple):
     backend: tuple[Address, int]
     state: str
     seconds_left: int
+
+    @property
+    def is_template(self) -> bool:
+        return self.client[1] == 0
 
 
 class Inspector:
@@ -115,7 +117,7 @@ class Inspector:
         names = _names(reading.routes(self._held()))
         items: list[Item] = []
         for each in self._connections():
-            if each.state == _TEMPLATE:
+            if each.is_template:
                 continue
             items.append(
                 {
@@ -139,7 +141,7 @@ class Inspector:
         marks = _marks(held)
         items: list[Item] = []
         for each in self._connections():
-            if each.state != _TEMPLATE:
+            if not each.is_template:
                 continue
             frontend = f"{_endpoint(each.frontend)}/{each.protocol}"
             if each.protocol == "IP":
