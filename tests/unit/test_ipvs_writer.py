@@ -17,7 +17,7 @@ from ebpflb.dataplane.ipvs.names import LOCALITY, OURS, SET_NAMES, Set
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Destination
 from ebpflb.dataplane.ipvs.table import Server, Settings, packed, place, server_of
-from ebpflb.errors import UserError
+from ebpflb.errors import Unsupported, UserError
 from ebpflb.model import Family, Protocol
 from ebpflb.netfilter.ruleset import Rules
 from ebpflb.policy import routes as routes_of
@@ -465,6 +465,26 @@ def test_settings_that_are_right_are_not_written(tmp_path: Path) -> None:
         path.write_text("0\n" if each.path == "ipv4/ip_forward" else f"{each.value}\n")
     assert facts.set_sysctls(IpvsOptions(), tmp_path, (6, 1)) == 1
     assert facts.set_sysctls(IpvsOptions(), tmp_path, (6, 1)) == 0
+
+
+class WithoutIpvs(FakeKernel):
+    def servers(self) -> dict[Server, Settings]:
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+
+def test_a_kernel_without_ipvs_is_refused_in_words() -> None:
+    found = IpvsDataplane(IpvsOptions(), kernel=WithoutIpvs(), tables={}, variant="nft")
+    with pytest.raises(Unsupported, match="ipvs is missing .*CONFIG_IP_VS; modprobe ip_vs"):
+        found.check()
+
+
+def test_a_scheduler_that_the_kernel_lacks_is_named() -> None:
+    kernel = FakeKernel()
+    kernel.refuse[messages.NEW_SERVICE] = errno.ENOENT
+    found = IpvsDataplane(IpvsOptions("twos"), kernel=kernel, tables={}, variant="nft")
+    (said,) = (each for each in found.requirements() if each.name == "scheduler")
+    assert not said.found and "modprobe ip_vs_twos" in said.remedy
+    assert kernel.held == {} and not kernel.device, "nothing outlives the question"
 
 
 def test_every_set_is_made(standing: Standing) -> None:
