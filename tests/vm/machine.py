@@ -40,7 +40,7 @@ ARTIFACTS = CHECKOUT / "artifacts"
 LOGS = ARTIFACTS / "vm"
 BIN = Path(__file__).resolve().with_name("bin")
 OLD_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
-NEW_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
+NEW_VIRTIOFSD = Path("/usr/libexec/virtiofsd")  # in no PATH; vng looks there, too
 
 TIMED_OUT, NO_MACHINE = 124, 125
 CONSOLE_LINES = 60
@@ -175,6 +175,8 @@ def _needed() -> None:
             raise Missing(f"there is no {program}: install the Debian package {package}")
     if not shutil.which("vng", path=_path()):
         raise Missing("there is no vng: make setup, or pip install virtme-ng")
+    if not shutil.which("virtiofsd", path=_path()) and not NEW_VIRTIOFSD.exists():
+        print("vm: without the Debian package virtiofsd files come ten times slower, by 9p", file=sys.stderr)
     if os.geteuid() != 0:
         raise Missing("needs root, whose files the machine shows; run it with sudo")
 
