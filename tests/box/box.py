@@ -170,10 +170,10 @@ class Box:
         self.services[name] = found
         return found
 
-    def settle(self, nodes: Iterable[str] | None = None) -> None:
+    def settle(self, nodes: Iterable[str] | None = None, seconds: float = SLO) -> None:
         """Wait until these nodes' kernels (None: all) hold exactly what policy makes of the manifests, and no daemon is
         still at it."""
-        deadline = time.monotonic() + SLO
+        deadline = time.monotonic() + seconds
         for node in self.cluster.nodes if nodes is None else nodes:
             wanted = self.wanted[node] = self.kernel.wanted(node)
             while (held := self.kernel.held(node)) != wanted:

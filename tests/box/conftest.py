@@ -109,8 +109,12 @@ def being_ended_is_an_interruption() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+# The kernel settings that a daemon makes which has an API server, as far as tests are about them.
+AS_IN_A_CLUSTER = ("--conntrack-tcp-timeout-close-wait", "1h")
+
+
 def _standing(setting: Setting) -> Iterator[Box]:
-    with Box(setting.mode, setting.cni, setting.join, hairpin=setting.hairpin) as found:
+    with Box(setting.mode, setting.cni, setting.join, options=AS_IN_A_CLUSTER, hairpin=setting.hairpin) as found:
         yield found
 
 

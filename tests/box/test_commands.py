@@ -9,7 +9,6 @@ import pytest
 
 from ebpflb.output import route_items
 from tests.box.box import Box
-from tests.box.clients import Target
 
 pytestmark = pytest.mark.box
 
@@ -52,7 +51,7 @@ def test_trace_says_what_happens(box: Box, family: str, situation: str, status: 
         "served": served.cluster_ip(family),
         "refused": refused.cluster_ip(family),
         "dropped": served.load_balancer(family),
-        "nobody": Target(served.cluster_ip(family).address, 4711),
+        "nobody": served.external_ip(family),
     }[situation]
     client = "outside" if situation == "dropped" else "sa"
     done = ebpflb(box, "node1", "trace", box.address(client, family), str(to))
@@ -67,6 +66,15 @@ def test_trace_says_what_happens(box: Box, family: str, situation: str, status: 
         expected.dropped(at="node1")
     else:
         expected.unanswered()
+    box.check()
+
+
+@pytest.mark.needs("undefined-ports")
+def test_trace_says_that_a_cluster_ip_has_no_such_port(box: Box, family: str) -> None:
+    to = box.service("b1").cluster_ip(family, 4711)
+    done = ebpflb(box, "node1", "trace", box.address("sa", family), str(to))
+    assert done.returncode == 6 and "no such port" in done.stdout, done.stdout + done.stderr
+    box.expect("sa", to=to).refused()
     box.check()
 
 
