@@ -150,11 +150,13 @@ LAYERS = (
         ("dataplane.ipvs.names", "dataplane.ipvs.reading", "dataplane.ipvs.table"),
         pure=True,
     ),
+    Layer("dataplane.ipvs.marks", ("routes", "dataplane.ipvs.names", "dataplane.ipvs.table"), pure=True),
     Layer(
         "dataplane.ipvs.ledger",
         (
             "model",
             "routes",
+            "dataplane.ipvs.marks",
             "dataplane.ipvs.messages",
             "dataplane.ipvs.names",
             "dataplane.ipvs.options",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from ebpflb.dataplane.ipvs.marks import Marks
 from ebpflb.dataplane.ipvs.messages import (
     DEL_DEST,
     DEL_SERVICE,
@@ -19,7 +20,7 @@ from ebpflb.dataplane.ipvs.messages import (
     SET_SERVICE,
     Operation,
 )
-from ebpflb.dataplane.ipvs.names import MARK_LIMIT, Mark, Set
+from ebpflb.dataplane.ipvs.names import Mark, Set
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Destination, Held, frontends
 from ebpflb.dataplane.ipvs.table import (
@@ -85,10 +86,7 @@ class Ledger:
 
     def __init__(self, options: IpvsOptions, mark: Mark) -> None:
         self._options = options
-        self._mark = mark
-        self._marks: dict[tuple[Frontend, Scope], int] = {}
-        self._taken: set[int] = set()
-        self._lowest = 0
+        self.marks = Marks(mark)
         self._uses: dict[Entry, int] = {}
         self._address_uses: dict[bytes, int] = {}
         self._health: Mapping[Entry, EntryValue] = {}
@@ -97,44 +95,6 @@ class Ledger:
         self._ending: set[Server] = set()  # virtual servers that go when their last destination has
         self.refused: dict[Frontend, Problem] = {}
         """Frontends whose routes cannot be carried."""
-
-    def owner(self, mark: int) -> Frontend | None:
-        """Whose virtual server has that mark."""
-        return next((frontend for (frontend, _), given in self._marks.items() if given == mark), None)
-
-    # ---- Firewall marks
-
-    def _mark_of(self, frontend: Frontend, scope: Scope) -> int:
-        """The mark of the frontend's own virtual server for a scope: the lowest that is free."""
-        found = self._marks.get((frontend, scope))
-        if found is None:
-            while self._lowest in self._taken:
-                self._lowest += 1
-            if self._lowest > MARK_LIMIT:
-                raise Refusal("there are no more firewall marks")
-            found = self._marks[frontend, scope] = self._mark.of(self._lowest)
-            self._taken.add(self._lowest)
-        return found
-
-    def release(self, mark: int) -> None:
-        number = self._mark.number(mark)
-        if number is not None:
-            self._taken.discard(number)
-            self._lowest = min(self._lowest, number)
-
-    def _forget_marks(self, frontend: Frontend, rows: Rows | None) -> None:
-        """Marks that a frontend does not need any more; each is free again when its virtual server is gone."""
-        for scope in Scope:
-            mark = self._marks.get((frontend, scope))
-            if mark is not None and (rows is None or not any(server.mark == mark for server in rows.servers)):
-                del self._marks[frontend, scope]
-
-    def keep_marks(self, routes: RouteTable) -> None:
-        """Of the marks that were taken over, those in use."""
-        self._marks = {each: mark for each, mark in self._marks.items() if each in routes}
-        used = {*self._marks.values(), *(server.mark for server in self.leaving)}
-        self._taken = {number for mark in used if (number := self._mark.number(mark)) is not None}
-        self._lowest = 0
 
     # ---- Rows
 
@@ -152,7 +112,7 @@ class Ledger:
                 internal,
                 external,
                 self._options,
-                lambda scope: self._mark_of(frontend, scope),
+                lambda scope: self.marks.given(frontend, scope),
                 routes.locality.node_addresses,
             )
         except Refusal as refusal:
@@ -173,7 +133,7 @@ class Ledger:
             self.refused.pop(frontend, None)
             new = self._rows(frontend, after)
             self._compare(frontend, old, new or Rows(), (frontend, Scope.INTERNAL) in after, plan, late)
-            self._forget_marks(frontend, new)
+            self.marks.forget(frontend, new)
         return plan
 
     def change_health(self, ports: set[tuple[int, int]], late: Plan) -> Plan:
@@ -276,7 +236,7 @@ class Ledger:
         found = {}
         for frontend in frontends:
             rows = self._rows(frontend, routes)
-            self._forget_marks(frontend, rows)
+            self.marks.forget(frontend, rows)
             if rows is not None:
                 found[frontend] = rows
         return found
@@ -333,27 +293,21 @@ class Ledger:
 
     def _adopt(self, entries: Mapping[tuple[Set, int], Mapping[bytes, EntryValue]]) -> None:
         """Take over the marks that the kernel's rows have, and learn which frontends they name."""
-        self._marks, self._taken, self._lowest = {}, set(), 0
+        self.marks.clear()
         held = Held(entries={each: dict(found) for each, found in entries.items() if each[0] is Set.FRONTENDS})
         self._named = set()
         for version in (4, 6):
             for frontend, _, said in frontends(held, version):
                 self._named.add(server_of(frontend))
                 if said.parked:
-                    self._adopt_mark(frontend, Scope.INTERNAL, said.parked)
+                    self.marks.adopt(frontend, Scope.INTERNAL, said.parked)
             for key, mark in entries[Set.MARKS, version].items():
                 try:
                     frontend = frontend_of(key)
                 except ValueError:
                     continue
                 if isinstance(mark, int):
-                    self._adopt_mark(frontend, Scope.EXTERNAL, mark)
-
-    def _adopt_mark(self, frontend: Frontend, scope: Scope, mark: int) -> None:
-        number = self._mark.number(mark)
-        if number is not None and number not in self._taken:
-            self._taken.add(number)
-            self._marks[frontend, scope] = mark
+                    self.marks.adopt(frontend, Scope.EXTERNAL, mark)
 
     def _settle(self, entry: Entry, value: EntryValue, found: Found, plan: Plan) -> None:
         """One entry that is wanted."""
@@ -391,7 +345,7 @@ class Ledger:
         """Whether a virtual server that nobody asks for is ours to remove: of a mark of ours, of a frontend that we
         named, or at an address that only kube-ipvs0 has; but none that the operator excluded."""
         if server.mark:
-            return self._mark.number(server.mark) is not None
+            return self.marks.are_ours(server.mark)
         if any(in_cidr(unpacked(server.address), cidr) for cidr in self._options.exclude_cidrs):
             return False
         return server in self._named or server.address in found.bound or server.address in self._address_uses
@@ -401,7 +355,7 @@ class Ledger:
         mark, which does not tell its frontend) as long as there are connections."""
         if server.mark:
             gently = True
-            self._taken.add(self._mark.number(server.mark) or 0)
+            self.marks.take(server.mark)
         else:
             frontend = frontend_of(server.address + server.port.to_bytes(2, "big") + bytes([server.protocol]))
             gently = not is_udp(frontend) and (frontend, Scope.INTERNAL) in routes

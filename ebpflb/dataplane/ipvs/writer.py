@@ -134,7 +134,7 @@ class Writer:
         self._ledger.leave(self._kernel.destinations(self._ledger.unwanted(found)), found, routes, late)
         self._take(late, tally)
         self._reap(set(self._ledger.leaving), tally)
-        self._ledger.keep_marks(routes)
+        self._ledger.marks.keep(routes, self._ledger.leaving)
 
     def _reap(self, servers: Collection[Server], tally: Tally) -> None:
         """Let go of the destinations whose connections have ended."""
@@ -180,7 +180,7 @@ class Writer:
         self._delete([entry for entry in plan.gone_entries if entry[0] is not Set.MARKS], tally)
         self._operate(plan.gone_servers, tally)
         for mark in plan.freed:  # not before its virtual server is gone
-            self._ledger.release(mark)
+            self._ledger.marks.release(mark)
 
     def _add(self, entries: Mapping[Entry, EntryValue], tally: Tally) -> None:
         for (each, version), found in _by_set(entries, _ADD_ORDER.__getitem__).items():
@@ -247,7 +247,7 @@ class Writer:
         routes = self._target
         frontend: Frontend | None = None
         if server.mark:
-            frontend = self._ledger.owner(server.mark)
+            frontend = self._ledger.marks.owner(server.mark)
         elif server.address:
             frontend = frontend_of(server.address + server.port.to_bytes(2, "big") + bytes([server.protocol]))
         route = routes.get((frontend, Scope.INTERNAL)) if routes is not None and frontend is not None else None
