@@ -255,8 +255,7 @@ enum counter {
 	PACKET_REJECT_FAILED, /* no answer could be built; dropped */
 	PACKET_DROPPED,       /* a new flow fell under a silent verdict */
 	PACKET_NO_BACKEND,    /* a route named a backend that is not there; left alone */
-	PACKET_NOT_NEW,       /* TCP to a frontend, neither SYN nor a known flow; given to a backend all the same, or left
-				 alone by `flows_elsewhere` */
+	PACKET_NOT_NEW,       /* TCP, no SYN and no known flow; given a backend, or left alone by `flows_elsewhere` */
 	PACKET_COLLISION,     /* the client's port was changed: its flow to another frontend has the same backend */
 	PACKET_NO_PORT,       /* no free port for masquerade or collision; dropped */
 	PACKET_NO_ADDRESS,    /* masquerade on a device without an address; dropped */

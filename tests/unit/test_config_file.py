@@ -486,7 +486,7 @@ def test_a_slip_is_named_with_its_remedy(file: File, case: str) -> None:
         (f"{OURS}xdp: fast\n", "xdp fast: choose auto or off"),
         (f"{OURS_ON_A_NODE}dataplane: nftables\n", "nftables is unknown; choose one of auto, bpf, ipvs, iptables"),
         (f"{OURS_ON_A_NODE}iptablesVariant: nf\n", "iptablesVariant nf is unknown; choose one of auto, nft, legacy"),
-        (f"{OURS_ON_A_NODE}iptables: {{masqueradeBit: 32}}\n", "iptables.masqueradeBit 32: a mark has the bits 0 to 31"),
+        (f"{OURS_ON_A_NODE}iptables: {{masqueradeBit: 32}}\n", "masqueradeBit 32: a mark has the bits 0 to 31"),
         (f"{OURS_ON_A_NODE}ipvs: {{scheduler: a b}}\n", "ipvs.scheduler a b is no scheduler"),
         (f"{OURS}apiServers: [10.0.0.1]\n", "apiServers 10.0.0.1 is not a URL of a server"),
         (f"{OURS}manifests: /tmp\napiServers: ['https://a']\n", "manifests and apiServers are two sources"),

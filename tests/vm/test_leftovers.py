@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.dataplane.ipvs.messages import NEW_SERVICE
-from ebpflb.dataplane.ipvs.netlink import NetlinkKernel, Operation
+from ebpflb.dataplane.ipvs.messages import NEW_SERVICE, Operation
+from ebpflb.dataplane.ipvs.netlink import NetlinkKernel
 from ebpflb.dataplane.ipvs.table import Server, Settings, packed
 from ebpflb.leftovers import kernel
 from tests.unit.test_leftovers import Node
