@@ -63,7 +63,7 @@ PROXIES = (
     ),
 )
 
-MANY, FEW = 45, 15
+MANY, FEW = 32, 8
 """Packets of a world for its frontends, and for what is none."""
 
 LEAST = 50
