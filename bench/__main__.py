@@ -17,6 +17,7 @@ from bench.api import Effort, api
 from bench.beside import beside
 from bench.daemon import daemon
 from bench.decoding import decoding
+from bench.iptables import iptables
 from bench.lab import CHECKOUT, Lab, ahead, lab
 from bench.paths import paths
 from bench.plane import plane
@@ -25,7 +26,7 @@ from bench.report import TARGETS, Figure, Report, table
 from ebpflb.errors import EbpflbError
 from tests.api import binaries
 
-GROUPS = ("programs", "plane", "daemon", "decode", "api", "beside", "paths")
+GROUPS = ("programs", "plane", "daemon", "decode", "api", "beside", "iptables", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -76,6 +77,7 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
                 say,
             ),
             "beside": lambda here: beside(here, 100 if quick else 1000, 2 if quick else 10, _kube_proxy(), say),
+            "iptables": lambda here: iptables(here, sizes[1] if quick else sizes[-1], 3 if quick else 7, say),
             "paths": lambda here: paths(here, 4 if quick else 12, say),
         }
         for group in groups:

@@ -159,7 +159,7 @@ class FamilyWriter:
         self._sound = None
         self.refused = {}
         before = (tally.written, tally.removed)
-        comparison = Comparison(holding, world, self._family, self._ports(world, index), self._at_once)
+        comparison = Comparison(holding, world, self._family, self._ports(world, index), CHAINS_AT_ONCE)
         try:
             self._stream(comparison, tally)
             self.held = comparison.wanted
