@@ -164,6 +164,7 @@ def test_an_established_connection_outlives_its_service_and_the_dataplane(place:
             assert dataplane.sync(table_of()).complete and answers()
             assert not dataplane.retire() and answers()
             assert not dataplane.retire() and answers() and dataplane.inventory()
+            assert len(dataplane.state()) == 0 and dataplane.tables("services") == []
             with pytest.raises(OSError, match=r"timed out|refused|unreachable"):
                 reached(VIP, 80, seconds=0.2)
     assert dataplane.retire()

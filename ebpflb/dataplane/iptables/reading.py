@@ -179,7 +179,7 @@ class _Reader:
             elif flag == "-i":
                 name = re.sub(r"\+$", "*", words[0])
                 self.interfaces.add(name + "*" if words[-1] == "prefix" else name)
-            elif flag == "-m":  # a CIDR that holds everything, which is no match
+            elif (flag, words[0]) == ("-m", "comment"):  # a CIDR that holds everything, which is no match
                 self.cidrs.add(words[-1].strip('"'))
         self._matches = len(self.cidrs) + len(self.interfaces)
 
