@@ -25,14 +25,15 @@
 /* The verdict that no packet would ever answer: the caller learns it at once, with the errno it would get in the end. */
 #define SILENCE ETIMEDOUT
 
-static inline int refuse(int error)
+static inline int refuse(int error, int own)
 {
 #if HAVE_SET_RETVAL
 	bpf_set_retval(-error);
 	return REFUSE;
 #else
-	/* Without bpf_set_retval (before 5.18) the caller would see EPERM; the packet path gives the right answer. */
-	return CONTINUE;
+	/* Without bpf_set_retval (before 5.18) the caller sees EPERM. A pod's packets meet the packet path, which gives the
+	 * right answer; the node's own would leave for an address that nobody has. */
+	return own ? REFUSE : CONTINUE;
 #endif
 }
 
@@ -99,16 +100,16 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 		/* The node reaches such an address from that address itself, so to say: rows hold it if the node may. */
 		if (!in_ranges(route->ranges, to)) {
 			count(SOCKET_DROPPED);
-			return refuse(SILENCE);
+			return refuse(SILENCE, own);
 		}
 	}
 	if (route->verdict == VERDICT_REJECT) {
 		count(SOCKET_REJECTED);
-		return refuse(ECONNREFUSED);
+		return refuse(ECONNREFUSED, own);
 	}
 	if (route->verdict == VERDICT_DROP) {
 		count(SOCKET_DROPPED);
-		return refuse(SILENCE);
+		return refuse(SILENCE, own);
 	}
 
 	key.cookie = bpf_get_socket_cookie(ctx);
