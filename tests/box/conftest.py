@@ -109,6 +109,14 @@ def being_ended_is_an_interruption() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def a_lock_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nodes share no xtables lock with this machine, whatever holds that for how long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XTABLES_LOCKFILE", str(tmp_path_factory.mktemp("box") / "xtables.lock"))
+        yield
+
+
 # The kernel settings that a daemon makes which has an API server, as far as tests are about them.
 AS_IN_A_CLUSTER = ("--conntrack-tcp-timeout-close-wait", "1h")
 
