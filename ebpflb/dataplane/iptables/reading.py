@@ -173,7 +173,9 @@ class _Reader:
         self._externs: dict[str, _Extern | None] = {}
         self._guards: dict[tuple[str, str], _Guard | None] = {}
         for rule in self.filter[names.LOCALITY]:
-            _, _, flag, *words = rule.split(" ")
+            flag, *words = rule.split(" ")[2:] or ("",)
+            if not words:
+                continue
             if flag == "-s":
                 self.cidrs.add(words[0])
             elif flag == "-i":
