@@ -231,6 +231,7 @@ CONFINED = {
     "pyroute2": {"dataplane.ipvs.netlink"},  # see the tops of rtnetlink and of that file
     "subprocess": {
         "dataplane.bpf.artifact",
+        "dataplane.ipvs.netlink",  # modprobe
         "demo.cluster",
         "demo.daemon",
         "demo.namespaces",

@@ -15,8 +15,10 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -307,9 +309,23 @@ def _ipvs() -> Iterator[tuple[Netlink, int]]:
     """A socket, and the number that IPVS has in generic netlink; asking for it loads the module."""
     with _closing(_GENERIC) as netlink:
         body = struct.pack("=BBH", _GET_FAMILY, 1, 0) + attribute(2, b"IPVS\0")
-        (answer,) = netlink.request(_CONTROL, 0, body)
+        try:
+            (answer,) = netlink.request(_CONTROL, 0, body)
+        except FileNotFoundError:
+            # Older kernels (5.10) do not load the module by that name.
+            if not _modprobe("ip_vs"):
+                raise
+            (answer,) = netlink.request(_CONTROL, 0, body)
         (number,) = struct.unpack("=H", attributes(answer[4:])[1])
         yield netlink, number
+
+
+def _modprobe(module: str) -> bool:
+    """Load a module; whether it could be."""
+    modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if modprobe is None:
+        return False
+    return subprocess.run([modprobe, "--quiet", module], capture_output=True, check=False).returncode == 0
 
 
 def _in_words(error: OSError) -> OSError:
