@@ -307,6 +307,7 @@ def test_a_flush_is_noticed(standing: Standing) -> None:
     standing.dataplane.audit()
     assert standing.dataplane.canary()
     standing.kernel.held.clear()
+    standing.kernel.places.clear()
     assert not standing.dataplane.canary()
 
 

@@ -22,12 +22,12 @@ from ebpflb.dataplane.ipvs.names import DEVICE, SET_NAMES, Mark, Set
 from ebpflb.dataplane.ipvs.netlink import Kernel, NetlinkKernel
 from ebpflb.dataplane.ipvs.options import IpvsOptions
 from ebpflb.dataplane.ipvs.reading import Held
-from ebpflb.dataplane.ipvs.table import Server, server_of, unpacked
+from ebpflb.dataplane.ipvs.table import Server, is_loopback, server_of, unpacked
 from ebpflb.dataplane.ipvs.writer import Writer, explained
 from ebpflb.errors import ApplyError, Unsupported, UserError
 from ebpflb.model import Family
 from ebpflb.netfilter.iptables import Variant, detect
-from ebpflb.routes import Locality, RouteTable, in_cidr
+from ebpflb.routes import Locality, RouteTable, Verdict, in_cidr
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +201,13 @@ class IpvsDataplane:
         return Held(servers, destinations, entries, bound, others, rulesets)
 
     def canary(self) -> bool:
-        """Whether the sets, the device and the rules are there: who flushed any of them flushed all."""
+        """Whether the sets, the device, the rules and a virtual server are there: who flushed any of them flushed
+        all."""
         there = self._headers()
+        sample = self._any_server()
         try:
             device = self._kernel.has_device()
-            alive = bool(self._kernel.servers()) or self._routes is None or not len(self._routes)
+            alive = sample is None or bool(self._kernel.destinations((sample,))[sample])
         except OSError as error:
             raise ApplyError("ipvs", "", error.errno or 0, explained("IPVS cannot be read", error)) from error
         if not (device and alive) or not all(name in there for name in SET_NAMES):
@@ -218,6 +220,13 @@ class IpvsDataplane:
             ):
                 return False
         return True
+
+    def _any_server(self) -> Server | None:
+        """One that must be there; None if none must."""
+        for (frontend, _), route in (self._routes or RouteTable()).items():
+            if route.verdict is Verdict.FORWARD and not is_loopback(frontend.address):
+                return server_of(frontend)
+        return None
 
     # ---- Leaving
 
