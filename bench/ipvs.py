@@ -17,6 +17,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -72,6 +73,10 @@ def less_one(table: RouteTable, at: int) -> RouteTable:
     return table.evolve(put)
 
 
+def progress(what: str, seconds: float) -> None:
+    print(f"{what}: {seconds:.3f} s", file=sys.stderr, flush=True)
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.monotonic()
     call()
@@ -89,11 +94,14 @@ def measure(namespace: str, services: int, endpoints: int) -> dict[str, object]:
         cold = time.monotonic() - began
         assert report.complete, report.problems
         cold_cpu = time.process_time() - cpu
+        progress("cold", cold)
         changes = []
         for at in range(CHANGES):
             table = less_one(table, at * (services // CHANGES))
             changes.append(timed(lambda table=table: dataplane.sync(table)))  # type: ignore[misc]
+        progress("one change", statistics.median(changes))
         audit = timed(dataplane.audit)
+        progress("audit", audit)
         figures: dict[str, object] = {
             "services": services,
             "endpoints": endpoints,
