@@ -321,6 +321,42 @@ static inline int pass_by(struct packet *packet, const struct settings *node, u6
 	return PASS;
 }
 
+/*
+ * Who has retired gives way: a packet of somebody else's that leaves by a port of our masquerade has it from conntrack,
+ * and its answers must not be led to the client of a flow that has ended. A connection that goes on keeps its port.
+ */
+static inline void give_way(const struct packet *packet)
+{
+	struct flow_key key = {};
+	struct settings *node = node_settings();
+	struct flow *flow, *reply;
+
+	if (!node || !node->retired || packet->error)
+		return;
+	key.source = packet->key.destination;
+	key.source_port = packet->key.destination_port;
+	key.destination = packet->key.source;
+	key.destination_port = packet->key.source_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_INGRESS;
+	flow = flows.lookup(&key);
+	if (!flow || flow->action != FLOW_UNSNAT)
+		return;
+	if (key.protocol == IPPROTO_TCP) {
+		struct flow_key back = key;
+
+		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+			return;
+		back.destination = flow->address;
+		back.destination_port = flow->port;
+		back.hook = HOOK_EGRESS;
+		reply = flows.lookup(&back);
+		if (reply && !(reply->flags & FLOW_CLOSING))
+			return;
+	}
+	flows.delete(&key);
+}
+
 /* Later fragments of a datagram have no ports: keep those of the first one. */
 static inline void remember_ports(const struct packet *packet)
 {

@@ -116,7 +116,8 @@ struct settings {
 	char pod_interface[16]; /* Locality.pod_interface without its star */
 	u8 pod_interface_is_prefix;
 	u8 flows_elsewhere; /* another dataplane carried Services before: connections not known here are its own */
-	u8 pad[6];
+	u8 retired;         /* another one carries them now: a port that it takes is no longer ours */
+	u8 pad[5];
 };
 _Static_assert(sizeof(struct settings) == 64, "struct settings");
 

@@ -170,7 +170,7 @@ int tc_ingress(struct __sk_buff *skb)
 	struct flow_key to;
 	struct settings *node;
 	struct flow *flow;
-	int verdict;
+	int verdict, stale = 0;
 	u64 now;
 
 	packet.key.hook = HOOK_INGRESS;
@@ -185,6 +185,7 @@ int tc_ingress(struct __sk_buff *skb)
 	flow = entering_flow(&packet.key);
 	if (flow && !packet.error && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
 		count(FLOW_STALE);
+		stale = 1;
 		flow = 0;
 	}
 	if (flow) {
@@ -194,8 +195,11 @@ int tc_ingress(struct __sk_buff *skb)
 		translated(&packet.key, flow, &to);
 	} else {
 		verdict = new_flow(skb, &packet, node, now, &to);
-		if (verdict != GO_ON)
+		if (verdict != GO_ON) {
+			if (stale)
+				flows.delete(&packet.key); /* or what follows this packet would still be led by it */
 			return finish(skb, verdict);
+		}
 	}
 	return finish(skb, carry_out(skb, &packet, &to));
 }
@@ -214,8 +218,10 @@ int tc_egress(struct __sk_buff *skb)
 	if (verdict != GO_ON)
 		return finish(skb, verdict);
 	flow = leaving_flow(&packet.key);
-	if (!flow)
+	if (!flow) {
+		give_way(&packet);
 		return finish(skb, PASS);
+	}
 	node = node_settings();
 	if (!node)
 		return finish(skb, PASS);

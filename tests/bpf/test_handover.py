@@ -9,10 +9,10 @@ import pytest
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.maps import KernelMaps
-from ebpflb.dataplane.bpf.retiring import end_frontends, flows_kept
+from ebpflb.dataplane.bpf.retiring import flows_kept, leave
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import UNSPEC, UPLINK, Loaded, To
-from tests.packets import Packet, assert_same
+from tests.bpf.loaded import UNSNAT, UNSPEC, UPLINK, Loaded, To
+from tests.packets import Packet, assert_same, parse
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
@@ -21,7 +21,7 @@ HOUR = 3600 * 1000  # jiffies, at most
 
 
 def _maps(node: Loaded) -> KernelMaps:
-    return KernelMaps({name: node.maps[name] for name in ("frontends", "flows")})
+    return KernelMaps({name: node.maps[name] for name in ("frontends", "flows", "settings")})
 
 
 def _nodeport(node: Loaded, protocol: str, family: int) -> Packet:
@@ -73,8 +73,8 @@ def test_a_retired_dataplane_keeps_its_connections_and_begins_none(node: Loaded,
     inside = {"destination": "remote", "dport": 8080}
     _enters(node, request, request.but(**inside), family)
 
-    assert end_frontends(_maps(node)) == 1
-    assert end_frontends(_maps(node)) == 0
+    assert leave(_maps(node)) == 1
+    assert leave(_maps(node)) == 0
     _enters(node, request.but(flags="PA"), request.but(flags="PA", **inside), family)
     other = request.but(sport=40002)
     _enters(node, other, other, family)
@@ -86,7 +86,7 @@ def test_a_connection_is_kept_until_it_is_closed(node: Loaded, family: int) -> N
     request = _nodeport(node, "tcp", family)
     inside = {"destination": "remote", "dport": 8080}
     _enters(node, request, request.but(**inside), family)
-    end_frontends(_maps(node))
+    leave(_maps(node))
     _enters(node, request.but(flags="FA"), request.but(flags="FA", **inside), family)
     assert flows_kept(_maps(node), _now(node), HOUR) == 0
 
@@ -104,6 +104,66 @@ def test_datagrams_do_not_keep_a_retired_dataplane(node: Loaded) -> None:
     """Their next one finds a backend by the successor."""
     request = _nodeport(node, "udp", 4)
     _enters(node, request, request.but(destination="remote", dport=8080), 4)
-    end_frontends(_maps(node))
+    leave(_maps(node))
     assert flows_kept(_maps(node), _now(node), HOUR) == 0
     assert syscall.lookup_all(node.maps["frontends"])[2] == 0
+
+
+def _masqueraded(node: Loaded, request: Packet, family: int) -> tuple[Packet, Packet]:
+    """The request as it leaves, and its answer as it leaves to the client; both have passed."""
+    inside = request.but(destination="remote", dport=8080)
+    _enters(node, request, inside, family)
+    left = node.egress(inside.frame(family), family, UPLINK)
+    parsed = parse(left.frame)
+    assert left.verdict == UNSPEC and parsed is not None and parsed.ports is not None
+    return inside.but(source="uplink", sport=parsed.ports[0]), inside.reply()
+
+
+def _leaves(node: Loaded, packet: Packet, family: int) -> None:
+    """A packet that is not ours leaves as it came."""
+    result = node.egress(packet.frame(family), family, UPLINK)
+    assert result.verdict == UNSPEC
+    assert_same(result.frame, packet.frame(family))
+
+
+@both_families
+def test_a_port_that_the_successor_gives_out_is_no_longer_that_of_an_ended_flow(node: Loaded, family: int) -> None:
+    """conntrack knows nothing of our ports; its answers would go to whoever had the port before."""
+    for protocol in ("tcp", "udp"):
+        request = _nodeport(node, protocol, family)
+        beyond, answer = _masqueraded(node, request, family)
+        _enters(node, beyond.reply(), answer, family)
+        if protocol == "tcp":
+            _enters(node, request.but(flags="FA"), request.but(flags="FA", destination="remote", dport=8080), family)
+        leave(_maps(node))
+        _leaves(node, beyond, family)  # by conntrack's choice, of the same port
+        _enters(node, beyond.reply(), beyond.reply(), family)
+        assert not [row for row in node.flows() if row.action == UNSNAT]
+
+
+@both_families
+def test_a_connection_that_goes_on_keeps_its_port(node: Loaded, family: int) -> None:
+    request = _nodeport(node, "tcp", family)
+    beyond, answer = _masqueraded(node, request, family)
+    leave(_maps(node))
+    _leaves(node, beyond, family)
+    _enters(node, beyond.reply(), answer, family)
+
+
+@both_families
+def test_who_has_not_retired_gives_way_to_nobody(node: Loaded, family: int) -> None:
+    request = _nodeport(node, "udp", family)
+    beyond, answer = _masqueraded(node, request, family)
+    _leaves(node, beyond, family)
+    _enters(node, beyond.reply(), answer, family)
+
+
+@both_families
+def test_a_port_that_a_client_uses_again_is_the_successors_from_the_syn_on(node: Loaded, family: int) -> None:
+    request = _nodeport(node, "tcp", family)
+    inside = {"destination": "remote", "dport": 8080}
+    _enters(node, request, request.but(**inside), family)
+    _enters(node, request.but(flags="FA"), request.but(flags="FA", **inside), family)
+    leave(_maps(node))
+    for flags in ("S", "A", "PA"):
+        _enters(node, request.but(flags=flags), request.but(flags=flags), family)

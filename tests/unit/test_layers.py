@@ -103,7 +103,13 @@ LAYERS = (
     Layer("dataplane.bpf.records", (*_ROWS, "dataplane.bpf.tables"), pure=True),
     Layer(
         "dataplane.bpf.retiring",
-        (*_WORLD, "dataplane.bpf.inspect", "dataplane.bpf.layouts", "dataplane.bpf.maps"),
+        (
+            *_WORLD,
+            "dataplane.bpf.inspect",
+            "dataplane.bpf.layouts",
+            "dataplane.bpf.locality",
+            "dataplane.bpf.maps",
+        ),
     ),
     Layer("netfilter", ("model", "errors", "rtnetlink", "netfilter")),
     Layer("netfilter.ruleset", (), pure=True),

@@ -28,7 +28,7 @@ from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
 from ebpflb.dataplane.bpf.reading import Reading
-from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, end_frontends, flows_kept
+from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, flows_kept, leave
 from ebpflb.dataplane.bpf.sockets import Orphans
 from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
@@ -278,7 +278,7 @@ class BpfDataplane:
         with self._maps() as maps, _readable():
             if maps is None:
                 return True
-            if ended := end_frontends(maps):
+            if ended := leave(maps):
                 log.info("bpf: %d frontends left to the successor", ended)
             kept = flows_kept(maps, facts.jiffies(), KEPT_SECONDS * facts.jiffies_per_second())
             log.debug("bpf: %d connections are kept", kept)

@@ -51,7 +51,8 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("pod_interface", 16),
         ("pod_interface_is_prefix", 1),
         ("flows_elsewhere", 1),
-        ("pad", 6),
+        ("retired", 1),
+        ("pad", 5),
     ),
     "flow_key": (
         ("source", 16),
@@ -114,7 +115,7 @@ BACKEND = struct.Struct("=16sHHB3xI")
 NAME = struct.Struct("=64s64s64s")
 SOURCE_KEY = struct.Struct("=I16s")
 RANGE_KEY = struct.Struct("=II16s")
-SETTINGS = struct.Struct("=QQQIIHH4x16sBB6x")
+SETTINGS = struct.Struct("=QQQIIHH4x16sBBB5x")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
 FLOW = struct.Struct("=16sHHBBHIIQQ")
 SOCKET_KEY = struct.Struct("=Q16sHBB4x")

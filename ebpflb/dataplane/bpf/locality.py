@@ -25,7 +25,7 @@ _OWN = 16
 class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     """What the settings say besides locality. `netns` is the cookie of the node's network namespace; times are in
     jiffies; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane carried
-    Services before this one, and its connections go on."""
+    Services before this one, and its connections go on. `retired`: another one carries Services now."""
 
     netns: int
     flow_idle: int
@@ -33,6 +33,7 @@ class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     snat_low: int
     snat_high: int
     flows_elsewhere: bool = False
+    retired: bool = False
 
 
 def pack_sources(locality: Locality) -> dict[bytes, bytes]:
@@ -92,13 +93,21 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
         interface.removesuffix("*").encode()[:15],
         interface.endswith("*"),
         facts.flows_elsewhere,
+        facts.retired,
     )
 
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, _, _, elsewhere = SETTINGS.unpack(settings)
-    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere)), layout
+    netns, flow_idle, refresh, layout, _, low, high, _, _, elsewhere, retired = SETTINGS.unpack(settings)
+    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired)), layout
+
+
+def retired(settings: bytes) -> bytes:
+    """The `settings` row of a dataplane that has retired."""
+    fields = list(SETTINGS.unpack(settings))
+    fields[-1] = True
+    return SETTINGS.pack(*fields)
 
 
 def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
@@ -109,7 +118,7 @@ def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
             nodes.append(unpack_address(address))
         if flags >> _OWN & SOURCE_POD:
             cidrs.append(unpack_network(bits, address))
-    *_, interface, prefix, _ = SETTINGS.unpack(settings)
+    *_, interface, prefix, _, _ = SETTINGS.unpack(settings)
     return Locality(
         tuple(sorted(nodes, key=address_order)),
         tuple(sorted(cidrs, key=cidr_order)),

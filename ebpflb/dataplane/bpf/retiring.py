@@ -6,8 +6,12 @@ give no packet and no socket a backend; the flows that they know they go on tran
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 from ebpflb.dataplane.bpf.inspect import FLOW_CLOSING, FLOW_DNAT
 from ebpflb.dataplane.bpf.layouts import FLOW, FLOW_KEY, SIZES
+from ebpflb.dataplane.bpf.locality import ONLY, retired, unpack_facts
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.errors import ApplyError
 from ebpflb.model import Protocol
@@ -18,14 +22,22 @@ KEPT_SECONDS = 3600
 _LOW = (1 << 32) - 1
 
 
-def end_frontends(maps: Maps) -> int:
-    """Remove every frontend's row; how many there were. Raises ApplyError."""
+def leave(maps: Maps) -> int:
+    """Have the programs give way to the successor, and remove every frontend's row; how many there were. Raises
+    ApplyError, OSError."""
+    settings = maps.read_array("settings", 0, 1)
+    facts, layout = unpack_facts(settings)
+    if layout and not facts.retired:
+        _require("settings", maps.put("settings", ONLY, retired(settings)))
     keys, _ = maps.read("frontends")
-    refused = maps.remove("frontends", keys)
+    _require("frontends", maps.remove("frontends", keys))
+    return len(keys) // SIZES["frontends"][0]
+
+
+def _require(table: str, refused: Mapping[int, int]) -> None:
     if refused:
         number = next(iter(refused.values()))
-        raise ApplyError("frontends", "", number, f"{len(refused)} frontends cannot be removed (errno {number})")
-    return len(keys) // SIZES["frontends"][0]
+        raise ApplyError(table, "", number, f"{len(refused)} rows of {table} cannot be written: {os.strerror(number)}")
 
 
 def flows_kept(maps: Maps, jiffies: int, patience: int) -> int:
