@@ -153,7 +153,8 @@ def test_maps_of_another_size_are_replaced_with_their_programs(
 ) -> None:
     place.loaded(small)
     old_maps, links = place.ids(pins.MAPS), place.ids(pins.LINKS)
-    other = load_artifact(Sizes(frontends=128, backends=64, slots=64, flows=64, sockets=64, fragments=64, services=64))
+    sizes = Sizes(frontends=128, backends=64, slots=64, flows=64, sockets=64, fragments=64, services=64)
+    other = load_artifact(sizes, set_retval=facts.has_set_retval())
     made = place.programs(other)
     assert made.open()
     # Until the new rows are written, what runs is the old programs over the old maps.
