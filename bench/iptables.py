@@ -11,6 +11,7 @@ has a namespace of its own; changes take turns, an endpoint going and another on
 from __future__ import annotations
 
 import gc
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,9 @@ _OURS_ALONE = (names.LOCALITY, names.CIP_REJECT)
 def iptables(lab: Lab, services: int, changes: int, say: Callable[[str], None]) -> Iterator[Figure]:
     """All figures of this file."""
     table = _table(services)
-    for variant in Variant:
+    # iptables' own variable: a restore of everything holds the lock for longer than others on this machine wait for it.
+    os.environ["XTABLES_LOCKFILE"] = str(lab.directory / "xtables.lock")
+    for variant in reversed(Variant):
         with _namespace(lab, f"{variant}-ours") as ours, _namespace(lab, f"{variant}-theirs") as theirs:
             yield from _figures(ours, theirs, variant, table, services, changes, say)
 

@@ -1,8 +1,9 @@
 """iptables as a tool: which of its variants to use, and save and restore of tables, in either family.
 
 Rules of this file: it runs commands and reads their answers; what the rules mean is others' business. Nothing is ever
-flushed that the caller does not name: restore is always `--noflush --counters`. Every command waits for the xtables
-lock. What a command refuses is an ApplyError with its own words; a command that is not there is Unsupported.
+flushed that the caller does not name: restore is always `--noflush --counters`. Whatever writes waits for the xtables
+lock; whatever reads needs none, since the kernel gives a whole table at a time, and waits for nobody. What a command
+refuses is an ApplyError with its own words; a command that is not there is Unsupported.
 
 The variant `nft` (1.8.9, 1.8.11) takes time quadratic in the number of chains: to save 110,000 of them two minutes and
 then it crashes, to restore them in one transaction four minutes. So beyond a thousand chains its tables are read chain
@@ -13,22 +14,23 @@ few are best.
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, TypeVar
 
 from ebpflb.errors import ApplyError, Unsupported
 from ebpflb.model import Family
 from ebpflb.netfilter import legacy, nftables
+from ebpflb.netfilter.commands import Variant, binary, missing_commands, plain_variant, required, version_of
 from ebpflb.netfilter.ruleset import Rules, SavedChain, saved_chains
+
+__all__ = ["Iptables", "LockHeldError", "Variant", "detect", "missing_commands"]
 
 TABLES = ("filter", "nat", "mangle")
 
@@ -47,8 +49,7 @@ RANDOM_FULLY = (1, 6, 2)
 _MANY = 1000
 _READ_AT_ONCE = 200
 _LOCK = "/run/xtables.lock"
-_PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
-_COMMANDS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+_NO_LOCK = "/dev/null"
 # kubelet makes the first for just this purpose (1.24); the second is older and of its own.
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 _CAP_NET_ADMIN = 12
@@ -58,20 +59,6 @@ _NOISE = ("Try `", "# Warning:", "Perhaps iptables or your kernel")
 
 
 T = TypeVar("T")
-
-
-class Variant(enum.StrEnum):
-    """Which of the kernel's two engines the rules are in. Both may be in use, each unaware of the other."""
-
-    NFT = "nft"
-    LEGACY = "legacy"
-
-
-class Version(NamedTuple):
-    """What `iptables --version` says."""
-
-    numbers: tuple[int, ...]
-    variant: Variant
 
 
 class LockHeldError(ApplyError):
@@ -85,12 +72,13 @@ class Iptables:
         """`lock`: another file than the machine's xtables lock, for a namespace of one's own. Raises Unsupported if a
         command is missing."""
         self._environment = {**os.environ, "LC_ALL": "C"}  # in English: some of what commands say is looked at
+        self._for_reading = {**self._environment, "XTABLES_LOCKFILE": _NO_LOCK}
         if lock:
             self._environment["XTABLES_LOCKFILE"] = lock
         self.family = family
         self.variant = variant
         self._list, self._save, self._restore = (
-            _required(family, variant, suffix) for suffix in ("", "-save", "-restore")
+            required(family, variant, suffix) for suffix in ("", "-save", "-restore")
         )
 
     @property
@@ -209,7 +197,7 @@ class Iptables:
             return None
         argv = [self._list, *self._waiting, "-t", table, *how, chain]
         try:
-            done = subprocess.run(argv, capture_output=True, check=False, env=self._environment)
+            done = subprocess.run(argv, capture_output=True, check=False, env=self._for_reading)
         except OSError as error:
             raise ApplyError(table, chain, error.errno or 0, f"{argv[0]} cannot be run: {error.strerror}") from error
         if done.returncode:
@@ -232,7 +220,7 @@ class Iptables:
                 stdin=told,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                env=self._environment,
+                env=self._for_reading,
                 text=True,
                 errors="replace",
             ) as process:
@@ -257,7 +245,7 @@ class Iptables:
 def detect(families: Sequence[Family] = tuple(Family)) -> Variant:
     """The variant that this node's rules are in: kubelet's hint, else the one that has more rules, else what plain
     `iptables` is. Raises Unsupported if there is no iptables, ApplyError if the kernel refuses to tell."""
-    present = [variant for variant in Variant if _binary(Family.IPV4, variant, "-restore")]
+    present = [variant for variant in Variant if binary(Family.IPV4, variant, "-restore")]
     if not present:
         raise Unsupported("no iptables-restore is installed: apt install iptables")
     if len(present) == 1:
@@ -270,52 +258,7 @@ def detect(families: Sequence[Family] = tuple(Family)) -> Variant:
     most = max(present, key=lambda variant: sizes[variant])
     if sizes[most]:
         return most
-    plain = shutil.which("iptables", path=_search_path())
-    return version_of(plain).variant if plain else present[0]
-
-
-def version_of(binary: str) -> Version:
-    """Raises Unsupported if it does not say."""
-    try:
-        said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
-        match = re.search(r" v(\d+(?:\.\d+)+)(?: \((\w+)\))?", said)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Unsupported(f"{binary} cannot be run: {error}") from error
-    if match is None:
-        raise Unsupported(f"{binary} --version says {said.strip()!r}, which is no version")
-    numbers = tuple(int(part) for part in match[1].split("."))
-    return Version(numbers, Variant.NFT if match[2] == "nf_tables" else Variant.LEGACY)
-
-
-def missing_commands(family: Family, variant: Variant) -> list[str]:
-    """The commands that `Iptables` would need and does not find."""
-    return [
-        f"{_COMMANDS[family]}-{variant}{suffix}"
-        for suffix in ("", "-save", "-restore")
-        if _binary(family, variant, suffix) is None
-    ]
-
-
-def _required(family: Family, variant: Variant, suffix: str) -> str:
-    found = _binary(family, variant, suffix)
-    if found is None:
-        raise Unsupported(f"{_COMMANDS[family]}-{variant}{suffix} is not installed: apt install iptables")
-    return found
-
-
-def _binary(family: Family, variant: Variant, suffix: str) -> str | None:
-    """The path of a command. Where the variant has none of its own name, plain iptables may be of it."""
-    own = shutil.which(f"{_COMMANDS[family]}-{variant}{suffix}", path=_search_path())
-    if own is not None:
-        return own
-    plain = shutil.which(_COMMANDS[family], path=_search_path())
-    if plain is None or version_of(plain).variant is not variant:
-        return None
-    return shutil.which(f"{_COMMANDS[family]}{suffix}", path=_search_path())
-
-
-def _search_path() -> str:
-    return os.pathsep.join((os.environ.get("PATH", os.defpath), _PATH))
+    return plain_variant() or present[0]
 
 
 def _has_chain(family: Family, variant: Variant, table: str, chain: str) -> bool:
@@ -366,7 +309,7 @@ def _refusal(argv: Sequence[str], status: int, said: str) -> ApplyError:
             "xtables lock",
             "",
             errno.EAGAIN,
-            f"{tool}: {_lock_holder()} has held the xtables lock for {WAIT_SECONDS} s; it is tried again",
+            f"{tool}: {_lock_holder()} has held the xtables lock for {WAIT_SECONDS} s; try again when it has let go",
         )
     if not _may_administrate():
         return ApplyError("", "", errno.EPERM, f"{tool}: {words}: {_CAPABILITY}")

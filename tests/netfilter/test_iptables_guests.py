@@ -13,6 +13,7 @@ import pytest
 
 from ebpflb.dataplane.iptables import names
 from ebpflb.dataplane.iptables.dataplane import IptablesDataplane
+from ebpflb.leftovers import KubeProxyLeftovers
 from ebpflb.model import Family
 from ebpflb.netfilter.iptables import Variant, detect
 from tests.iptables import WEB, WEB_PODS, table_of
@@ -330,12 +331,23 @@ def test_a_change_of_variant_leaves_no_rules_in_the_other() -> None:
             assert dict(IptablesDataplane().state()) == dict(table)
 
 
-def test_a_held_lock_stops_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_lock_stops_no_check_and_no_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who only reads needs no lock: neither an operator with `dump`, nor the start of another dataplane."""
     lock = tmp_path / "xtables.lock"
     monkeypatch.setenv("XTABLES_LOCKFILE", str(lock))
-    with entered("legacy"), lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        IptablesDataplane(variant="legacy").check()
+    with entered("legacy") as place:
+        table = table_of(WEB, WEB_PODS)
+        dataplane = place.dataplane()
+        dataplane.sync(table)
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            IptablesDataplane(variant="legacy").check()
+            assert holds(place, table)
+            assert dataplane.canary() and dataplane.inventory()
+            for what in ("services", "counters", "sources", "affinity", "raw"):
+                dataplane.tables(what)
+            assert KubeProxyLeftovers().present() == ()
+            assert detect() is Variant.LEGACY
 
 
 def test_a_report_counts_the_rules_of_each_table(place: Place) -> None:

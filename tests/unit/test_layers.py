@@ -243,6 +243,7 @@ CONFINED = {
         "demo.namespaces",
         "demo.servers",
         "demo.stage",
+        "netfilter.commands",
         "netfilter.iptables",
         "source.kube.access",
     },

@@ -107,7 +107,7 @@ def _requirements(variant: str | None) -> Iterator[Requirement]:
         yield Requirement("iptables", False, str(error), "run as root" if error.errno == errno.EPERM else "see there")
         return
     except Unsupported as error:
-        yield Requirement("iptables", False, str(error), _INSTALL)
+        yield Requirement("iptables", False, str(error).removesuffix(f": {_INSTALL}"), _INSTALL)
         return
     for family in Family:
         essential = family is Family.IPV4
