@@ -1,8 +1,8 @@
 """iptables as a tool: which of its variants to use, and save and restore of tables, in either family.
 
 Rules of this file: it runs commands and reads their answers; what the rules mean is others' business. Nothing is ever
-flushed that the caller does not name: restore is always `--noflush --counters`. Whatever writes waits for the xtables
-lock; whatever reads needs none, since the kernel gives a whole table at a time, and waits for nobody. What a command
+flushed that the caller does not name: restore is always `--noflush --counters`. What writes waits for the xtables lock;
+what reads needs none, since the kernel gives a whole table at a time, and does not wait for who has it. What a command
 refuses is an ApplyError with its own words; a command that is not there is Unsupported.
 
 The variant `nft` (1.8.9, 1.8.11) takes time quadratic in the number of chains: to save 110,000 of them two minutes and
