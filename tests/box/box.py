@@ -176,10 +176,12 @@ class Box:
         deadline = time.monotonic() + seconds
         for node in self.cluster.nodes if nodes is None else nodes:
             wanted = self.wanted[node] = self.kernel.wanted(node)
+            pause = 0.002  # longer each time: to read rules costs as much as the daemon needs to write them
             while (held := self.kernel.held(node)) != wanted:
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{node} does not hold what it should:\n{_difference(wanted, held)}")
-                time.sleep(0.002)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
             if self.daemon_runs(node):
                 self.kernel.settled(node)
 

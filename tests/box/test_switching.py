@@ -144,16 +144,16 @@ def test_dump_says_the_same_of_every_dataplane(changing: Box) -> None:
 def test_trace_explains_alike_on_every_dataplane(changing: Box) -> None:
     targets = everything(changing)
     clients = ("sa", "node1", "outside", "b1")
-    # Each target by one client, each client with several targets: a trace is a process.
+    # Some targets, each by one client: a trace is a process.
     questions = [
         (changing.address(client, "ipv6" if ":" in to.address else "ipv4"), str(to))
-        for client, to in zip(itertools.cycle(clients), targets[::3], strict=False)
+        for client, to in zip(itertools.cycle(clients), targets[::5], strict=False)
     ]
     traces = {}
     for mode in (BPF, IPTABLES_NFT):
         if changing.modes["node1"] is not mode:
             changing.switch("node1", mode)
-        traces[mode.name] = [said(changing, "trace", *question, "-o", "json") for question in questions]
+        traces[mode.name] = [said(changing, "trace", *question) for question in questions]
     assert {status for status, _ in traces["bpf"]} >= {0, 6}
     assert traces["iptables-nft"] == traces["bpf"]
 
