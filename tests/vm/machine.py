@@ -58,6 +58,7 @@ mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t tmpfs tmpfs /run/lock 2>/dev/null
 mount -t bpf bpf /sys/fs/bpf
 ip link set lo up
+modprobe tun  # without udev nothing makes /dev/net/tun, whose opening would load it
 ulimit -n 65536
 cd "$1" && share=$2 && shift 2
 : >"$share/began"
