@@ -109,7 +109,7 @@ def _boot(
     with open(_console(kernel), "wb") as to:
         machine = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=to, stderr=to, start_new_session=True,
-            env={**os.environ, "PATH": _path(), "HOME": str(home)},
+            env={**os.environ, "PATH": _path(), "HOME": str(home), "TMPDIR": str(home)},
         )  # fmt: skip
         try:
             return _follow(machine, share, deadline)
@@ -146,7 +146,7 @@ def _end(machine: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _private_home() -> Iterator[Path]:
-    """vng keeps settings in its user's home; a machine of ours has none."""
+    """For what vng keeps in its user's home, and for its sockets, which it would leave behind when it is ended."""
     with tempfile.TemporaryDirectory(prefix="ebpflb-vm-") as name:
         yield Path(name)
 
