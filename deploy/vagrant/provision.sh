@@ -46,7 +46,8 @@ node() {
 	quick)
 		say 'some tests: of what is programmed into this kernel'
 		.venv/bin/python -m pytest -p no:cacheprovider -m root \
-			tests/unit/test_rtnetlink.py tests/unit/test_ctnetlink.py tests/bpf/test_syscall.py
+			tests/unit/test_rtnetlink.py tests/bpf/test_syscall.py \
+			tests/unit/test_ctnetlink.py::test_an_endpoint_goes_and_its_clients_follow
 		;;
 	none) say 'no tests: EBPFLB_VAGRANT_TESTS=none' ;;
 	esac

@@ -9,7 +9,7 @@ import errno
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -109,13 +109,11 @@ class Place:
         self._sockets: list[socket.socket] = []
 
     def __enter__(self) -> Place:
-        self.run("ip link set lo up")
-        for pod in ("10.0.1.1", "10.0.1.2"):
-            self.run(f"ip addr add {self.address(pod)} dev lo")
-        # The cluster IP is no address of the node, but what is sent there stays here.
-        self.run("ip link add svc type veth peer name away", "ip link set svc up", "ip link set away up")
-        self.run(f"ip -{self.family.value} route add {self.address('172.30.0.10')} dev svc")
-        self.run(f"ip -{self.family.value} route add {self.address('192.168.99.99')} dev svc")
+        pods = [f"address add {self.address(pod)} dev lo" for pod in ("10.0.1.1", "10.0.1.2")]
+        # Neither is an address of the node, but what is sent there stays here.
+        away = [f"route add {self.address(ip)} dev svc" for ip in ("172.30.0.10", "192.168.99.99")]
+        wire = ["link add svc type veth peer name away", "link set svc up", "link set away up"]
+        self.run("ip -batch -", lines=["link set lo up", *pods, *wire, *away])
         # Somebody asks for conntrack; without, nothing is tracked in this namespace.
         self.iptables("-A OUTPUT -m conntrack --ctstate INVALID", table="filter")
         return self
@@ -128,10 +126,12 @@ class Place:
     def inside(self, act: Callable[[], _T]) -> _T:
         return self._thread.submit(act).result()
 
-    def run(self, *commands: str) -> None:
-        for command in commands:
-            done = self.inside(lambda: subprocess.run(command.split(), capture_output=True, text=True, check=False))  # noqa: B023
-            assert done.returncode == 0, f"{command}: {done.stderr}"
+    def run(self, command: str, lines: Sequence[str] = ()) -> None:
+        said = "\n".join(lines)
+        done = self.inside(
+            lambda: subprocess.run(command.split(), input=said, capture_output=True, text=True, check=False)
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def iptables(self, rule: str, table: str = "nat") -> None:
         self.run(f"{'iptables' if self.family is Family.IPV4 else 'ip6tables'} -w -t {table} {rule}")
