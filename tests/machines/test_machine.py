@@ -50,11 +50,11 @@ def test_a_command_runs_as_root_on_another_kernel_and_its_words_and_status_come_
 
 def test_a_machine_that_hangs_is_ended_and_its_console_shown() -> None:
     before, begun = ours(), time.monotonic()
-    done = machine("sh", "-c", "echo begun; sleep 1000", seconds=40)
+    done = machine("sh", "-c", "echo begun; sleep 1000", seconds=60)
     assert done.returncode == TIMED_OUT
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 90
     assert done.stdout == "begun\n"
-    assert "took longer than 40 s" in done.stderr
+    assert "took longer than 60 s" in done.stderr
     assert "virtme-ng-init" in done.stderr
     assert not ours() - before
 
