@@ -45,7 +45,7 @@ node() {
 	all) say 'make test'; make test ;;
 	quick)
 		say 'some tests: of what is programmed into this kernel'
-		.venv/bin/python -m pytest -p no:cacheprovider -m root \
+		.venv/bin/python -m pytest -p no:cacheprovider -m 'root or bpf_load' \
 			tests/unit/test_rtnetlink.py tests/bpf/test_syscall.py \
 			tests/unit/test_ctnetlink.py::test_an_endpoint_goes_and_its_clients_follow
 		;;
