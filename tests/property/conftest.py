@@ -10,7 +10,7 @@ import os
 
 from hypothesis import settings
 
-FEW = 20
+FEW = 8
 
 settings.register_profile("few", max_examples=FEW, deadline=None)
 settings.register_profile("many", max_examples=max(FEW, int(os.environ.get("EBPFLB_FUZZ", "0")) // 1000), deadline=None)
