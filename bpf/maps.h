@@ -154,10 +154,11 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define HOOK_INGRESS 0
 #define HOOK_EGRESS 1
 
-#define FLOW_DNAT 0   /* request enters */
-#define FLOW_SNAT 1   /* request leaves */
-#define FLOW_UNSNAT 2 /* reply enters */
-#define FLOW_UNDNAT 3 /* reply leaves */
+#define FLOW_DNAT 0      /* request enters */
+#define FLOW_SNAT 1      /* request leaves */
+#define FLOW_UNSNAT 2    /* reply enters */
+#define FLOW_UNDNAT 3    /* reply leaves */
+#define FLOW_ELSEWHERE 4 /* reply enters to a port of conntrack's masquerade: left alone */
 
 #define FLOW_CLOSING 1     /* a FIN or RST has been seen: the next SYN is a new connection */
 #define FLOW_UNALLOCATED 2 /* FLOW_SNAT: no port has been taken yet */

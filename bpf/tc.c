@@ -183,6 +183,8 @@ int tc_ingress(struct __sk_buff *skb)
 	now = bpf_jiffies64();
 
 	flow = entering_flow(&packet.key);
+	if (flow && flow->action == FLOW_ELSEWHERE)
+		return finish(skb, PASS);
 	if (flow && !packet.error && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
 		count(FLOW_STALE);
 		stale = 1;

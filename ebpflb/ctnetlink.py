@@ -1,4 +1,5 @@
-"""ctnetlink, as far as we need it: the kernel's UDP connection tracking entries, read and deleted.
+"""ctnetlink, as far as we need it: the kernel's UDP connection tracking entries, read and deleted; and by which of this
+node's ports connections of all protocols are masqueraded.
 
 Rules of this file: it encodes, sends, reads and decodes, and decides nothing. A refusal is an OSError. Entries are read
 as they come and with as little work as can be: a table may hold hundreds of thousands, most of them of no interest. For
@@ -24,13 +25,14 @@ _GET, _DELETE = 0x101, 0x102  # the subsystem is the upper byte
 _FAMILIES = {Family.IPV4: int(socket.AF_INET), Family.IPV6: int(socket.AF_INET6)}
 _HEADER = 4
 _NESTED = 0x8000
-_ORIGINAL, _REPLY, _ID, _ZONE, _FILTER = 1, 2, 12, 18, 25
+_ORIGINAL, _REPLY, _STATUS, _ID, _ZONE, _FILTER = 1, 2, 3, 12, 18, 25
 _IP, _PROTOCOL, _TUPLE_ZONE = 1, 2, 3
 _SOURCE = {Family.IPV4: 1, Family.IPV6: 3}
 _DESTINATION = {Family.IPV4: 2, Family.IPV6: 4}
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _BY_PROTOCOL = 1 << 3
 _UDP = 17
+_SOURCE_TRANSLATED = 1 << 4  # IPS_SRC_NAT
 
 
 class Entry(NamedTuple):
@@ -42,6 +44,14 @@ class Entry(NamedTuple):
     answerer: End
     zoned: bool
     message: bytes
+
+
+class Answer(NamedTuple):
+    """The way that answers of a masqueraded flow come in: from the server to an address and port of this node."""
+
+    protocol: int
+    source: End
+    destination: End
 
 
 def end(address: Address, port: int) -> End:
@@ -67,6 +77,22 @@ def udp_entries(netlink: Netlink, family: Family) -> Iterator[Entry]:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         yield from decoded(netlink.stream(_GET, _header(family)), family)
+
+
+def masqueraded(netlink: Netlink, family: Family) -> Iterator[Answer]:
+    """The answers of all flows whose source somebody's rule replaces. Raises OSError as `udp_entries` does."""
+    for message in netlink.stream(_GET, _header(family)):
+        has = attributes(message[_HEADER:])
+        if not int.from_bytes(has.get(_STATUS, b"")) & _SOURCE_TRANSLATED:
+            continue
+        reply = attributes(has.get(_REPLY, b""))
+        addresses, ports = attributes(reply.get(_IP, b"")), attributes(reply.get(_PROTOCOL, b""))
+        if _SOURCE_PORT in ports:  # ICMP has none
+            yield Answer(
+                ports[_NUMBER][0],
+                addresses.get(_SOURCE[family], b"") + ports[_SOURCE_PORT],
+                addresses.get(_DESTINATION[family], b"") + ports[_DESTINATION_PORT],
+            )
 
 
 def delete(netlink: Netlink, family: Family, entry: Entry) -> bool:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import pytest
 
+from ebpflb.ctnetlink import Answer, end
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.retiring import flows_kept, leave
+from ebpflb.dataplane.bpf.succeeding import spare_ports
+from ebpflb.model import Protocol
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import UNSNAT, UNSPEC, UPLINK, Loaded, To
-from tests.packets import Packet, assert_same, parse
+from tests.bpf.loaded import SHOT, UNSNAT, UNSPEC, UPLINK, Loaded, To
+from tests.packets import Packet, address, assert_same, parse
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
@@ -65,6 +68,40 @@ def test_with_nobody_before_us_a_connection_that_is_not_known_gets_a_backend(nod
     """Its row may have been evicted: with one backend it goes on, with several a refusal ends it at once."""
     request = _nodeport(node, "tcp", family).but(flags="PA")
     _enters(node, request, request.but(destination="remote", dport=8080), family)
+
+
+def _conntracks(family: int, port: int) -> list[Answer]:
+    """A connection to the backend that conntrack masquerades by one of our ports."""
+    backend, node = (end(address(role, family), number) for role, number in (("remote", 8080), ("uplink", port)))
+    return [Answer(Protocol.TCP, backend, node)]
+
+
+@both_families
+def test_a_port_that_conntrack_masquerades_by_is_not_given_out(node: Loaded, family: int) -> None:
+    """Or the backend would take the new connection for the old one, which both would not survive."""
+    node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001)
+    assert spare_ports(_maps(node), _conntracks(family, 45000) + _conntracks(family, 44999), 45000, 45001) == 1
+    request = _nodeport(node, "tcp", family)
+    inside = request.but(destination="remote", dport=8080)
+    _enters(node, request, inside, family)
+    left = parse(node.egress(inside.frame(family), family, UPLINK).frame)
+    assert left is not None and left.ports == (45001, 8080)
+    second = inside.but(sport=40001)
+    _enters(node, request.but(sport=40001), second, family)
+    assert node.egress(second.frame(family), family, UPLINK).verdict == SHOT
+    assert node.counters()["PACKET_NO_PORT"] == 1
+
+
+@both_families
+@pytest.mark.parametrize("flags", ("SA", "A", "PA", "FA", "R"))
+def test_answers_to_such_a_port_are_left_to_conntrack(node: Loaded, family: int, flags: str) -> None:
+    node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001)
+    spare_ports(_maps(node), _conntracks(family, 45000), 45000, 45001)
+    request = _nodeport(node, "tcp", family)
+    _enters(node, request, request.but(destination="remote", dport=8080), family)
+    node.egress(request.but(destination="remote", dport=8080).frame(family), family, UPLINK)
+    answer = Packet("remote", 8080, "uplink", 45000, "tcp", flags=flags)
+    _enters(node, answer, answer, family)
 
 
 @both_families

@@ -11,7 +11,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pytest
 from hypothesis import given
@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from ebpflb import ctnetlink, policy
 from ebpflb.conntrack import StaleFlows
-from ebpflb.ctnetlink import Entry, conntrack_socket, decoded, delete, end, udp_entries
+from ebpflb.ctnetlink import Answer, Entry, conntrack_socket, decoded, delete, end, masqueraded, udp_entries
 from ebpflb.model import Family
 from ebpflb.routes import RouteTable
-from ebpflb.rtnetlink import attribute, attributes
+from ebpflb.rtnetlink import Netlink, attribute, attributes
 from tests.world import UDP, endpoint_slice, in_family, options, port, service, slice_port, snapshot, v6
 
 CLONE_NEWNET = 0x40000000
@@ -51,6 +51,33 @@ def message_of(family: Family, original: bytes, reply: bytes, *others: bytes, sh
 def ends(family: Family) -> st.SearchStrategy[bytes]:
     size = 6 if family is Family.IPV4 else 18
     return st.binary(min_size=size, max_size=size)
+
+
+class Told:
+    """A socket whose kernel has these messages."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self.stream = lambda *_: iter(messages)
+
+
+@FAMILIES
+def test_the_ports_of_masquerade_are_those_of_flows_whose_source_is_replaced(family: Family) -> None:
+    width = 4 if family is Family.IPV4 else 16
+    client, service_, server, node = (bytes([number]) * width + number.to_bytes(2) for number in (1, 2, 3, 4))
+    confirmed, replaced, redirected = 1 << 3, 1 << 4, 1 << 5
+
+    def message(protocol: int, status: int, shuffled: bool = False) -> bytes:
+        original, reply = tuple_of(family, client, service_, protocol), tuple_of(family, server, node, protocol)
+        return message_of(family, original, reply, attribute(3, status.to_bytes(4)), shuffled=shuffled)
+
+    ping = attribute(0x8001, b"") + attribute(0x8002, attribute(1, b"\1") + attribute(4, b"\0\1"))
+    kernel = Told(
+        message(6, confirmed | replaced | redirected),
+        message(6, confirmed | redirected),
+        message(17, replaced, shuffled=True),
+        message_of(family, ping, ping, attribute(3, replaced.to_bytes(4))),
+    )
+    assert list(masqueraded(cast(Netlink, kernel), family)) == [Answer(6, server, node), Answer(17, server, node)]
 
 
 @FAMILIES

@@ -30,6 +30,7 @@ from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
 from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, flows_kept, leave
 from ebpflb.dataplane.bpf.sockets import Orphans
+from ebpflb.dataplane.bpf.succeeding import answers_elsewhere, spare_ports
 from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
 from ebpflb.model import Problem
@@ -122,7 +123,8 @@ class BpfDataplane:
     # ---- Work
 
     def take_over(self) -> None:
-        """TCP that is neither a SYN nor a known flow is left to the stack, which may know it."""
+        """TCP that is neither a SYN nor a known flow is left to the stack, which may know it; so is what comes back to
+        ports by which conntrack masquerades when this starts."""
         self._flows_elsewhere = True
 
     def start(self) -> None:
@@ -157,6 +159,8 @@ class BpfDataplane:
             self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))
             self._writer = Writer(KernelMaps(programs.maps), known, self._clock)
             self._writer.gone_udp = self._orphans.end
+            if self._flows_elsewhere:
+                _spare_ports(KernelMaps(programs.maps), low, high)
             try:
                 # New maps are empty. Where older programs are attached, these serve until the rows are in.
                 if not (fresh and self._was_attached()):
@@ -327,6 +331,15 @@ def _readable() -> Iterator[None]:
         yield
     except OSError as error:
         raise ApplyError("maps", "", error.errno or 0, f"the maps cannot be read: {error.strerror}") from error
+
+
+def _spare_ports(maps: KernelMaps, low: int, high: int) -> None:
+    """New connections matter more than what may happen to some old ones: what is refused here stops no start."""
+    try:
+        count = spare_ports(maps, answers_elsewhere(), low, high)
+        log.info("%d of the ports for masquerade are conntrack's by now: they are spared", count)
+    except OSError as error:
+        log.warning("a connection of the predecessor may lose its port to a new one: conntrack: %s", error.strerror)
 
 
 def _with_problem(report: Report, reason: str) -> Report:

@@ -38,7 +38,7 @@ Item: TypeAlias = dict[str, object]
 
 # The values of bpf/maps.h.
 HOOK_INGRESS, HOOK_EGRESS = 0, 1
-FLOW_DNAT, FLOW_SNAT = 0, 1
+FLOW_DNAT, FLOW_SNAT, FLOW_ELSEWHERE = 0, 1, 4
 FLOW_CLOSING, FLOW_UNALLOCATED = 1, 2
 
 # Of a route its slots alone, of a backend its state and service: there are a hundred thousand of them.
