@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gzip
 import os
 import re
 import socket
@@ -32,7 +31,7 @@ _GETPEERNAME4 = 29
 _HELPER_JIFFIES = 118
 _HELPER_NETNS_COOKIE = 122
 _HELPER_SET_RETVAL = 187
-_KNOWN_HZ = (100, 250, 300, 1000)
+_CLOCK_MONOTONIC_COARSE = 6
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 _LOWEST_PORT = 1024
 _CLONE_NEWNET = 0x40000000
@@ -136,30 +135,8 @@ def _connect_in(cgroup: Path) -> None:
 
 
 def jiffies_per_second() -> int:
-    """CONFIG_HZ, from the kernel's configuration where it can be read, else measured within 0.1 s."""
-    return _configured_hz() or _measured_hz()
-
-
-def _configured_hz() -> int | None:
-    for path in (Path("/proc/config.gz"), Path(f"/boot/config-{kernel_release()}")):
-        try:
-            data = path.read_bytes()
-        except OSError:
-            continue
-        text = gzip.decompress(data) if path.suffix == ".gz" else data
-        match = re.search(rb"^CONFIG_HZ=(\d+)$", text, re.MULTILINE)
-        if match:
-            return int(match[1])
-    return None
-
-
-def _measured_hz() -> int:
-    """The known rate that is nearest to what is counted in a tenth of a second."""
-    first, began = jiffies(), time.monotonic()
-    time.sleep(0.1)
-    last, ended = jiffies(), time.monotonic()
-    rate = ((last - first) & 0xFFFFFFFF) / (ended - began)
-    return min(_KNOWN_HZ, key=lambda hz: abs(hz - rate))
+    """CONFIG_HZ: the coarse clocks advance once a tick, and say so (Linux 2.6.32)."""
+    return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 
 
 def jiffies() -> int:
