@@ -49,6 +49,9 @@ def footprint_of(cluster: Cluster, name: str) -> Footprint:
     for link in links:
         device = link["ifname"]
         link.get("linkinfo", {}).pop("info_data", None)  # a bridge's running timers
+        port = link.get("linkinfo", {}).get("info_slave_data", {})
+        for timer in [key for key in port if key.endswith("_timer")]:
+            del port[timer]
         parts[f"link {device}"] = json.dumps(link, sort_keys=True)
         for side in ("ingress", "egress"):
             parts[f"filters {device} {side}"] = cluster.run(node, ["tc", "filter", "show", "dev", device, side]).stdout
