@@ -59,6 +59,7 @@ mount -t tmpfs tmpfs /run/lock 2>/dev/null
 mount -t bpf bpf /sys/fs/bpf
 ip link set lo up
 modprobe tun  # without udev nothing makes /dev/net/tun, whose opening would load it
+modprobe -q dummy numdummies=0  # loaded by itself, for kube-ipvs0, it would come with a device that nobody asked for
 ulimit -n 65536
 cd "$1" && share=$2 && shift 2
 : >"$share/began"
