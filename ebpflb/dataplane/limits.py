@@ -36,7 +36,7 @@ LIMITS = (
         "ipvs", "affinity-shared", "Affinity is kept for each frontend by itself, not for a Service port as a whole."
     ),
     Limit("ipvs", "affinity-hash", "Affinity from outside under policy Local is by hash where targetPort is another."),
-    Limit("ipvs", "own-datagrams", "A datagram of the node itself that is refused or dropped fails with EPERM."),
+    Limit("ipvs", "own-drops", "A datagram of the node itself that is dropped fails with EPERM."),
 )
 
 

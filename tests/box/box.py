@@ -23,7 +23,7 @@ from types import TracebackType
 import msgspec
 
 from ebpflb.dataplane.limits import limited
-from ebpflb.decide import Decision, Packet, decide
+from ebpflb.decide import Decision, Outcome, Packet, decide
 from ebpflb.demo.cluster import Cluster, Node, Place
 from ebpflb.demo.network import Cni, Join
 from ebpflb.model import Protocol
@@ -228,9 +228,12 @@ class Box:
         if wrong:
             raise AssertionError("\n".join(lines))
 
-    def may_not_send(self, client: str) -> bool:
+    def may_not_send(self, client: str, verdict: Outcome) -> bool:
         """Whether this client's own kernel fails what it sends in vain: a node's, where rules say so to its own."""
-        return client in self.cluster.nodes and limited(self.modes[client].dataplane, "own-datagrams")
+        if client not in self.cluster.nodes:
+            return False
+        dataplane = self.modes[client].dataplane
+        return limited(dataplane, "own-datagrams") or (verdict is Outcome.DROP and limited(dataplane, "own-drops"))
 
     def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
         """What the reference says at the node where this client's packet is first looked at."""

@@ -53,7 +53,7 @@ class World(Protocol):
     def drops(self, node: str) -> int:
         """How much a node has dropped so far by a verdict."""
 
-    def may_not_send(self, client: str) -> bool:
+    def may_not_send(self, client: str, verdict: Outcome) -> bool:
         """Whether this client's own kernel fails what it sends in vain."""
 
     def first_decision(self, client: str, to: Target, protocol: str) -> Decision:
@@ -182,7 +182,9 @@ class Expectation:
     def _shows(self, protocol: str, how: str) -> str:
         """How this client is shown by a verdict what otherwise shows as `how`."""
         verdict = self._world.first_decision(self._client, self._to, protocol).verdict
-        told = protocol == "UDP" and verdict is not Outcome.NOT_SERVICE and self._world.may_not_send(self._client)
+        told = (
+            protocol == "UDP" and verdict is not Outcome.NOT_SERVICE and self._world.may_not_send(self._client, verdict)
+        )
         return "not permitted" if told else how
 
     def _unanswered(self, protocol: str) -> tuple[bool, str]:
