@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+# Before any module with properties is imported, by whomever: its decorators take the profile that is in force then.
+from tests.property import conftest as _profiles  # noqa: F401
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 ARTIFACTS = CHECKOUT / "artifacts"
 
