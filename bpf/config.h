@@ -39,6 +39,15 @@
 #ifndef MAX_DEVICES
 #error "MAX_DEVICES is not defined"
 #endif
+#ifndef MAX_OWNED
+#error "MAX_OWNED is not defined"
+#endif
+#ifndef MAX_TABLES
+#error "MAX_TABLES is not defined"
+#endif
+#ifndef MAX_CLIENTS
+#error "MAX_CLIENTS is not defined"
+#endif
 
 /* Verdicts of a route: the values of ebpflb.routes.Verdict. */
 #ifndef VERDICT_FORWARD
@@ -81,6 +90,17 @@
 /* What a device is, as bits of a `devices` row. */
 #ifndef DEVICE_POD
 #error "DEVICE_POD is not defined"
+#endif
+#ifndef DEVICE_XDP
+#error "DEVICE_XDP is not defined"
+#endif
+#ifndef DEVICE_REDIRECT
+#error "DEVICE_REDIRECT is not defined"
+#endif
+
+/* Algorithms of a route: the values of ebpflb.routes.Algorithm. */
+#ifndef ALGORITHM_MAGLEV
+#error "ALGORITHM_MAGLEV is not defined"
 #endif
 
 /* What other network namespaces' sockets count as, as bits of `settings.pod_sockets`. */

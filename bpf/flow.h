@@ -3,13 +3,18 @@
  * The rows of `flows`: who writes which, and what a packet becomes by one.
  *
  * A flow begins where its request enters, with the rows DNAT and UNDNAT, and SNAT where it is masqueraded. The port of
- * the masquerade is found where the request leaves, since only there is the leaving device known; that writes UNSNAT.
+ * the masquerade is found where the request leaves, since only there is the leaving device known; that writes UNSNAT,
+ * and makes DNAT whole. Under XDP the leaving device is known at once: such a flow begins with whole DNAT and UNSNAT
+ * alone (`begin_short_flow`), and gets the other two if ever tc has a packet of it (`complete_flow`): so both carry out
+ * the same translation, whoever began it.
+ *
  * All rows of a flow are written before its first packet goes on, and every row can be evicted at any time: what is
  * gone is made anew by the next request. Most packets are nobody's: a mark tells so before any row is looked for.
  */
 #ifndef EBPFLB_FLOW_H
 #define EBPFLB_FLOW_H
 
+#include "admit.h"
 #include "lookup.h"
 #include "parse.h"
 
@@ -84,20 +89,42 @@ static inline int is_over(const struct flow *reply, u8 protocol, const struct se
 	return now - reply->seen > node->flow_idle;
 }
 
+/* What the packet becomes by a whole row, from the one end of its way through this node to the other. */
+static inline void wholly_translated(const struct flow_key *key, const struct flow *flow, struct flow_key *to)
+{
+	*to = *key;
+	to->source = flow->beyond;
+	to->source_port = flow->beyond_port;
+	to->destination = flow->address;
+	to->destination_port = flow->action == FLOW_DNAT ? flow->port : flow->client_port;
+}
+
+/* The row that replies to a request's flow meet: where they enter, if that is known, else where they leave. */
+static inline struct flow *reply_row(const struct flow_key *request, const struct flow *flow)
+{
+	struct flow_key key = {};
+
+	key.source = flow->address;
+	key.source_port = flow->port;
+	key.protocol = request->protocol;
+	if (flow->flags & FLOW_WHOLE) {
+		key.destination = flow->beyond;
+		key.destination_port = flow->beyond_port;
+		key.hook = HOOK_INGRESS;
+	} else {
+		key.destination = request->source;
+		key.destination_port = flow->other_port;
+		key.hook = HOOK_EGRESS;
+	}
+	return flows.lookup(&key);
+}
+
 /* Whether nothing has come back for long either: a server may stream to a client that has been silent since. */
 static inline int replies_are_idle(const struct packet *packet, const struct flow *flow, const struct settings *node,
 				   u64 now)
 {
-	struct flow_key key = {};
-	struct flow *reply;
+	struct flow *reply = reply_row(&packet->key, flow);
 
-	key.source = flow->address;
-	key.source_port = flow->port;
-	key.destination = packet->key.source;
-	key.destination_port = flow->other_port;
-	key.protocol = packet->key.protocol;
-	key.hook = HOOK_EGRESS;
-	reply = flows.lookup(&key);
 	return !reply || now - reply->seen > node->flow_idle;
 }
 
@@ -132,22 +159,24 @@ static inline void note_closing(const struct packet *packet, struct flow *flow)
 		return;
 	flow->flags |= FLOW_CLOSING;
 	key.protocol = packet->key.protocol;
+	key.hook = HOOK_INGRESS;
 	if (flow->action == FLOW_DNAT) {
-		key.source = flow->address;
-		key.source_port = flow->port;
-		key.destination = packet->key.source;
-		key.destination_port = flow->other_port;
-		key.hook = HOOK_EGRESS;
+		other = reply_row(&packet->key, flow);
 	} else if (flow->action == FLOW_UNDNAT) {
 		key.source = packet->key.destination;
 		key.source_port = flow->other_port;
 		key.destination = flow->address;
 		key.destination_port = flow->port;
-		key.hook = HOOK_INGRESS;
+		other = flows.lookup(&key);
+	} else if (flow->action == FLOW_UNSNAT && (flow->flags & FLOW_WHOLE)) {
+		key.source = flow->address;
+		key.source_port = flow->client_port;
+		key.destination = flow->beyond;
+		key.destination_port = flow->beyond_port;
+		other = flows.lookup(&key);
 	} else {
 		return;
 	}
-	other = flows.lookup(&key);
 	if (other)
 		other->flags |= FLOW_CLOSING;
 }
@@ -176,19 +205,19 @@ static inline u16 random_port(const struct settings *node)
  * The row by which replies find back to the frontend. Two flows of one client port to two frontends may have the same
  * backend; the second one then gets another client port, as conntrack would give it. Returns GO_ON, or DISCARD.
  */
-static inline int add_reply_row(const struct packet *packet, const struct backend *backend, struct flow *reply,
-				const struct settings *node, u64 now, u16 *client_port)
+static inline int add_reply_row(const struct flow_key *request, const struct address *backend, u16 port,
+				struct flow *reply, const struct settings *node, u64 now, u16 *client_port)
 {
 	struct flow_key key = {};
 	struct flow *other;
 
-	key.source = backend->address;
-	key.source_port = backend->port;
-	key.destination = packet->key.source;
-	key.destination_port = packet->key.source_port;
-	key.protocol = packet->key.protocol;
+	key.source = *backend;
+	key.source_port = port;
+	key.destination = request->source;
+	key.destination_port = request->source_port;
+	key.protocol = request->protocol;
 	key.hook = HOOK_EGRESS;
-	*client_port = packet->key.source_port;
+	*client_port = request->source_port;
 	set_mark(MARK_FROM, &key.source, key.source_port);
 
 	if (!flows.insert(&key, reply))
@@ -203,7 +232,7 @@ static inline int add_reply_row(const struct packet *packet, const struct backen
 		return DISCARD;
 	}
 
-	if (packet->key.protocol == IPPROTO_SCTP) {
+	if (key.protocol == IPPROTO_SCTP) {
 		count(PACKET_SCTP_PORT);
 		return DISCARD;
 	}
@@ -244,7 +273,7 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	row.address = packet->key.destination;
 	row.port = packet->key.destination_port;
 	row.other_port = packet->key.source_port;
-	verdict = add_reply_row(packet, backend, &row, node, now, &client_port);
+	verdict = add_reply_row(&packet->key, &backend->address, backend->port, &row, node, now, &client_port);
 	if (verdict != GO_ON)
 		return verdict;
 
@@ -261,12 +290,18 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 		row.address = packet->key.source;
 		row.port = client_port;
 		row.other_port = backend->port;
+		row.beyond = packet->key.destination;
+		row.beyond_port = packet->key.destination_port;
+		row.client_port = packet->key.source_port;
 		set_mark(MARK_TO, &key.destination, key.destination_port);
 		if (flows.update(&key, &row)) {
 			count(PACKET_NO_ROOM);
 			return DISCARD;
 		}
 		row.flags = FLOW_MASQUERADE;
+		__builtin_memset(&row.beyond, 0, sizeof(row.beyond));
+		row.beyond_port = 0;
+		row.client_port = 0;
 	} else if (flows.lookup(&key)) {
 		flows.delete(
 			&key); /* looked up first, since a deletion takes the bucket's lock even where nothing is */
@@ -282,6 +317,81 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 		return DISCARD;
 	}
 	translated(&packet->key, &row, to);
+	return GO_ON;
+}
+
+/*
+ * The rows of egress of a flow that XDP began, before tc lets a packet of it go on. `flow` is the row of ingress that
+ * the packet has met. Returns GO_ON, or DISCARD where there is no room.
+ */
+static inline int complete_flow(const struct flow_key *key, struct flow *flow, const struct settings *node, u64 now)
+{
+	struct flow_key request = {}, reply = {}, leaving = {};
+	struct flow row = {}, *other;
+	u16 client_port;
+	int verdict;
+
+	request.protocol = reply.protocol = leaving.protocol = key->protocol;
+	request.hook = reply.hook = HOOK_INGRESS;
+	leaving.hook = HOOK_EGRESS;
+	if (flow->action == FLOW_DNAT) {
+		request = *key;
+		reply.source = flow->address;
+		reply.source_port = flow->port;
+		reply.destination = flow->beyond;
+		reply.destination_port = flow->beyond_port;
+	} else {
+		reply = *key;
+		request.source = flow->address;
+		request.source_port = flow->client_port;
+		request.destination = flow->beyond;
+		request.destination_port = flow->beyond_port;
+	}
+
+	row.action = FLOW_UNDNAT;
+	row.flags = FLOW_MASQUERADE;
+	row.address = request.destination;
+	row.port = request.destination_port;
+	row.other_port = request.source_port;
+	row.service = flow->service;
+	row.backend = flow->backend;
+	row.seen = now;
+	row.created = flow->created;
+	verdict = add_reply_row(&request, &reply.source, reply.source_port, &row, node, now, &client_port);
+	if (verdict != GO_ON)
+		return verdict;
+
+	leaving.source = request.source;
+	leaving.source_port = client_port;
+	leaving.destination = reply.source;
+	leaving.destination_port = reply.source_port;
+	row.action = FLOW_SNAT;
+	row.address = reply.destination;
+	row.port = reply.destination_port;
+	row.other_port = reply.source_port;
+	row.beyond = request.destination;
+	row.beyond_port = request.destination_port;
+	row.client_port = request.source_port;
+	set_mark(MARK_TO, &leaving.destination, leaving.destination_port);
+	if (flows.update(&leaving, &row)) {
+		count(PACKET_NO_ROOM);
+		return DISCARD;
+	}
+
+	/* The port first: who sees a row without FLOW_SHORT goes by it. */
+	other = flows.lookup(flow->action == FLOW_DNAT ? &reply : &request);
+	if (flow->action == FLOW_DNAT)
+		flow->other_port = client_port;
+	else
+		flow->port = client_port;
+	if (other) {
+		if (other->action == FLOW_DNAT)
+			other->other_port = client_port;
+		else
+			other->port = client_port;
+		other->flags &= ~FLOW_SHORT;
+	}
+	flow->flags &= ~FLOW_SHORT;
 	return GO_ON;
 }
 

@@ -42,9 +42,22 @@ static inline struct settings *node_settings(void)
 	return row && row->layout == LAYOUT ? row : 0;
 }
 
+/* Whether `frontends` or `owned` may have rows of an address; most packets are to others, and this is all they cost. */
+static inline int is_known(const struct address *address)
+{
+	u32 hash = (address->word[0] ^ address->word[1] ^ address->word[2] ^ address->word[3]) * 0x9e3779b1;
+	u32 cell = hash >> 18;
+	struct known *known_row = known.lookup(&cell);
+
+	return !known_row || (known_row->bits >> (hash >> 12 & 63) & 1);
+}
+
 static inline struct frontend *find_frontend(const struct address *address, u16 port, u8 protocol)
 {
 	struct frontend_key key = {};
+
+	if (!is_known(address))
+		return 0;
 
 	key.address = *address;
 	key.port = port;
@@ -74,23 +87,18 @@ static inline int in_ranges(u32 id, const struct address *address)
 	return ranges.lookup(&key) != 0;
 }
 
-/* One of the route's active backends, evenly at random; its id goes to `id`. */
-static inline struct backend *choose_backend(const struct route *route, u32 *id)
+/* The backend at a position among the route's slots; its id goes to `id`. */
+static inline struct backend *backend_at(const struct route *route, u32 position, u32 *id)
 {
-	u32 slot, *content;
+	u32 slot = route->slots + position;
+	u32 *content = slots.lookup(&slot);
 	struct backend *backend;
 
-	if (route->count == 0)
-		return 0;
-	slot = route->slots + (u32)(((u64)bpf_get_prandom_u32() * route->count) >> 32);
-	content = slots.lookup(&slot);
 	if (!content)
 		return 0;
 	*id = *content;
 	backend = backends.lookup(id);
-	if (!backend || backend->state == BACKEND_FREE)
-		return 0;
-	return backend;
+	return backend && backend->state != BACKEND_FREE ? backend : 0;
 }
 
 /* Whether a backend that was chosen earlier is still the same one and still serves. */

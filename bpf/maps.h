@@ -13,7 +13,7 @@
 #include "config.h"
 
 /* The version of all layouts in this file; stored in `settings`, so that pins of another version are noticed. */
-#define LAYOUT 1
+#define LAYOUT 2
 
 struct address {
 	u32 word[4];
@@ -46,7 +46,8 @@ struct route {
 	u32 affinity; /* seconds; 0: none */
 	u32 ranges;   /* key of `ranges`; 0: everybody */
 	u8 kind;
-	u8 pad[3];
+	u8 table; /* the size of the slots' table in `tables`, as in table_size(); 0: they have none */
+	u8 pad[2];
 };
 _Static_assert(sizeof(struct route) == 32, "struct route");
 
@@ -94,25 +95,83 @@ struct range_key {
 };
 _Static_assert(sizeof(struct range_key) == 24, "struct range_key");
 
-/* A device whose tc hooks run our programs. The addresses are what masquerade takes; zero: none in that family. */
+/* Whose cluster IP an address is, for people: NUL-terminated names. A port of it without a row is refused. */
+struct owner {
+	char namespace[64];
+	char name[64];
+};
+_Static_assert(sizeof(struct owner) == 128, "struct owner");
+
+/*
+ * Hints which addresses `frontends` or `owned` have rows of, so that packets to all others need not look: a bit for
+ * each of many hash values. The control plane sets it before it writes a row, and clears it after the last one went.
+ */
+struct known {
+	u64 bits;
+};
+_Static_assert(sizeof(struct known) == 8, "struct known");
+
+#define KNOWN_CELLS 16384
+
+/*
+ * A part of the table by which consistent hashing (Maglev, NSDI 2016) finds a slot: positions among the active slots
+ * that begin at `slots`. One update of a frontend's row switches to a table that has been written before.
+ */
+#define TABLE_PART 1024
+
+struct table_key {
+	u32 slots; /* the first slot */
+	u32 part;
+};
+_Static_assert(sizeof(struct table_key) == 8, "struct table_key");
+
+struct table_part {
+	u16 position[TABLE_PART];
+};
+_Static_assert(sizeof(struct table_part) == 2048, "struct table_part");
+
+/*
+ * Which backends are among the active ones of a route with session affinity, and at which position: one look-up tells
+ * whether a client's backend still takes its new connections.
+ */
+struct member_key {
+	u32 slots; /* the first slot */
+	u32 backend;
+};
+_Static_assert(sizeof(struct member_key) == 8, "struct member_key");
+
+/*
+ * A device whose hooks run our programs. The addresses are what masquerade takes; zero: none in that family. Packets
+ * that are longer than its MTU (from the IP header up) are the stack's business.
+ */
 struct device {
 	struct address ipv4;
 	struct address ipv6;
 	u32 flags; /* DEVICE_… */
-	u32 pad;
+	u32 mtu;
+	u8 mac[6]; /* frames to any other are not this device's business */
+	u16 pad;
 };
-_Static_assert(sizeof(struct device) == 40, "struct device");
+_Static_assert(sizeof(struct device) == 48, "struct device");
+
+/* Which device frames with a VLAN tag belong to that enter by a device under XDP. */
+struct vlan_key {
+	u32 device;
+	u16 id; /* host order */
+	u16 pad;
+};
+_Static_assert(sizeof(struct vlan_key) == 8, "struct vlan_key");
 
 /* One row: what holds for this node as a whole. */
 struct settings {
-	u64 netns;       /* cookie of the network namespace whose node this is */
-	u64 flow_idle;   /* jiffies after which an idle UDP flow may be chosen anew */
-	u64 refresh;     /* jiffies between two refreshes of a flow's last use */
-	u32 layout;      /* LAYOUT */
-	u32 pod_sockets; /* POD_SOCKETS_… */
-	u16 snat_low;    /* first port of masquerade, host order */
-	u16 snat_high;   /* last one */
-	u16 nat_pad[2];
+	u64 netns;              /* cookie of the network namespace whose node this is */
+	u64 flow_idle;          /* jiffies after which an idle UDP flow may be chosen anew */
+	u64 refresh;            /* jiffies between two refreshes of a flow's last use */
+	u32 layout;             /* LAYOUT */
+	u32 pod_sockets;        /* POD_SOCKETS_… */
+	u16 snat_low;           /* first port of masquerade, host order */
+	u16 snat_high;          /* last one */
+	u32 second;             /* jiffies */
 	char pod_interface[16]; /* Locality.pod_interface without its star */
 	u8 pod_interface_is_prefix;
 	u8 flows_elsewhere; /* another dataplane carried Services before: connections not known here are its own */
@@ -127,7 +186,12 @@ BPF_TABLE("array", u32, struct backend, backends, MAX_BACKENDS);
 BPF_F_TABLE("hash", u32, struct name, names, MAX_SERVICES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct source_key, struct source, sources, MAX_SOURCES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct range_key, u32, ranges, MAX_RANGES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct address, struct owner, owned, MAX_OWNED, BPF_F_NO_PREALLOC);
+BPF_TABLE("array", u32, struct known, known, KNOWN_CELLS);
+BPF_F_TABLE("hash", struct table_key, struct table_part, tables, MAX_TABLES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct member_key, u32, members, MAX_BACKENDS, BPF_F_NO_PREALLOC);
 BPF_TABLE("hash", u32, struct device, devices, MAX_DEVICES);
+BPF_TABLE("hash", struct vlan_key, u32, vlans, MAX_DEVICES);
 BPF_TABLE("array", u32, struct settings, settings, 1);
 
 /* ---- Flow state: written by the programs ---- */
@@ -138,7 +202,9 @@ BPF_TABLE("array", u32, struct settings, settings, 1);
  *   egress   client -> backend    source becomes this node            (request leaves; masquerade only)
  *   ingress  backend -> node      destination becomes the client      (reply enters; masquerade only)
  *   egress   backend -> client    source becomes the frontend         (reply leaves)
- * so that an established packet costs one lookup at each hook.
+ * so that an established packet costs one lookup at each hook. The rows of ingress can tell the whole translation
+ * (FLOW_WHOLE), by which XDP sends a packet on at once; a flow that XDP began has no rows of egress until tc needs them
+ * (FLOW_SHORT).
  */
 struct flow_key {
 	struct address source;
@@ -164,6 +230,8 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define FLOW_UNALLOCATED 2 /* FLOW_SNAT: no port has been taken yet */
 #define FLOW_MASQUERADE 4  /* the flow has SNAT rows */
 #define FLOW_DIRECT 8      /* to no frontend: only the client's port is changed */
+#define FLOW_WHOLE 16      /* ingress: `beyond` is known */
+#define FLOW_SHORT 32      /* ingress: the rows of egress have not been written */
 
 struct flow {
 	struct address address; /* what the rewritten side becomes */
@@ -176,8 +244,16 @@ struct flow {
 	u32 backend;
 	u64 seen; /* jiffies of the last use, to `settings.refresh` */
 	u64 created;
+	/*
+	 * The other end of the whole translation. FLOW_DNAT: this node's address and port, as the backend sees them.
+	 * FLOW_UNSNAT, FLOW_SNAT: the frontend, and in `client_port` the port that the client itself has.
+	 */
+	struct address beyond;
+	u16 beyond_port;
+	u16 client_port;
+	u32 beyond_pad;
 };
-_Static_assert(sizeof(struct flow) == 48, "struct flow");
+_Static_assert(sizeof(struct flow) == 72, "struct flow");
 
 /* The ports of a fragmented datagram, learnt from its first fragment, at one hook. */
 struct fragment_key {
@@ -225,6 +301,47 @@ struct socket_value {
 _Static_assert(sizeof(struct socket_value) == 40, "struct socket_value");
 
 /*
+ * Where a client went before, for Services with session affinity (ClientIP). A client is an address to the packet paths
+ * and a network namespace to the socket path, whose sockets have no address yet.
+ */
+struct affinity_key {
+	struct address client; /* CLIENT_NETNS: the cookie is in the first two words */
+	u32 service;
+	u8 kind; /* CLIENT_… */
+	u8 pad[3];
+};
+_Static_assert(sizeof(struct affinity_key) == 24, "struct affinity_key");
+
+#define CLIENT_ADDRESS 0
+#define CLIENT_NETNS 1
+
+struct affinity {
+	u32 backend;
+	u32 position; /* where among the slots it was; they may have changed since */
+	u64 seen;     /* jiffies of the last new connection */
+};
+_Static_assert(sizeof(struct affinity) == 16, "struct affinity");
+
+/*
+ * Where XDP sends a packet to: what the FIB has said for a source, a destination and a device, and for how long it is
+ * believed. A cell for each of many hash values, on each CPU.
+ */
+struct hop {
+	struct address source; /* of replies; requests have none */
+	struct address destination;
+	u32 entered; /* the device that the packet came by */
+	u32 device;  /* the one that it leaves by */
+	u32 mtu;
+	u8 frame[12]; /* Ethernet: destination, source */
+	u64 until;    /* jiffies */
+	u8 mac[6];    /* of the device that the packet came by */
+	u16 pad;
+};
+_Static_assert(sizeof(struct hop) == 72, "struct hop");
+
+#define HOP_CELLS 2048
+
+/*
  * Hints where `flows` may have rows, so that packets which are nobody's need not look: a byte for each of many hash
  * values of an address, set before the row is written and never cleared. A false hint costs one lookup.
  */
@@ -243,6 +360,8 @@ BPF_TABLE("array", u32, struct mark, marks, MARK_CELLS);
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_FLOWS);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, MAX_FRAGMENTS);
 BPF_TABLE("lru_hash", struct socket_key, struct socket_value, sockets, MAX_SOCKETS);
+BPF_TABLE("lru_hash", struct affinity_key, struct affinity, affinity, MAX_CLIENTS);
+BPF_TABLE("percpu_array", u32, struct hop, hops, HOP_CELLS);
 
 /* ---- Counters: one cell for each thing worth counting, summed over CPUs by the reader ---- */
 
@@ -268,6 +387,18 @@ enum counter {
 	FRAGMENT_UNKNOWN,     /* a later fragment whose first has not been seen; left alone */
 	ICMP_TRANSLATED,      /* an ICMP error about one of our flows */
 	FLOW_STALE,           /* a flow was given a new backend: closed, idle too long, or its backend has gone */
+	SOCKET_UNDEFINED,     /* connect or sendmsg to a port that a cluster IP does not have; refused */
+	PACKET_UNDEFINED,     /* a new flow to a port that a cluster IP does not have; answered as a rejected one */
+	CLIENT_KEPT,          /* a client went where it had gone before, by session affinity */
+	XDP_FORWARDED,        /* a new flow was given a backend before the stack, and sent on from there */
+	XDP_SENT,             /* a packet of a known flow was sent on before the stack; with its first, all of them */
+	XDP_DROPPED,          /* a new flow fell under a silent verdict before the stack */
+	XDP_LOCAL,            /* left to the stack: it leads to this node, or by a device that XDP does not send by */
+	XDP_NO_NEIGHBOUR,     /* left to the stack: it must ask for a link-layer address first */
+	XDP_TOO_LONG,         /* left to the stack: longer than the MTU of the device that it leaves by */
+	XDP_NO_HOPS,          /* left to the stack: its TTL or hop limit ends here */
+	XDP_OPTIONS,          /* left to the stack: IP options, extension headers or a fragment */
+	XDP_NO_ROUTE,         /* left to the stack: the FIB has no way that XDP could take */
 	COUNTERS
 };
 

@@ -2,7 +2,7 @@
 /*
  * The address and port under which a masqueraded flow leaves this node.
  *
- * They are found by the first packet that leaves, since only there is the device known whose address must be taken. A
+ * They are found as soon as the device is known whose address must be taken: by tc with the first packet that leaves. A
  * port is free if no flow and no socket of the node could get the same replies; the range lies outside the kernel's
  * own ephemeral ports, so that no later socket takes it either.
  */
@@ -12,7 +12,7 @@
 #include "flow.h"
 
 /* Whether a socket of this node could take the reply: its port is then not ours to give out. */
-static inline int port_is_taken(struct __sk_buff *skb, const struct flow_key *reply)
+static inline int port_is_taken(void *context, const struct flow_key *reply)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *socket;
@@ -32,15 +32,36 @@ static inline int port_is_taken(struct __sk_buff *skb, const struct flow_key *re
 		size = sizeof(tuple.ipv6);
 	}
 	if (reply->protocol == IPPROTO_TCP)
-		socket = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		socket = bpf_skc_lookup_tcp(context, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	else if (reply->protocol == IPPROTO_UDP)
-		socket = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		socket = bpf_sk_lookup_udp(context, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	else
 		socket = 0;
 	if (!socket)
 		return 0;
 	bpf_sk_release(socket);
 	return 1;
+}
+
+/*
+ * Give a masqueraded flow a port at `reply->destination`, which is completed by it, and write the row of its replies:
+ * tc and XDP alike, so that neither gives out what the other has. Returns GO_ON, or DISCARD where there is none.
+ */
+static inline int find_port(void *context, struct flow_key *reply, u16 client_port, struct flow *row,
+			    const struct settings *node)
+{
+	set_mark(MARK_ENTERS, &reply->destination, 0);
+#pragma nounroll
+	for (int i = 0; i < PORT_TRIES; i++) {
+		/* The CRC of SCTP covers the ports, and no helper mends it: such a flow keeps its port or has none. */
+		reply->destination_port = reply->protocol == IPPROTO_SCTP ? client_port : random_port(node);
+		if (port_is_taken(context, reply))
+			continue;
+		if (!flows.insert(reply, row))
+			return GO_ON;
+	}
+	count(PACKET_NO_PORT);
+	return DISCARD;
 }
 
 /*
@@ -52,8 +73,9 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
 {
 	u32 ifindex = skb->ifindex;
 	struct device *device = devices.lookup(&ifindex);
-	struct flow_key key = {};
-	struct flow row = {};
+	struct flow_key key = {}, request = {};
+	struct flow row = {}, *entered;
+	int verdict;
 
 	if (device)
 		key.destination = packet->version == 4 ? device->ipv4 : device->ipv6;
@@ -67,32 +89,90 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
 	key.hook = HOOK_INGRESS;
 
 	row.action = FLOW_UNSNAT;
-	row.flags = FLOW_MASQUERADE;
+	row.flags = FLOW_MASQUERADE | FLOW_WHOLE;
 	row.address = packet->key.source;
 	row.port = packet->key.source_port;
 	row.other_port = packet->key.destination_port;
+	row.beyond = flow->beyond;
+	row.beyond_port = flow->beyond_port;
+	row.client_port = flow->client_port;
 	row.service = flow->service;
 	row.backend = flow->backend;
 	row.seen = now;
 	row.created = now;
-	set_mark(MARK_ENTERS, &key.destination, 0);
+	verdict = find_port(skb, &key, packet->key.source_port, &row, node);
+	if (verdict != GO_ON)
+		return verdict;
+	flow->address = key.destination;
+	flow->port = key.destination_port;
+	flow->flags &= ~FLOW_UNALLOCATED;
 
-#pragma nounroll
-	for (int i = 0; i < PORT_TRIES; i++) {
-		/* The CRC of SCTP covers the ports, and no helper mends it: such a flow keeps its port or has none. */
-		key.destination_port =
-			packet->key.protocol == IPPROTO_SCTP ? packet->key.source_port : random_port(node);
-		if (port_is_taken(skb, &key))
-			continue;
-		if (flows.insert(&key, &row))
-			continue;
-		flow->address = key.destination;
-		flow->port = key.destination_port;
-		flow->flags &= ~FLOW_UNALLOCATED;
-		return GO_ON;
+	/* The request's row is whole now, and XDP may go on by it. */
+	request.source = packet->key.source;
+	request.source_port = flow->client_port;
+	request.destination = flow->beyond;
+	request.destination_port = flow->beyond_port;
+	request.protocol = packet->key.protocol;
+	request.hook = HOOK_INGRESS;
+	entered = flows.lookup(&request);
+	if (entered && entered->action == FLOW_DNAT && same_address(&entered->address, &packet->key.destination) &&
+	    entered->port == packet->key.destination_port) {
+		entered->beyond = key.destination;
+		entered->beyond_port = key.destination_port;
+		asm volatile("" ::: "memory"); /* the address before the flag that vouches for it */
+		entered->flags |= FLOW_WHOLE;
 	}
-	count(PACKET_NO_PORT);
-	return DISCARD;
+	return GO_ON;
+}
+
+/*
+ * The rows of a masqueraded flow that XDP sends on, from `address` of this node: whole ones, by which it does both
+ * directions. The replies' comes first, with the port. `to` becomes the request's new tuple. Returns GO_ON, or DISCARD
+ * where there is no room.
+ */
+static inline int begin_short_flow(void *context, const struct packet *packet, const struct choice *chosen,
+				   const struct address *address, const struct settings *node, u64 now,
+				   struct flow_key *to)
+{
+	struct flow_key reply = {};
+	struct flow row = {};
+	int verdict;
+
+	reply.source = chosen->backend->address;
+	reply.source_port = chosen->backend->port;
+	reply.destination = *address;
+	reply.protocol = packet->key.protocol;
+	reply.hook = HOOK_INGRESS;
+	row.action = FLOW_UNSNAT;
+	row.flags = FLOW_MASQUERADE | FLOW_WHOLE | FLOW_SHORT;
+	row.address = packet->key.source;
+	row.port = packet->key.source_port;
+	row.other_port = reply.source_port;
+	row.beyond = packet->key.destination;
+	row.beyond_port = packet->key.destination_port;
+	row.client_port = packet->key.source_port;
+	row.service = chosen->route->service;
+	row.backend = chosen->id;
+	row.seen = now;
+	row.created = now;
+	verdict = find_port(context, &reply, packet->key.source_port, &row, node);
+	if (verdict != GO_ON)
+		return verdict;
+
+	row.action = FLOW_DNAT;
+	row.address = reply.source;
+	row.port = reply.source_port;
+	row.other_port = packet->key.source_port;
+	row.beyond = reply.destination;
+	row.beyond_port = reply.destination_port;
+	row.client_port = 0;
+	set_mark(MARK_ENTERS, &packet->key.destination, 0);
+	if (flows.update((struct flow_key *)&packet->key, &row)) {
+		count(PACKET_NO_ROOM);
+		return DISCARD;
+	}
+	wholly_translated(&packet->key, &row, to);
+	return GO_ON;
 }
 
 #endif

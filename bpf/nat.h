@@ -2,10 +2,11 @@
 /*
  * Rewriting a packet: from the tuple that it has to the one that it gets, checksums included.
  *
- * Everything goes through the kernel's helpers, although direct writes are cheaper: only the helpers know whether the
- * transport checksum in the packet is whole, partial (the sender left it to the device: any packet of a local socket)
- * or summed by hardware, and only they unshare a packet that TCP still holds for retransmission. Returns GO_ON, or
- * DISCARD when the packet could not be written (out of memory): half a translation must not leave.
+ * In tc everything goes through the kernel's helpers, although direct writes are cheaper: only the helpers know whether
+ * the transport checksum in the packet is whole, partial (the sender left it to the device: any packet of a local
+ * socket) or summed by hardware, and only they unshare a packet that TCP still holds for retransmission. Under XDP a
+ * frame is bytes, and its checksum whole. Returns GO_ON, or DISCARD when the packet could not be written (out of
+ * memory): half a translation must not leave.
  */
 #ifndef EBPFLB_NAT_H
 #define EBPFLB_NAT_H
@@ -20,6 +21,18 @@ static inline int checksum_offset(u8 protocol)
 	if (protocol == IPPROTO_UDP)
 		return 6;
 	return -1;
+}
+
+/* What a change of tuple changes the sums by: that of the addresses, and that of the ports. */
+static inline u64 addresses_change(const struct flow_key *from, const struct flow_key *to)
+{
+	return address_change(&from->source, &to->source) + address_change(&from->destination, &to->destination);
+}
+
+static inline u64 ports_change(const struct flow_key *from, const struct flow_key *to)
+{
+	return word_change(from->source_port, to->source_port) +
+	       word_change(from->destination_port, to->destination_port);
 }
 
 struct ipv4_tail {
@@ -59,7 +72,6 @@ static inline int mend_checksum(struct __sk_buff *skb, const struct packet *pack
 	const struct flow_key *from = &packet->key;
 	int checksum = checksum_offset(from->protocol);
 	u64 flags = from->protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
-	u64 port_change;
 
 	if (checksum < 0)
 		return GO_ON;
@@ -67,9 +79,8 @@ static inline int mend_checksum(struct __sk_buff *skb, const struct packet *pack
 		return DISCARD;
 	if (from->source_port == to->source_port && from->destination_port == to->destination_port)
 		return GO_ON;
-	port_change = word_change(from->source_port, to->source_port) +
-		      word_change(from->destination_port, to->destination_port);
-	return bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(port_change), flags) ? DISCARD : GO_ON;
+	return bpf_l4_csum_replace(skb, packet->l4 + checksum, 0, fold32(ports_change(from, to)), flags) ? DISCARD
+													 : GO_ON;
 }
 
 /* Without a checksum to balance the ports, hardware's sum of the packet must follow them. */
@@ -82,6 +93,22 @@ static inline int write_ports(struct __sk_buff *skb, const struct packet *packet
 	return bpf_skb_store_bytes(skb, packet->l4, &ports, sizeof(ports), packet->unsummed ? BPF_F_RECOMPUTE_CSUM : 0);
 }
 
+/* The addresses of the IP header, as they are now. */
+static inline int read_addresses(struct __sk_buff *skb, const struct packet *packet, struct address *source,
+				 struct address *destination)
+{
+	u32 words[2] = {};
+
+	if (packet->version == 6)
+		return bpf_skb_load_bytes(skb, packet->l3 + 8, source, 16) ||
+		       bpf_skb_load_bytes(skb, packet->l3 + 24, destination, 16);
+	if (bpf_skb_load_bytes(skb, packet->l3 + 12, words, sizeof(words)))
+		return -1;
+	set_ipv4(source, words[0]);
+	set_ipv4(destination, words[1]);
+	return 0;
+}
+
 /*
  * An ICMP error: the inner packet went the other way, so its source is our destination. The outer destination follows
  * where it is the flow's own. The outer source, which may be a router's, becomes the flow's wherever sources are
@@ -90,24 +117,23 @@ static inline int write_ports(struct __sk_buff *skb, const struct packet *packet
 static inline int rewrite_error(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to)
 {
 	const struct flow_key *from = &packet->key;
-	struct address source = packet->outer_source;
-	struct address destination = packet->outer_destination;
-	u64 inner_change =
-		address_change(&from->source, &to->source) + address_change(&from->destination, &to->destination);
-	u64 port_change = word_change(from->source_port, to->source_port) +
-			  word_change(from->destination_port, to->destination_port);
+	struct address source, destination;
+	u64 inner_change = addresses_change(from, to);
+	u64 port_change = ports_change(from, to);
 	u64 outer_change = 0;
 	u16 inner_checksum = 0;
 	struct ports ports = {};
 	u32 checksum = packet->l4 + 2;
 
+	if (read_addresses(skb, packet, &source, &destination))
+		return DISCARD;
 	if (from->hook == HOOK_EGRESS) {
+		outer_change += address_change(&source, &to->source);
 		source = to->source;
-		outer_change += address_change(&packet->outer_source, &to->source);
 	}
 	if (same_address(&destination, &from->destination)) {
-		destination = to->destination;
 		outer_change += address_change(&from->destination, &to->destination);
+		destination = to->destination;
 	}
 	if (packet->version == 4) {
 		if (bpf_skb_load_bytes(skb, packet->inner_l3 + 10, &inner_checksum, 2))
@@ -141,7 +167,7 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 
 	if (packet->error)
 		return rewrite_error(skb, packet, to);
-	change = address_change(&from->source, &to->source) + address_change(&from->destination, &to->destination);
+	change = addresses_change(from, to);
 	if (packet->fragment != LATER_FRAGMENT) {
 		if (mend_checksum(skb, packet, to, change) == DISCARD)
 			return DISCARD;
@@ -166,6 +192,55 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 	if (write_addresses(skb, packet->l3, packet->version, packet->ip_checksum, change, &to->source,
 			    &to->destination, BPF_F_RECOMPUTE_CSUM))
 		return DISCARD;
+	return GO_ON;
+}
+
+static inline u16 mended(u16 checksum, u64 change, u8 protocol)
+{
+	u16 sum;
+
+	if (protocol == IPPROTO_UDP && checksum == 0)
+		return 0; /* none was made */
+	sum = changed_checksum(checksum, change);
+	return protocol == IPPROTO_UDP && sum == 0 ? 0xffff : sum;
+}
+
+/*
+ * Write the new tuple into a frame and take one hop off, in place: a whole packet of TCP or UDP with a plain IP header.
+ * A checksum that was wrong stays as wrong. Returns GO_ON, or PASS with the frame untouched if it ends too early.
+ */
+static inline int rewrite_in_place(void *data, void *end, const struct packet *packet, const struct flow_key *to)
+{
+	const struct flow_key *from = &packet->key;
+	u64 change = addresses_change(from, to);
+	u8 protocol = from->protocol;
+	u32 l3 = packet->l3 & OFFSETS, l4 = packet->l4 & OFFSETS;
+	struct ports *ports = data + l4;
+	u16 *checksum = data + l4 + (protocol == IPPROTO_TCP ? 16 : 6);
+
+	if ((void *)(ports + 1) > end || (void *)(checksum + 1) > end)
+		return PASS;
+	if (packet->version == 4) {
+		struct iphdr *ip = data + l3;
+
+		if ((void *)(ip + 1) > end)
+			return PASS;
+		ip->check = changed_checksum(ip->check, change + word_change(1, 0)); /* the TTL: a word's lower byte */
+		ip->ttl -= 1;
+		ip->saddr = to->source.word[3];
+		ip->daddr = to->destination.word[3];
+	} else {
+		struct ipv6hdr *ip = data + l3;
+
+		if ((void *)(ip + 1) > end)
+			return PASS;
+		ip->hop_limit -= 1;
+		__builtin_memcpy(&ip->saddr, &to->source, 16);
+		__builtin_memcpy(&ip->daddr, &to->destination, 16);
+	}
+	*checksum = mended(*checksum, change + ports_change(from, to), protocol);
+	ports->source = to->source_port;
+	ports->destination = to->destination_port;
 	return GO_ON;
 }
 

@@ -38,6 +38,7 @@
 /* How many bytes of headers are made readable: Ethernet, IPv6, some extension headers, TCP. */
 #define HEADERS 128
 #define MAX_EXTENSIONS 6
+#define OFFSETS 0xff /* no header that is read begins behind it; the verifier forgets so where a packet is spilled */
 
 #define IPV4_FRAGMENT 0x3fff /* more-fragments flag and offset, in host order */
 #define IPV4_OFFSET 0x1fff
@@ -70,11 +71,11 @@ struct packet {
 	u8 fragment;
 	u8 tcp_flags;
 	u8 unsummed; /* UDP without a checksum (IPv4 only) */
+	u8 hops;     /* TTL or hop limit, as it came */
+	u32 length;  /* from the IP header up; set by parse_plain only */
 	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
 	u16 inner_l3;
 	u16 inner_l4;
-	struct address outer_source; /* of an ICMP error */
-	struct address outer_destination;
 };
 
 struct ports {
@@ -89,21 +90,22 @@ static inline int has_ports(u8 protocol)
 
 static inline int parse_ports(void *data, void *end, struct packet *packet)
 {
-	struct ports *ports = data + packet->l4;
+	u32 l4 = packet->l4 & OFFSETS;
+	struct ports *ports = data + l4;
 
 	if ((void *)(ports + 1) > end)
 		return TOO_SHORT;
 	packet->key.source_port = ports->source;
 	packet->key.destination_port = ports->destination;
 	if (packet->key.protocol == IPPROTO_TCP) {
-		u8 *flags = data + packet->l4 + 13;
+		u8 *flags = data + l4 + 13;
 
 		if ((void *)(flags + 1) > end)
 			return TOO_SHORT;
 		packet->tcp_flags = *flags;
 	}
 	if (packet->key.protocol == IPPROTO_UDP) {
-		u16 *checksum = data + packet->l4 + 6;
+		u16 *checksum = data + l4 + 6;
 
 		if ((void *)(checksum + 1) > end)
 			return TOO_SHORT;
@@ -124,6 +126,7 @@ static inline int parse_ipv4(void *data, void *end, struct packet *packet)
 	packet->version = 4;
 	packet->l4 = packet->l3 + ip->ihl * 4;
 	packet->ip_checksum = ip->check;
+	packet->hops = ip->ttl;
 	packet->key.protocol = ip->protocol;
 	set_ipv4(&packet->key.source, ip->saddr);
 	set_ipv4(&packet->key.destination, ip->daddr);
@@ -209,8 +212,6 @@ static inline void enter_error(struct packet *packet, u16 inner_header, u8 proto
 	packet->error = 1;
 	packet->inner_l3 = packet->l4 + sizeof(struct icmp_header);
 	packet->inner_l4 = packet->inner_l3 + inner_header;
-	packet->outer_source = packet->key.source;
-	packet->outer_destination = packet->key.destination;
 	packet->key.protocol = protocol;
 	packet->key.source_port = ports->destination;
 	packet->key.destination_port = ports->source;
@@ -318,6 +319,60 @@ static inline int parse_packet(void *data, void *end, u16 ethertype, struct pack
 	if (packet->version == 6 && packet->key.protocol == IPPROTO_ICMPV6)
 		return parse_error6(data, end, packet);
 	return PASS;
+}
+
+/*
+ * As parse_packet, for who forwards by itself: TCP and UDP with plain headers only. Everything else is PASS, counted
+ * where it could have been a Service's.
+ */
+static inline int parse_plain(void *data, void *end, u16 ethertype, struct packet *packet)
+{
+	u32 l3 = packet->l3 & OFFSETS;
+	u32 present = (u32)(end - data) - l3;
+
+	if (ethertype == swap16(ETH_P_IP)) {
+		struct iphdr *ip = data + l3;
+
+		if ((void *)(ip + 1) > end)
+			return TOO_SHORT;
+		if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_UDP)
+			return PASS;
+		if (ip->version != 4 || ip->ihl != 5 || (swap16(ip->frag_off) & IPV4_FRAGMENT)) {
+			count(XDP_OPTIONS);
+			return PASS;
+		}
+		packet->version = 4;
+		packet->l4 = packet->l3 + sizeof(*ip);
+		packet->hops = ip->ttl;
+		packet->length = swap16(ip->tot_len);
+		packet->key.protocol = ip->protocol;
+		set_ipv4(&packet->key.source, ip->saddr);
+		set_ipv4(&packet->key.destination, ip->daddr);
+	} else if (ethertype == swap16(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + l3;
+
+		if ((void *)(ip + 1) > end)
+			return TOO_SHORT;
+		if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP) {
+			if (ip->nexthdr != IPPROTO_ICMPV6)
+				count(XDP_OPTIONS);
+			return PASS;
+		}
+		if (ip->version != 6)
+			return PASS;
+		packet->version = 6;
+		packet->l4 = packet->l3 + sizeof(*ip);
+		packet->hops = ip->hop_limit;
+		packet->length = (u32)swap16(ip->payload_len) + sizeof(*ip);
+		packet->key.protocol = ip->nexthdr;
+		__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
+		__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
+	} else {
+		return PASS;
+	}
+	if (packet->length < present)
+		packet->length = present; /* a length that lies must not take a long frame past an MTU */
+	return parse_ports(data, end, packet);
 }
 
 #endif

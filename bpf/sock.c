@@ -15,6 +15,8 @@
 #include "maps.h"
 #include "addr.h"
 #include "lookup.h"
+#include "affinity.h"
+#include "owned.h"
 
 #define CONTINUE 1
 #define REFUSE 0
@@ -61,6 +63,12 @@ static inline void remember(struct socket_key *key, const struct address *addres
 	sockets.update(key, &value);
 }
 
+/* Protocols that Services have and that these hooks see. */
+static inline int has_frontends(u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
+}
+
 /*
  * Turn `to`:`port` into a backend's. An unconnected UDP socket (`sticky`) stays with its backend for as long as that
  * serves and the socket is not idle, as it would by a conntrack entry.
@@ -73,22 +81,28 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 	struct backend *backend;
 	struct socket_key key = {};
 	struct socket_value *known;
+	struct affinity_key client = {};
 	struct address chosen;
 	u8 protocol = ctx->protocol;
 	u16 chosen_port;
-	u32 id = 0;
-	u64 now;
+	u32 id = 0, hash = 0;
+	u64 now, netns;
 	int own;
 
 	frontend = find_frontend(to, *port, protocol);
-	if (!frontend)
+	if (!frontend && !(is_owned(to) && has_frontends(protocol)))
 		return CONTINUE;
 	node = node_settings();
 	if (!node)
 		return CONTINUE;
-	own = bpf_get_netns_cookie(ctx) == node->netns;
+	netns = bpf_get_netns_cookie(ctx);
+	own = netns == node->netns;
 	if (!own && is_loopback(to))
 		return CONTINUE; /* the pod's own loopback, not the node's */
+	if (!frontend) {
+		count(SOCKET_UNDEFINED);
+		return refuse(ECONNREFUSED, own);
+	}
 
 	if (socket_scope(node, own, to) == SCOPE_INTERNAL)
 		route = &frontend->scope[SCOPE_INTERNAL];
@@ -132,7 +146,12 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 		}
 	}
 
-	backend = choose_backend(route, &id);
+	client.client.word[0] = (u32)netns;
+	client.client.word[1] = (u32)(netns >> 32);
+	client.kind = CLIENT_NETNS;
+	if (route->table)
+		hash = socket_hash(route->affinity ? netns : key.cookie, to, *port);
+	backend = choose_backend(route, &client, hash, node, now, &id);
 	if (!backend) {
 		count(SOCKET_NO_BACKEND);
 		return CONTINUE;

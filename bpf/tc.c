@@ -20,6 +20,7 @@
 #include "addr.h"
 #include "lookup.h"
 #include "parse.h"
+#include "admit.h"
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"
@@ -66,86 +67,24 @@ static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 	return PASS;
 }
 
-static inline u32 packet_scope(struct __sk_buff *skb, const struct packet *packet, u32 *flags)
-{
-	u32 ifindex = skb->ifindex;
-	struct device *device = devices.lookup(&ifindex);
-
-	*flags = source_flags(&packet->key.source);
-	if (device && (device->flags & DEVICE_POD))
-		*flags |= SOURCE_POD;
-	return *flags ? SCOPE_INTERNAL : SCOPE_EXTERNAL;
-}
-
-static inline int wants_masquerade(const struct packet *packet, const struct route *route,
-				   const struct backend *backend, u32 flags)
-{
-	if (same_address(&packet->key.source, &backend->address))
-		return 1; /* to oneself: the reply must come back through here */
-	if (route->masquerade == MASQUERADE_NOT_POD)
-		return !(flags & SOURCE_POD);
-	return route->masquerade == MASQUERADE_ALWAYS;
-}
-
-/*
- * The first packet of a flow to a frontend: the row's verdict, and where that is to forward, a backend and the tuple
- * that the packet gets.
- */
+/* The first packet of a flow: the verdict, and where that is to forward, the tuple that the packet gets. */
 static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const struct settings *node, u64 now,
 			   struct flow_key *to)
 {
-	struct frontend *frontend;
-	struct route *route;
-	struct backend *backend;
-	u32 flags, id = 0;
-	int verdict, not_new;
+	struct choice chosen = {};
+	int verdict = admit(packet, skb->ifindex, node, now, &chosen);
 
-	frontend = find_frontend(&packet->key.destination, packet->key.destination_port, packet->key.protocol);
-	if (packet->error || packet->fragment == LATER_FRAGMENT)
-		return PASS;
-	if (!frontend)
+	if (verdict == NOBODYS)
 		return pass_by(packet, node, now, to);
-	if (is_loopback(&packet->key.destination))
-		return PASS; /* a martian: the stack drops it */
-
-	if (packet_scope(skb, packet, &flags) == SCOPE_INTERNAL)
-		route = &frontend->scope[SCOPE_INTERNAL];
-	else
-		route = &frontend->scope[SCOPE_EXTERNAL];
-	not_new = packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN;
-	if (not_new && node->flows_elsewhere) {
-		count(PACKET_NOT_NEW);
-		return PASS; /* conntrack or IPVS may know it, and would not know it translated */
-	}
-
-	if (route->ranges && !in_ranges(route->ranges, &packet->key.source)) {
-		count(PACKET_OUT_OF_RANGE);
-		return DISCARD;
-	}
-	if (route->verdict == VERDICT_DROP) {
-		count(PACKET_DROPPED);
-		return DISCARD;
-	}
-	if (route->verdict == VERDICT_REJECT)
+	if (verdict == REFUSE)
 		return reject(skb, packet);
-
-	backend = choose_backend(route, &id);
-	if (!backend) {
-		count(PACKET_NO_BACKEND);
-		return PASS;
-	}
-	if (packet->key.protocol == IPPROTO_SCTP && backend->port != packet->key.destination_port) {
-		count(PACKET_SCTP_PORT);
-		return DISCARD;
-	}
-	if (not_new)
-		count(PACKET_NOT_NEW);
-	verdict =
-		begin_flow(packet, route, backend, id, wants_masquerade(packet, route, backend, flags), node, now, to);
+	if (verdict != GO_ON)
+		return verdict;
+	verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.masquerade, node, now, to);
 	if (verdict != GO_ON)
 		return verdict;
 	count(PACKET_FORWARDED);
-	count_traffic(route->service, 1, 1, skb->len);
+	count_traffic(chosen.route->service, 1, 1, skb->len);
 	return GO_ON;
 }
 
@@ -189,6 +128,11 @@ int tc_ingress(struct __sk_buff *skb)
 		count(FLOW_STALE);
 		stale = 1;
 		flow = 0;
+	}
+	if (flow && (flow->flags & FLOW_SHORT)) {
+		verdict = complete_flow(&packet.key, flow, node, now);
+		if (verdict != GO_ON)
+			return finish(skb, verdict);
 	}
 	if (flow) {
 		use_flow(&packet, flow, node, now);

@@ -32,7 +32,7 @@ class Tracer:
     def __init__(self, tables: Mapping[str, Rows], local: frozenset[Address]) -> None:
         self._tables = tables
         self._local = local
-        *_, layout, _, _, _, interface, prefix, _, _ = SETTINGS.unpack(tables["settings"][U32.pack(0)])
+        *_, layout, _, _, _, _, interface, prefix, _, _ = SETTINGS.unpack(tables["settings"][U32.pack(0)])
         assert layout == LAYOUT, f"settings of layout {layout}"
         self._interface = interface.rstrip(b"\0").decode()
         self._is_prefix = bool(prefix)
@@ -53,7 +53,7 @@ class Tracer:
         flags = SOURCE_NODE if own else self._flags(packet)
         scope = Scope.INTERNAL if flags else Scope.EXTERNAL
         fields = ROUTE.unpack_from(frontend, scope * ROUTE.size)
-        verdict, masquerade, _, _, service, slots, count, _, _, ranges, _ = fields
+        verdict, masquerade, _, _, service, slots, count, _, _, ranges, *_ = fields
         assert U32.pack(service) in self._tables["names"], f"service {service} has no name"
         # The node comes to such an address from that address, so to say: its sockets have none yet.
         if ranges and not self._in_ranges(ranges, packet.destination if own else packet.source):

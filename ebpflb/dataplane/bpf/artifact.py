@@ -30,7 +30,7 @@ from ebpflb.errors import Unsupported, UserError
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("sock.c", "tc.c")
+SOURCES = ("sock.c", "tc.c", "xdp.c")
 """The C files of this dataplane, each compiled by itself."""
 
 CACHE_ENVIRONMENT = "EBPFLB_CACHE"

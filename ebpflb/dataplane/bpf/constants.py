@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ebpflb.routes import BackendState, Masquerade, Scope, Verdict
+from ebpflb.routes import Algorithm, BackendState, Masquerade, Scope, Verdict
 
 SOURCE_POD = 1
 """Bit of a `sources` row: the address is a local pod's."""
@@ -19,6 +19,10 @@ DEVICE_POD = 1
 """Bit of a `devices` row: what enters by the device is a local pod's."""
 DEVICE_CLSACT = 2
 """Bit of a `devices` row that only the control plane reads: we made the device's clsact qdisc."""
+DEVICE_XDP = 4
+"""Bit of a `devices` row: our XDP program runs there, and may send back by it."""
+DEVICE_REDIRECT = 8
+"""Bit of a `devices` row: XDP of another device may send by it."""
 
 POD_SOCKETS_IPV4 = 1
 """Bit of `settings.pod_sockets`: IPv4 sockets of other network namespaces count as pods'."""
@@ -46,6 +50,9 @@ class Sizes:
     sources: int = 4096
     ranges: int = 65536
     devices: int = 4096
+    owned: int = 65536
+    tables: int = 65536
+    clients: int = 65536
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,13 +87,16 @@ TC_HOOKS: dict[str, Hook] = {
 }
 """Our tc programs, by the name of their C function."""
 
+XDP_HOOKS: dict[str, Hook] = {"xdp_ingress": Hook(PROG_TYPE_XDP, 37, PREFIX + "xdp")}
+"""Our XDP program, by the name of its C function."""
+
 
 def hook(function: str) -> Hook:
     """Where the C function `function` runs, told by its name: one of ours, or any `tc_…` or `xdp_…`.
 
     Raises KeyError for another name.
     """
-    known = CGROUP_HOOKS.get(function) or TC_HOOKS.get(function)
+    known = CGROUP_HOOKS.get(function) or TC_HOOKS.get(function) or XDP_HOOKS.get(function)
     if known:
         return known
     if function.startswith("tc_"):
@@ -103,7 +113,9 @@ def definitions(sizes: Sizes, *, set_retval: bool, count_traffic: bool = False) 
     made |= {f"VERDICT_{verdict.name}": int(verdict) for verdict in Verdict}
     made |= {f"MASQUERADE_{masquerade.name}": int(masquerade) for masquerade in Masquerade}
     made |= {f"SCOPE_{scope.name}": int(scope) for scope in Scope}
-    made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE, "DEVICE_POD": DEVICE_POD}
+    made |= {f"ALGORITHM_{algorithm.name}": int(algorithm) for algorithm in Algorithm}
+    made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE}
+    made |= {"DEVICE_POD": DEVICE_POD, "DEVICE_XDP": DEVICE_XDP, "DEVICE_REDIRECT": DEVICE_REDIRECT}
     made |= {"POD_SOCKETS_IPV4": POD_SOCKETS_IPV4, "POD_SOCKETS_IPV6": POD_SOCKETS_IPV6}
     made |= {f"BACKEND_{state.name}": int(state) for state in BackendState}
     made |= {"BACKEND_FREE": BACKEND_FREE, "HAVE_SET_RETVAL": int(set_retval), "COUNT_TRAFFIC": int(count_traffic)}

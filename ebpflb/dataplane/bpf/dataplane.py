@@ -153,7 +153,7 @@ class BpfDataplane:
             hertz = facts.jiffies_per_second()
             low, high = facts.snat_ports()
             known = NodeFacts(
-                cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high, self._flows_elsewhere
+                cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high, self._flows_elsewhere, second=hertz
             )
             self._programs, self._devices = programs, edges
             self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))

@@ -89,7 +89,7 @@ class Inspector:
         counts: dict[int, tuple[set[Backend], set[Backend]]] = {}
         for key, value in reading.frontends():
             frontend = unpack_frontend(key)
-            for *_, service, start, count, draining, _, _, _ in ROUTE.iter_unpack(value):
+            for *_, service, start, count, draining, _, _, _, _ in ROUTE.iter_unpack(value):
                 if not service or frontend is None:
                     continue
                 item = found.setdefault(
@@ -146,7 +146,7 @@ class Inspector:
         items: list[Item] = []
         for key, value in rows.items():
             client, frontend, client_port, port, protocol, hook, _ = FLOW_KEY.unpack(key)
-            address, backend_port, other_port, action, flags, _, service, backend, seen, created = FLOW.unpack(value)
+            address, backend_port, other_port, action, flags, _, service, backend, seen, created, *_ = FLOW.unpack(value)
             if hook != HOOK_INGRESS or action != FLOW_DNAT:
                 continue
             leaving = FLOW_KEY.pack(client, address, other_port, backend_port, protocol, HOOK_EGRESS, 0)
@@ -156,7 +156,7 @@ class Inspector:
             for other in (leaving, reply):
                 if other not in rows:
                     continue
-                to, to_port, _, kind, state, _, _, _, other_seen, _ = FLOW.unpack(rows[other])
+                to, to_port, _, kind, state, _, _, _, other_seen, *_ = FLOW.unpack(rows[other])
                 last = max(last, other_seen)
                 if kind == FLOW_SNAT and not state & FLOW_UNALLOCATED:
                     source = _endpoint(to, to_port)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ebpflb.errors import Unsupported
 
-LAYOUT = 1
+LAYOUT = 2
 """The version of `bpf/maps.h` that this file speaks."""
 
 REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
@@ -30,7 +30,8 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("affinity", 4),
         ("ranges", 4),
         ("kind", 1),
-        ("pad", 3),
+        ("table", 1),
+        ("pad", 2),
     ),
     "backend": (("address", 16), ("port", 2), ("weight", 2), ("state", 1), ("pad", 3), ("service", 4)),
     "name": (("namespace", 64), ("name", 64), ("port", 64)),
@@ -38,7 +39,16 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
     "source": (("flags", 4),),
     "range_key": (("prefix", 4), ("ranges", 4), ("address", 16)),
     "mark": (("set", 8),),
-    "device": (("ipv4", 16), ("ipv6", 16), ("flags", 4), ("pad", 4)),
+    "device": (("ipv4", 16), ("ipv6", 16), ("flags", 4), ("mtu", 4), ("mac", 6), ("pad", 2)),
+    "address": (("word", 16),),
+    "owner": (("namespace", 64), ("name", 64)),
+    "known": (("bits", 8),),
+    "table_key": (("slots", 4), ("part", 4)),
+    "table_part": (("position", 2048),),
+    "member_key": (("slots", 4), ("backend", 4)),
+    "vlan_key": (("device", 4), ("id", 2), ("pad", 2)),
+    "affinity_key": (("client", 16), ("service", 4), ("kind", 1), ("pad", 3)),
+    "affinity": (("backend", 4), ("position", 4), ("seen", 8)),
     "settings": (
         ("netns", 8),
         ("flow_idle", 8),
@@ -47,7 +57,7 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("pod_sockets", 4),
         ("snat_low", 2),
         ("snat_high", 2),
-        ("nat_pad", 4),
+        ("second", 4),
         ("pod_interface", 16),
         ("pod_interface_is_prefix", 1),
         ("flows_elsewhere", 1),
@@ -74,6 +84,10 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("backend", 4),
         ("seen", 8),
         ("created", 8),
+        ("beyond", 16),
+        ("beyond_port", 2),
+        ("client_port", 2),
+        ("beyond_pad", 4),
     ),
     "fragment_key": (("source", 16), ("destination", 16), ("id", 4), ("protocol", 1), ("hook", 1), ("pad", 2)),
     "fragment": (("source_port", 2), ("destination_port", 2)),
@@ -98,11 +112,17 @@ KEY_VALUE: dict[str, tuple[str, str]] = {
     "names": ("u32", "name"),
     "sources": ("source_key", "source"),
     "ranges": ("range_key", "u32"),
+    "owned": ("address", "owner"),
+    "known": ("u32", "known"),
+    "tables": ("table_key", "table_part"),
+    "members": ("member_key", "u32"),
     "devices": ("u32", "device"),
+    "vlans": ("vlan_key", "u32"),
     "settings": ("u32", "settings"),
     "flows": ("flow_key", "flow"),
     "fragments": ("fragment_key", "fragment"),
     "sockets": ("socket_key", "socket_value"),
+    "affinity": ("affinity_key", "affinity"),
     "marks": ("u32", "mark"),
     "counters": ("u32", "u64"),
     "traffic": ("u32", "traffic"),
@@ -110,17 +130,29 @@ KEY_VALUE: dict[str, tuple[str, str]] = {
 """The maps that this dataplane's control plane reads or writes, with the types of their rows."""
 
 FRONTEND_KEY = struct.Struct("=16sHBx")
-ROUTE = struct.Struct("=BBBBIIIIIIB3x")
+ROUTE = struct.Struct("=BBBBIIIIIIBB2x")
 BACKEND = struct.Struct("=16sHHB3xI")
 NAME = struct.Struct("=64s64s64s")
 SOURCE_KEY = struct.Struct("=I16s")
 RANGE_KEY = struct.Struct("=II16s")
-SETTINGS = struct.Struct("=QQQIIHH4x16sBBB5x")
+SETTINGS = struct.Struct("=QQQIIHHI16sBBB5x")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
-FLOW = struct.Struct("=16sHHBBHIIQQ")
+FLOW = struct.Struct("=16sHHBBHIIQQ16sHH4x")
 SOCKET_KEY = struct.Struct("=Q16sHBB4x")
 SOCKET_VALUE = struct.Struct("=16sH2xII4xQ")
+OWNER = struct.Struct("=64s64s")
+TABLE_KEY = struct.Struct("=II")
+MEMBER_KEY = struct.Struct("=II")
+VLAN_KEY = struct.Struct("=IHxx")
+AFFINITY_KEY = struct.Struct("=16sIB3x")
+AFFINITY = struct.Struct("=IIQ")
 U32 = struct.Struct("=I")
+U64 = struct.Struct("=Q")
+
+KNOWN_CELLS = 16384
+TABLE_PART = 1024
+CLIENT_ADDRESS, CLIENT_NETNS = 0, 1
+"""The values of bpf/maps.h."""
 
 _PLAIN = {"u32": 4, "u64": 8}
 

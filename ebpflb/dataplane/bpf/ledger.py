@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
 from ebpflb.dataplane.bpf.layouts import ROUTE
 from ebpflb.dataplane.bpf.reading import Reading
-from ebpflb.dataplane.bpf.records import UNKNOWN, BackendSlots, Change, Ranges, Refused, Service, ServiceKey
+from ebpflb.dataplane.bpf.records import UNKNOWN, BackendSlots, Change, Ranges, Refused, Service, ServiceKey, Table
+from ebpflb.dataplane.bpf.table_parts import LARGEST, TableRows, part_count
 from ebpflb.dataplane.bpf.tables import (
     ABSENT,
     FREE,
@@ -36,13 +37,17 @@ from ebpflb.dataplane.bpf.tables import (
     unpack_frontend,
 )
 from ebpflb.model import Protocol
-from ebpflb.routes import Backend, BackendState, Frontend, Route, RouteTable, Scope
+from ebpflb.routes import Algorithm, Backend, BackendState, Frontend, Route, RouteTable, Scope
+
+
+_Made = Service | BackendSlots | Ranges | Table
 
 
 class Ledger:
-    """`capacity`: entries of each map by name. A new ledger knows of nothing; `adopt` takes over what was read."""
+    """`capacity`: entries of each map by name; `cap`: positions of the largest table of consistent hashing. A new
+    ledger knows of nothing; `adopt` takes over what was read."""
 
-    def __init__(self, capacity: Mapping[str, int]) -> None:
+    def __init__(self, capacity: Mapping[str, int], cap: int = LARGEST) -> None:
         self._capacity = capacity
         self.held: dict[Frontend, bytes] = {}
         self._services: dict[ServiceKey, Service] = {}
@@ -63,15 +68,27 @@ class Ledger:
         self.stale_names: set[int] = set()
         self.stale_ranges: dict[int, list[bytes]] = {}
         self.stale_frontends: set[bytes] = set()
+        self.tables = TableRows(capacity["tables"], cap)
         self.gone_udp: set[int] = set()
         """Backends of UDP Services that nobody uses any more; for the writer to take."""
+        self.forgetting = False
+        """Whether a service may have remembered clients that keeps none any more; for the writer to unset."""
+        self._unkept: set[int] = set()
 
     # ---- What the rows are
 
     @property
     def tidy(self) -> bool:
         """Whether nothing waits to be written or removed because no row refers to it any more."""
-        return not (self.stale_backends or self.stale_names or self.stale_ranges or self.stale_frontends)
+        return not (
+            self.stale_backends
+            or self.stale_names
+            or self.stale_ranges
+            or self.stale_frontends
+            or self.tables.stale
+            or self.tables.torn
+            or self.forgetting
+        )
 
     @property
     def services(self) -> int:
@@ -81,6 +98,15 @@ class Ledger:
     def names(self) -> Iterator[tuple[int, bytes | None]]:
         """Each service's id, and its row of `names`."""
         return ((id, pack_name(service.key[0])) for id, service in self._by_id.items())
+
+    def keeps(self, id: int) -> bool:
+        """Whether a service has session affinity."""
+        service = self._by_id.get(id)
+        return service is not None and service.keeping > 0
+
+    def table_sums(self) -> dict[bytes, int]:
+        """A sum of each row of `tables`, by key."""
+        return self.tables.sums(self._sets.values())
 
     def range_keys(self) -> set[bytes]:
         """The keys of all rows of `ranges`."""
@@ -99,7 +125,7 @@ class Ledger:
                 self.stale_frontends.add(key)
                 continue
             rows.append((frontend, value))
-            for _, _, _, _, service, start, count, draining, _, _, _ in ROUTE.iter_unpack(value):
+            for _, _, _, _, service, start, count, draining, *_ in ROUTE.iter_unpack(value):
                 if not service or not count + draining:
                     continue
                 if reading.backend_set(service, start, count, draining) is not None:
@@ -118,12 +144,17 @@ class Ledger:
         self, reading: Reading, frontend: Frontend, value: bytes, claims: Mapping[int, tuple[int, int, int, int]]
     ) -> bool:
         halves = [half for half in ROUTE.iter_unpack(value) if half[4]]
-        for _, _, _, _, service, start, count, draining, _, ranges, _ in halves:
+        codes: dict[int, int] = {}
+        for _, _, _, _, service, start, count, draining, _, ranges, _, table in halves:
             if service not in reading.names or (ranges and ranges not in reading.ranges):
                 return False
             if count + draining and claims.get(start) != (service, start, count, draining):
                 return False
-        for _, _, _, _, service, start, count, draining, _, ranges, _ in halves:
+            if table and not (count and part_count(table) and self._code_at(start, codes) in (0, table)):
+                return False
+            if table:
+                codes[start] = table
+        for _, _, _, _, service, start, count, draining, _, ranges, _, table in halves:
             record = self._by_id.get(service)
             if record is None:
                 record = Service((reading.names[service], frontend.protocol), service)
@@ -135,12 +166,19 @@ class Ledger:
                 slots = BackendSlots(service, start, count, found.backends, found.ids)
                 self._sets[start] = slots
                 record.sets.append(slots)
+            if table and self._sets[start].table is None:
+                self._sets[start].table = Table(start, table)
             if ranges and ranges not in self._ranges_by_id:
                 known = Ranges(reading.ranges[ranges], ranges)
                 self._ranges_by_id[ranges] = known
                 self._ranges.setdefault(known.cidrs, known)
         self._hold(value)
         return True
+
+    def _code_at(self, start: int, codes: Mapping[int, int]) -> int:
+        """The size of the table that the slots from `start` have by now; 0 for none."""
+        slots = self._sets.get(start)
+        return slots.table.code if slots is not None and slots.table is not None else codes.get(start, 0)
 
     def _adopt_rest(self, reading: Reading) -> None:
         """Numbers in use, and rows that nobody refers to."""
@@ -167,6 +205,8 @@ class Ledger:
             self._range_rows += len(cidrs)
             if id not in self._ranges_by_id:
                 self.stale_ranges[id] = pack_ranges(id, cidrs)
+        self.tables.adopt(self._sets.values(), reading.tables)
+        self.forgetting = True  # who remembered clients before is not known
         self._service_ids = IdPool("names", self._capacity["names"], reading.names)
         self._backend_ids = IdPool("backends", self._capacity["backends"] - 1, used | set(self.stale_backends))
         self._range_ids = IdPool("ranges", self._capacity["ranges"], reading.ranges)
@@ -191,7 +231,7 @@ class Ledger:
         room = self._capacity["frontends"] - len(self.held) + len(change.removals)
         for frontend, internal, external in wanted:
             held = self.held.get(frontend)
-            fresh: list[Service | BackendSlots | Ranges] = []
+            fresh: list[_Made] = []
             try:
                 if held is None and room <= 0:
                     raise Exhausted("frontends", self._capacity["frontends"])
@@ -217,7 +257,7 @@ class Ledger:
         external: Route | None,
         protocol: Protocol,
         change: Change,
-        fresh: list[Service | BackendSlots | Ranges],
+        fresh: list[_Made],
     ) -> bytes:
         """A frontend's row, of both scopes. Raises Exhausted or Refused; what was made until then is in `fresh`."""
         first = second = ABSENT
@@ -232,6 +272,7 @@ class Ledger:
                 and external.backends is internal.backends
                 and external.service == internal.service
                 and external.source_ranges == internal.source_ranges
+                and external.algorithm == internal.algorithm
             )
             if not alike:
                 numbers = self._numbers(external, protocol, change, fresh)
@@ -243,20 +284,25 @@ class Ledger:
         route: Route,
         protocol: Protocol,
         change: Change,
-        fresh: list[Service | BackendSlots | Ranges],
-    ) -> tuple[int, int, int, int, int]:
-        """What a route's half of a row refers to: service, first slot, active slots, draining slots, ranges."""
+        fresh: list[_Made],
+    ) -> tuple[int, int, int, int, int, int]:
+        """What a route's half of a row refers to: service, first slot, active slots, draining slots, ranges, table."""
         key = (route.service, protocol)
         service = self._services.get(key)
         if service is None:
             service = self._new_service(key, change)
             fresh.append(service)
-        start = count = draining = ranges = 0
+        start = count = draining = ranges = code = 0
         if route.backends:
-            slots = self._find(service, route.backends)
+            if route.algorithm is Algorithm.MAGLEV:
+                code = self.tables.code_for(route.backends)
+            slots = self._find(service, route.backends, code)
             if slots is None:
                 slots = self._new_set(service, route.backends, change)
                 fresh.append(slots)
+            if code and slots.table is None:
+                fresh.append(self.tables.make(slots, code))
+                change.tables[slots.start] = slots
             start, count = slots.start, slots.count
             draining = slots.length - count
         if route.source_ranges:
@@ -265,15 +311,17 @@ class Ledger:
                 known = self._new_ranges(route.source_ranges, change)
                 fresh.append(known)
             ranges = known.id
-        return service.id, start, count, draining, ranges
+        return service.id, start, count, draining, ranges, code
 
     @staticmethod
-    def _find(service: Service, backends: tuple[Backend, ...]) -> BackendSlots | None:
+    def _find(service: Service, backends: tuple[Backend, ...], code: int) -> BackendSlots | None:
+        """The set of these backends, whose table, if it has one and it is asked for, is of that size: another size
+        goes with other slots, since rows that name the old one must find it whole."""
         for slots in service.sets:
-            if slots.backends is backends:
+            if slots.backends is backends and (not code or slots.table is None or slots.table.code == code):
                 return slots
         for slots in service.sets:
-            if slots.backends == backends:
+            if slots.backends == backends and (not code or slots.table is None or slots.table.code == code):
                 # After a restart, the tuple that was read gives way to the one that the routes hold anyway.
                 slots.backends = backends
                 return slots
@@ -341,7 +389,7 @@ class Ledger:
         change.ranges[known.id] = pack_ranges(known.id, cidrs)
         return known
 
-    def _forget(self, made: Service | BackendSlots | Ranges, change: Change) -> None:
+    def _forget(self, made: _Made, change: Change) -> None:
         """Undo what `prepare` made for a frontend that it then had to refuse; the last made first."""
         if isinstance(made, Service):
             del self._services[made.key], self._by_id[made.id], change.names[made.id]
@@ -350,6 +398,8 @@ class Ledger:
             del self._ranges[made.cidrs], self._ranges_by_id[made.id], change.ranges[made.id]
             self._range_rows -= len(made.cidrs)
             self._range_ids.give(made.id)
+        elif isinstance(made, Table):
+            self.tables.forget(change.tables.pop(made.start))
         else:
             self._drop_set(made)
             del change.sets[made.start]
@@ -362,10 +412,12 @@ class Ledger:
 
     # ---- What became of it
 
-    def depends(self, row: bytes, sets: set[int], names: set[int], ranges: set[int]) -> bool:
-        """Whether a row refers to any of these slot ranges (by start), names or ranges."""
-        for _, _, _, _, service, start, count, draining, _, cidrs, _ in ROUTE.iter_unpack(row):
+    def depends(self, row: bytes, sets: set[int], names: set[int], ranges: set[int], tables: set[int]) -> bool:
+        """Whether a row refers to any of these slot ranges (by start), names, ranges or tables (by their first slot)."""
+        for _, _, _, _, service, start, count, draining, _, cidrs, _, table in ROUTE.iter_unpack(row):
             if service in names or cidrs in ranges or (count + draining and start in sets):
+                return True
+            if table and start in tables:
                 return True
         return False
 
@@ -393,27 +445,43 @@ class Ledger:
         return "an unknown Service"
 
     def _hold(self, row: bytes) -> None:
-        for _, _, _, _, service, start, count, draining, _, ranges, _ in ROUTE.iter_unpack(row):
+        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in ROUTE.iter_unpack(row):
             if service:
-                self._by_id[service].refs += 1
+                record = self._by_id[service]
+                record.refs += 1
+                if affinity:
+                    record.keeping += 1
                 if count + draining:
-                    self._sets[start].refs += 1
+                    slots = self._sets[start]
+                    slots.refs += 1
+                    if table:
+                        assert slots.table is not None  # as `_numbers` or `_adopt_row` made it
+                        slots.table.refs += 1
                 if ranges:
                     self._ranges_by_id[ranges].refs += 1
 
     def _release(self, row: bytes) -> None:
-        for _, _, _, _, service, start, count, draining, _, ranges, _ in ROUTE.iter_unpack(row):
+        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in ROUTE.iter_unpack(row):
             if not service:
                 continue
             record = self._by_id[service]
             record.refs -= 1
             if not record.refs:
                 self._idle_services.add(service)
+            if affinity:
+                record.keeping -= 1
+                if not record.keeping:
+                    self._unkept.add(service)
             if count + draining:
                 slots = self._sets[start]
                 slots.refs -= 1
                 if not slots.refs:
                     self._idle_sets.add(start)
+                if table:
+                    assert slots.table is not None  # this row has kept it
+                    slots.table.refs -= 1
+                    if not slots.table.refs:
+                        self.tables.released(start)
             if ranges:
                 known = self._ranges_by_id[ranges]
                 known.refs -= 1
@@ -424,6 +492,9 @@ class Ledger:
 
     def sweep(self) -> None:
         """Everything that no row refers to any more: slot ranges are free at once, the rest becomes stale."""
+        self.tables.sweep(self._sets)
+        self.forgetting = self.forgetting or any(not self.keeps(id) for id in self._unkept)
+        self._unkept.clear()
         for start in self._idle_sets:
             slots = self._sets.get(start)
             if slots is not None and not slots.refs:

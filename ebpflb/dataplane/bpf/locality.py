@@ -24,7 +24,7 @@ _OWN = 16
 
 class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     """What the settings say besides locality. `netns` is the cookie of the node's network namespace; times are in
-    jiffies; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane carried
+    jiffies, `second` too; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane carried
     Services before this one, and its connections go on. `retired`: another one carries Services now."""
 
     netns: int
@@ -34,6 +34,7 @@ class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     snat_high: int
     flows_elsewhere: bool = False
     retired: bool = False
+    second: int = 250
 
 
 def pack_sources(locality: Locality) -> dict[bytes, bytes]:
@@ -90,6 +91,7 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
         sockets,
         facts.snat_low,
         facts.snat_high,
+        facts.second,
         interface.removesuffix("*").encode()[:15],
         interface.endswith("*"),
         facts.flows_elsewhere,
@@ -99,8 +101,8 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, _, _, elsewhere, retired = SETTINGS.unpack(settings)
-    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired)), layout
+    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(settings)
+    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired), second), layout
 
 
 def retired(settings: bytes) -> bytes:

@@ -69,7 +69,7 @@ class RawTables(msgspec.Struct, frozen=True):
 def slots_end(frontends: bytes, capacity: int) -> int:
     """One more than the last slot that any of these `frontends` values names, as far as the array has it."""
     end = 0
-    for _, _, _, _, _, start, count, draining, _, _, _ in ROUTE.iter_unpack(frontends):
+    for _, _, _, _, _, start, count, draining, *_ in ROUTE.iter_unpack(frontends):
         if count + draining and start + count + draining > end:
             end = start + count + draining
     return min(end, capacity)
@@ -134,7 +134,7 @@ class Reading:
     def route(self, half: bytes) -> Route | None:
         """One scope's half of a frontend's row as a route; None if it says nothing that can be understood."""
         fields = ROUTE.unpack(half)
-        verdict, masquerade, algorithm, forwarding, service, slots, count, draining, affinity, ranges, kind = fields
+        verdict, masquerade, algorithm, forwarding, service, slots, count, draining, affinity, ranges, kind, _ = fields
         name = self.names.get(service)
         backends: tuple[Backend, ...] = ()
         cidrs: tuple[str, ...] | None = ()

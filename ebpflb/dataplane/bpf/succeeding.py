@@ -18,7 +18,7 @@ from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.model import Family
 
 _IPV4 = bytes(10) + b"\xff\xff"  # as `routes.packed` has it
-_ROW = FLOW.pack(bytes(16), 0, 0, FLOW_ELSEWHERE, 0, 0, 0, 0, 0, 0)
+_ROW = FLOW.pack(bytes(16), 0, 0, FLOW_ELSEWHERE, 0, 0, 0, 0, 0, 0, b"", 0, 0)
 
 
 def answers_elsewhere() -> Iterator[Answer]:

@@ -88,8 +88,9 @@ _PROTOCOLS = {int(protocol): protocol for protocol in Protocol}
 # ---- Rows of one field or another
 
 
-def pack_route(route: Route, service: int, slots: int, count: int, draining: int, ranges: int) -> bytes:
-    """One scope's half of a frontend's row."""
+def pack_route(route: Route, service: int, slots: int, count: int, draining: int, ranges: int, table: int = 0) -> bytes:
+    """One scope's half of a frontend's row. `table`: the size of its slots' table, as `table_size` of bpf/maglev.h
+    counts it; 0 for none."""
     return ROUTE.pack(
         route.verdict,
         route.masquerade,
@@ -102,6 +103,7 @@ def pack_route(route: Route, service: int, slots: int, count: int, draining: int
         route.affinity_seconds,
         ranges,
         route.kind,
+        table,
     )
 
 

@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The packet path before the stack: what comes from outside for a frontend whose backend is elsewhere is sent on from
+ * the driver's receive path, with both ends replaced, and so are its replies.
+ *
+ *   request   client -> frontend   becomes   this node -> backend
+ *   reply     backend -> this node becomes   frontend  -> client
+ *
+ * Rules: a frame is sent on whole, or passed up exactly as it came; tc, which runs behind this, carries any packet of any
+ * flow with the same translation. Passed up is all that the stack must see or say: what is nobody's, local backends,
+ * refusals, fragments, IP options, ICMP errors, what must wait for a neighbour or does not fit. Verdicts without an answer
+ * are carried out here.
+ */
+#include <uapi/linux/if_vlan.h>
+
+#include "config.h"
+#include "maps.h"
+#include "addr.h"
+#include "lookup.h"
+#include "parse.h"
+#include "admit.h"
+#include "flow.h"
+#include "masquerade.h"
+#include "nat.h"
+#include "hop.h"
+
+#define VLAN_ID 0x0fff
+
+struct vlan_header {
+	u16 tag;
+	u16 ethertype;
+};
+
+/* The device that the frame belongs to, by its VLAN tag; PASS where none is known. */
+static inline int enter_vlan(u16 tag, struct entry *entry)
+{
+	struct vlan_key key = {};
+	u32 *device;
+
+	key.device = entry->under;
+	key.id = swap16(tag) & VLAN_ID;
+	device = vlans.lookup(&key);
+	if (!device)
+		return PASS;
+	entry->device = *device;
+	return GO_ON;
+}
+
+static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct entry *entry)
+{
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+	struct ethhdr *ethernet = data;
+	u16 ethertype;
+	int verdict;
+
+	entry->device = entry->under = ctx->ingress_ifindex;
+	if ((void *)(ethernet + 1) > end)
+		return PASS;
+	ethertype = ethernet->h_proto;
+	packet->l3 = sizeof(*ethernet);
+	if (ethertype == swap16(ETH_P_8021Q)) {
+		struct vlan_header *vlan = (void *)(ethernet + 1);
+
+		if ((void *)(vlan + 1) > end)
+			return PASS;
+		if (enter_vlan(vlan->tag, entry) != GO_ON)
+			return PASS;
+		ethertype = vlan->ethertype;
+		packet->l3 += sizeof(*vlan);
+	}
+	verdict = parse_plain(data, end, ethertype, packet);
+	if (verdict != TOO_SHORT)
+		return verdict;
+	count(PACKET_TOO_SHORT);
+	return PASS;
+}
+
+/*
+ * The first packet of a flow. Whatever is chosen is written down, also where the packet is passed up: tc must not choose
+ * again, or local backends would get less than their share.
+ */
+static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const struct entry *entry,
+			   const struct settings *node, u64 now, struct hop **hop, struct flow_key *to)
+{
+	struct address address = {};
+	struct choice chosen = {};
+	struct device *device;
+	u32 leaving;
+	int verdict = admit(packet, entry->device, node, now, &chosen);
+
+	if (verdict == DISCARD)
+		count(XDP_DROPPED);
+	if (verdict != GO_ON)
+		return verdict == DISCARD ? DISCARD : PASS;
+
+	if (chosen.masquerade)
+		*hop = next_hop(ctx, packet, entry, &address, &chosen.backend->address, node, now);
+	if (*hop) {
+		leaving = (*hop)->device;
+		device = devices.lookup(&leaving);
+		if (device)
+			address = packet->version == 4 ? device->ipv4 : device->ipv6;
+	}
+	if (is_zero(&address)) {
+		verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.masquerade, node, now, to);
+		if (verdict == GO_ON)
+			count(PACKET_FORWARDED);
+		return verdict == DISCARD ? DISCARD : PASS;
+	}
+	verdict = begin_short_flow(ctx, packet, &chosen, &address, node, now, to);
+	if (verdict != GO_ON)
+		return verdict;
+	count(XDP_FORWARDED);
+	count_traffic(chosen.route->service, 1, 0, 0);
+	return GO_ON;
+}
+
+/* Give the frame its new tuple and send it on; or pass it up, untouched, where it is not for this device. */
+static inline int send(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
+		       const struct flow_key *to, const struct hop *hop, u32 service)
+{
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+	struct ethhdr *ethernet = data;
+
+	if ((void *)(ethernet + 1) > end)
+		return XDP_PASS;
+	if (rewrite_in_place(data, end, packet, to) != GO_ON)
+		return XDP_PASS;
+	__builtin_memcpy(ethernet, hop->frame, 12);
+	count(XDP_SENT);
+	count_traffic(service, 0, 1, (u64)(end - data));
+	if (hop->device == entry->device)
+		return XDP_TX;
+	return bpf_redirect(hop->device, 0);
+}
+
+int xdp_ingress(struct xdp_md *ctx)
+{
+	struct packet packet = {};
+	struct address anywhere = {}; /* a request's source is not known before the device is */
+	struct entry entry = {};
+	struct settings *node;
+	struct flow_key to;
+	struct flow *flow;
+	struct hop *hop = 0;
+	u32 service;
+	int verdict, stale = 0;
+	u64 now;
+
+	packet.key.hook = HOOK_INGRESS;
+	if (parse_frame(ctx, &packet, &entry) != GO_ON)
+		return XDP_PASS;
+	flow = entering_flow(&packet.key);
+	if (!flow && !is_known(&packet.key.destination))
+		return XDP_PASS;
+	node = node_settings();
+	if (!node)
+		return XDP_PASS;
+	now = bpf_jiffies64();
+
+	if (flow && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
+		stale = 1;
+		flow = 0;
+	}
+	if (flow) {
+		if (!(flow->flags & FLOW_WHOLE))
+			return XDP_PASS;
+		if (flow->action == FLOW_DNAT)
+			hop = next_hop(ctx, &packet, &entry, &anywhere, &flow->address, node, now);
+		else
+			hop = next_hop(ctx, &packet, &entry, &flow->beyond, &flow->address, node, now);
+		if (!hop)
+			return XDP_PASS;
+		service = flow->service;
+		use_flow(&packet, flow, node, now);
+		wholly_translated(&packet.key, flow, &to);
+	} else {
+		verdict = new_flow(ctx, &packet, &entry, node, now, &hop, &to);
+		if (verdict == PASS)
+			return XDP_PASS; /* tc sees to what is stale */
+		if (stale)
+			count(FLOW_STALE);
+		if (verdict == DISCARD) {
+			if (stale)
+				flows.delete(&packet.key); /* or what follows would still be led by it */
+			return XDP_DROP;
+		}
+		service = 0;
+	}
+	return send(ctx, &packet, &entry, &to, hop, service);
+}
