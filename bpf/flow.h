@@ -99,23 +99,33 @@ static inline void wholly_translated(const struct flow_key *key, const struct fl
 	to->destination_port = flow->action == FLOW_DNAT ? flow->port : flow->client_port;
 }
 
-/* The row that replies to a request's flow meet: where they enter, if that is known, else where they leave. */
-static inline struct flow *reply_row(const struct flow_key *request, const struct flow *flow)
+/* The row that a flow's replies meet where they leave. */
+static inline struct flow *leaving_reply_row(const struct flow_key *request, const struct flow *flow)
 {
 	struct flow_key key = {};
 
 	key.source = flow->address;
 	key.source_port = flow->port;
+	key.destination = request->source;
+	key.destination_port = flow->other_port;
 	key.protocol = request->protocol;
-	if (flow->flags & FLOW_WHOLE) {
-		key.destination = flow->beyond;
-		key.destination_port = flow->beyond_port;
-		key.hook = HOOK_INGRESS;
-	} else {
-		key.destination = request->source;
-		key.destination_port = flow->other_port;
-		key.hook = HOOK_EGRESS;
-	}
+	key.hook = HOOK_EGRESS;
+	return flows.lookup(&key);
+}
+
+/* The row that they meet first, as far as it is known: where they enter, else where they leave. */
+static inline struct flow *reply_row(const struct flow_key *request, const struct flow *flow)
+{
+	struct flow_key key = {};
+
+	if (!(flow->flags & FLOW_WHOLE))
+		return leaving_reply_row(request, flow);
+	key.source = flow->address;
+	key.source_port = flow->port;
+	key.destination = flow->beyond;
+	key.destination_port = flow->beyond_port;
+	key.protocol = request->protocol;
+	key.hook = HOOK_INGRESS;
 	return flows.lookup(&key);
 }
 
@@ -149,36 +159,42 @@ static inline int request_is_current(const struct packet *packet, const struct f
 	return backend_lives(flow->backend, flow->service, &flow->address, flow->port);
 }
 
-/* A FIN or RST closes the connection, whichever side says so: both the request's row and the reply's know it. */
+static inline void close_row(struct flow *flow)
+{
+	if (flow)
+		flow->flags |= FLOW_CLOSING;
+}
+
+/* A FIN or RST closes the connection, whichever side says so: the request's row and all of the replies' know it. */
 static inline void note_closing(const struct packet *packet, struct flow *flow)
 {
-	struct flow_key key = {};
-	struct flow *other;
+	struct flow_key request = {};
 
 	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)) || (flow->flags & FLOW_CLOSING))
 		return;
-	flow->flags |= FLOW_CLOSING;
-	key.protocol = packet->key.protocol;
-	key.hook = HOOK_INGRESS;
+	close_row(flow);
 	if (flow->action == FLOW_DNAT) {
-		other = reply_row(&packet->key, flow);
-	} else if (flow->action == FLOW_UNDNAT) {
-		key.source = packet->key.destination;
-		key.source_port = flow->other_port;
-		key.destination = flow->address;
-		key.destination_port = flow->port;
-		other = flows.lookup(&key);
+		close_row(reply_row(&packet->key, flow));
+		if ((flow->flags & (FLOW_WHOLE | FLOW_SHORT)) == FLOW_WHOLE)
+			close_row(leaving_reply_row(&packet->key, flow));
+		return;
+	}
+	request.protocol = packet->key.protocol;
+	request.hook = HOOK_INGRESS;
+	if (flow->action == FLOW_UNDNAT) {
+		request.source = packet->key.destination;
+		request.source_port = flow->other_port;
+		request.destination = flow->address;
+		request.destination_port = flow->port;
 	} else if (flow->action == FLOW_UNSNAT && (flow->flags & FLOW_WHOLE)) {
-		key.source = flow->address;
-		key.source_port = flow->client_port;
-		key.destination = flow->beyond;
-		key.destination_port = flow->beyond_port;
-		other = flows.lookup(&key);
+		request.source = flow->address;
+		request.source_port = flow->client_port;
+		request.destination = flow->beyond;
+		request.destination_port = flow->beyond_port;
 	} else {
 		return;
 	}
-	if (other)
-		other->flags |= FLOW_CLOSING;
+	close_row(flows.lookup(&request));
 }
 
 /*
@@ -439,7 +455,7 @@ static inline void give_way(const struct packet *packet)
 {
 	struct flow_key key = {};
 	struct settings *node = node_settings();
-	struct flow *flow, *reply;
+	struct flow *flow;
 
 	if (!node || !node->retired || packet->error)
 		return;
@@ -452,18 +468,9 @@ static inline void give_way(const struct packet *packet)
 	flow = flows.lookup(&key);
 	if (!flow || flow->action != FLOW_UNSNAT)
 		return;
-	if (key.protocol == IPPROTO_TCP) {
-		struct flow_key back = key;
-
-		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-			return;
-		back.destination = flow->address;
-		back.destination_port = flow->port;
-		back.hook = HOOK_EGRESS;
-		reply = flows.lookup(&back);
-		if (reply && !(reply->flags & FLOW_CLOSING))
-			return;
-	}
+	if (key.protocol == IPPROTO_TCP &&
+	    ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN || !(flow->flags & FLOW_CLOSING)))
+		return;
 	flows.delete(&key);
 }
 

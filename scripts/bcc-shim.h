@@ -34,6 +34,7 @@ int bpf_skb_adjust_room(struct __sk_buff *skb, s32 difference, u32 mode, u64 fla
 int bpf_redirect(u32 device, u64 flags);
 struct bpf_sock *bpf_skc_lookup_tcp(void *context, struct bpf_sock_tuple *tuple, u32 size, u64 netns, u64 flags);
 struct bpf_sock *bpf_sk_lookup_udp(void *context, struct bpf_sock_tuple *tuple, u32 size, u64 netns, u64 flags);
+long bpf_fib_lookup(void *context, struct bpf_fib_lookup *params, int size, u32 flags);
 int bpf_sk_release(void *socket);
 
 #endif
