@@ -40,7 +40,7 @@ static inline int ask_fib(struct xdp_md *ctx, const struct packet *packet, const
 {
 	struct bpf_fib_lookup fib = {};
 	struct device *device;
-	u32 leaving, entered = entry->device, under = entry->under;
+	u32 leaving, may, entered = entry->device, under = entry->under;
 	long found;
 
 	fib.l4_protocol = packet->key.protocol;
@@ -71,11 +71,13 @@ static inline int ask_fib(struct xdp_md *ctx, const struct packet *packet, const
 	if (!device)
 		return PASS;
 	__builtin_memcpy(hop->mac, device->mac, 6);
+	may = device->flags & DEVICE_XDP;
 	leaving = fib.ifindex;
 	device = devices.lookup(&leaving);
-	/* A frame with a tag goes back by the VLAN that it came from, or up. */
-	if (!device || (leaving != entered && (entered != under || (device->flags & (DEVICE_XDP | DEVICE_REDIRECT)) !=
-									   (DEVICE_XDP | DEVICE_REDIRECT)))) {
+	/* To another device only without a tag; a frame with one goes back by the VLAN that it came from, or up. */
+	if (device && leaving != entered)
+		may = entered == under && (device->flags & DEVICE_XDP) && (device->flags & DEVICE_REDIRECT);
+	if (!device || !may) {
 		count(XDP_LOCAL);
 		return PASS;
 	}
