@@ -94,6 +94,7 @@ LAYERS = (
     ),
     Layer("dataplane.bpf.layouts", _ROWS, pure=True),
     Layer("dataplane.bpf.tables", (*_ROWS, "dataplane.bpf.layouts"), pure=True),
+    Layer("dataplane.bpf.maglev", (*_ROWS, "dataplane.bpf.tables")),  # pure but for loading its C
     Layer("dataplane.bpf.locality", (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables"), pure=True),
     Layer(
         "dataplane.bpf.reading",
