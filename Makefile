@@ -82,4 +82,5 @@ vm: setup
 
 clean:
 	rm -rf .venv build artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis ebpflb.egg-info
+	rm -f ebpflb/dataplane/bpf/_maglev*.so
 	find ebpflb tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
