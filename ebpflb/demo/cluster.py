@@ -81,7 +81,7 @@ class Cluster:
 
     `directory` holds `manifests/`, `log/` and the mounted `bpf/`. `under` is a program with its arguments, under which
     every ebpflb of the cluster runs: one that becomes the command that it is given. With `name` given, it must be
-    unused so far.
+    unused so far. `whole_checksums`: what passes the wires is as on a real network, as XDP must have it.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Cluster:
         options: Sequence[str] = (),
         under: Sequence[str] = (),
         name: str | None = None,
+        whole_checksums: bool = False,
     ) -> None:
         self.name = name or f"ebpflb-{os.getpid()}-{next(_numbers)}"
         self.join = join
@@ -101,6 +102,7 @@ class Cluster:
         self.hairpin = hairpin  # the bridge plugin's default
         self.options = tuple(options)
         self.under = tuple(under)
+        self.whole_checksums = whole_checksums
         self.directory = namespaces.STATE / self.name
         self.bpffs = self.directory / "bpf"
         self.logs = self.directory / "log"
@@ -165,6 +167,7 @@ class Cluster:
         namespaces.sysctl(self.fabric.namespace, network.FABRIC_SYSCTLS)
         namespaces.ip(self.fabric.namespace, network.fabric(self.outside.namespace))
         namespaces.ip(self.outside.namespace, network.outside())
+        self._wired(self.outside, "outside")
         for node in self.nodes.values():
             self._make_node(node)
         self.manifests.write(
@@ -179,6 +182,7 @@ class Cluster:
         node.node_cgroup.mkdir(parents=True)
         namespaces.sysctl(node.namespace, network.NODE_SYSCTLS)
         namespaces.ip(self.fabric.namespace, network.plug(node.index, node.namespace))
+        self._wired(node, network.port(node.index))
         lines = network.node(node.index)
         peers = [peer.index for peer in self.nodes.values()]
         if self.cni is Cni.BRIDGE:
@@ -191,6 +195,12 @@ class Cluster:
         if self.join is Join.VXLAN:
             namespaces.bridge(node.namespace, network.vxlan_forwarding(node.index, peers))
             namespaces.nft(node.namespace, network.masquerade())
+
+    def _wired(self, place: Place, port: str) -> None:
+        """A wire is there from `place` to this port of the fabric."""
+        if self.whole_checksums:
+            namespaces.whole_checksums(place.namespace, "eth0")
+            namespaces.whole_checksums(self.fabric.namespace, port)
 
     # ---- Pods ----
 
@@ -222,6 +232,8 @@ class Cluster:
         else:
             namespaces.ip(home.namespace, network.bridged_pod(pod.device, namespace, self.pod_mtu, self.hairpin))
             namespaces.ip(namespace, network.bridged_pod_inside(home.index, addresses))
+        if self.whole_checksums:
+            namespaces.whole_checksums(namespace, "eth0")
         home.pods[name] = pod
         return pod
 

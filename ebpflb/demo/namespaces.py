@@ -8,9 +8,12 @@ bears that name is touched. Commands run in sessions of their own, so that Ctrl-
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +26,7 @@ NETNS = Path("/run/netns")
 STATE = Path("/run")
 
 _CLONE_NEWNET = 0x40000000
+_SIOCETHTOOL, _ETHTOOL_STXCSUM = 0x8946, 0x17
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # Joins a cgroup ("" for none), enters a network namespace, becomes the program: in that order, since the sockets of the
@@ -100,6 +104,15 @@ def sysctl(namespace: str, values: Mapping[str, int | str]) -> None:
     with inside(namespace):
         for key, value in values.items():
             Path("/proc/sys/net", key).write_text(str(value))
+
+
+def whole_checksums(namespace: str, device: str) -> None:
+    """Let a device send packets with their checksums filled in (`ethtool -K DEVICE tx off`): between network namespaces
+    the stack leaves that to whoever receives them, which no XDP program can see."""
+    value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_STXCSUM, 0))
+    request = struct.pack("16sP8x", device.encode(), ctypes.addressof(value))
+    with inside(namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        fcntl.ioctl(asking, _SIOCETHTOOL, request)
 
 
 def cgroup_root() -> Path:

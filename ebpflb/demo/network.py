@@ -109,9 +109,15 @@ def outside() -> list[str]:
     return [*_addressed("eth0", OUTSIDE, 24, 64), *_defaults("eth0", OUTSIDE_GATEWAY)]
 
 
+def port(node: int) -> str:
+    """The fabric's end of the wire to a node."""
+    return f"node{node}"
+
+
 def plug(node: int, namespace: str) -> list[str]:
     """In the fabric: the wire to a node."""
-    return [f"link add node{node} type veth peer name eth0 netns {namespace}", f"link set node{node} master br0 up"]
+    name = port(node)
+    return [f"link add {name} type veth peer name eth0 netns {namespace}", f"link set {name} master br0 up"]
 
 
 def node(index: int) -> list[str]:
