@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Layout, source_directory
-from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_POD
+from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_POD, DEVICE_REDIRECT, DEVICE_XDP
 from ebpflb.model import Protocol
 from ebpflb.routes import BackendState, Masquerade, Scope, Verdict, packed, packed_network, unpacked
-from tests.packets import address
+from tests.packets import MAC_NODE, address
 
 UNSPEC = 0xFFFFFFFF
 """TC_ACT_UNSPEC: on to the next filter, then to the stack."""
@@ -28,7 +28,12 @@ REDIRECT = 7
 
 HOOK_INGRESS, HOOK_EGRESS = 0, 1
 DNAT, SNAT, UNSNAT, UNDNAT = range(4)
-CLOSING, UNALLOCATED, MASQUERADED = 1, 2, 4
+CLOSING, UNALLOCATED, MASQUERADED, DIRECT, WHOLE, SHORT = 1, 2, 4, 8, 16, 32
+
+LAYOUT = 2
+XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = range(5)
+TABLE_SIZES = (0, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+TABLE_PART = 1024
 
 
 def counter_names() -> tuple[str, ...]:
@@ -41,8 +46,16 @@ def counter_names() -> tuple[str, ...]:
 
 COUNTERS = counter_names()
 
-SIZES = {"frontends": 65536, "slots": 4096, "backends": 4096, "flows": 8192, "sockets": 1024, "names": 16}
+SIZES = {
+    "frontends": 65536, "slots": 4096, "backends": 4096, "flows": 8192, "sockets": 1024, "names": 16, "owned": 1024,
+    "tables": 1024, "members": 4096, "affinity": 1024, "devices": 64, "vlans": 64,
+}  # fmt: skip
 """Smaller maps than a node's: quick to make and to empty."""
+
+EMPTIED = (
+    "frontends", "flows", "fragments", "sockets", "sources", "ranges", "devices", "names", "traffic", "owned",
+    "tables", "members", "affinity", "vlans",
+)  # fmt: skip
 
 TEST_CHECKSUM_COMPLETE = 1 << 2
 """BPF_F_TEST_SKB_CHECKSUM_COMPLETE: hardware has summed the packet; the kernel fails the run (EBADMSG) if the sum is
@@ -53,14 +66,19 @@ PROTOCOLS = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "sctp": Protocol.SCTP}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class To:
-    """One scope's row: a verdict and where to. `backends` are (role, port); `ranges` are CIDRs, () for everybody.
-    `broken` is "free" for slots that name a free backend, "absent" for one beyond the table, "" otherwise."""
+    """One scope's row: a verdict and where to. `backends` are (role, port), `draining` more that only keep what they
+    have; `ranges` are CIDRs, () for everybody; `affinity` is in seconds. `table` is the code of a table's size, whose
+    places go round the active backends. `broken` is "free" for slots that name a free backend, "absent" for one beyond
+    the table, "members" for affinity without its rows, "table" for a table that is not there, "" otherwise."""
 
     backends: tuple[tuple[str, int], ...] = ()
     verdict: Verdict = Verdict.FORWARD
     masquerade: Masquerade = Masquerade.NEVER
     ranges: tuple[str, ...] = ()
     broken: str = ""
+    draining: tuple[tuple[str, int], ...] = ()
+    affinity: int = 0
+    table: int = 0
 
 
 REJECT = To(verdict=Verdict.REJECT)
@@ -70,10 +88,18 @@ DROP = To(verdict=Verdict.DROP)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
     """The device that a test packet passes: its masquerade addresses by role ("" for none), and whether a pod is
-    behind it."""
+    behind it. For XDP also whether our program runs there, whether others may send by it, its MTU and MAC."""
 
     masquerade: str = ""
     pod: bool = False
+    xdp: bool = False
+    redirect: bool = False
+    mtu: int = 1500
+    mac: str = MAC_NODE
+
+    @property
+    def flags(self) -> int:
+        return DEVICE_POD * self.pod | DEVICE_XDP * self.xdp | DEVICE_REDIRECT * self.redirect
 
 
 POD_DEVICE = Device(pod=True)
@@ -105,6 +131,16 @@ class FlowRow:
     flags: int
     backend: int
     seen: int
+    beyond: str = "::"
+    beyond_port: int = 0
+    client_port: int = 0
+
+
+def known_place(packed_address: bytes) -> tuple[int, int]:
+    """The cell and the bit by which programs know that there may be rows of an address; as bpf/lookup.h says it."""
+    word0, word1, word2, word3 = struct.unpack("<4I", packed_address)
+    hash = ((word0 ^ word1 ^ word2 ^ word3) * 0x9E3779B1) & 0xFFFFFFFF
+    return hash >> 18, hash >> 12 & 63
 
 
 class Packer:
@@ -147,6 +183,7 @@ class Loaded:
         self.maps: dict[str, int] = {}
         self.programs: dict[str, int] = {}
         self._device: tuple[Device, int] | None = None
+        self._known: dict[int, int] = {}
         self._counted: dict[str, int] = {}
         self.flags = 0
         try:
@@ -184,13 +221,17 @@ class Loaded:
         self._next_slot = 1
         self._next_service = 1
         self._next_ranges = 1
+        self._backends: dict[tuple[str, int, int, int], int] = {}
 
     def clear(self) -> None:
         """As new: no rows, no flows, counters at zero as `counters` sees them; settings of `put_settings`."""
-        for name in ("frontends", "flows", "fragments", "sockets", "sources", "ranges", "devices", "names", "traffic"):
+        for name in EMPTIED:
             fd = self.maps[name]
             keys, _, count = syscall.lookup_all(fd)
             syscall.delete_batch(fd, keys, count)
+        for cell in self._known:
+            syscall.update(self.maps["known"], struct.pack("=I", cell), bytes(8))
+        self._known = {}
         free = self.packer("backends").pack(state=BACKEND_FREE)
         for index in range(self._next_backend):
             syscall.update(self.maps["backends"], struct.pack("=I", index), free)
@@ -205,7 +246,8 @@ class Loaded:
             "netns": 1,
             "flow_idle": 1 << 40,
             "refresh": 1,
-            "layout": 1,
+            "layout": LAYOUT,
+            "second": 100,
             "snat_low": 32768,
             "snat_high": 60999,
         }
@@ -220,7 +262,11 @@ class Loaded:
         """The device that the next packets pass; test runs happen on the loopback device, which has index 1."""
         if ifindex == 1 and self._device == (device, family):
             return
-        row: dict[str, int | bytes] = {"flags": DEVICE_POD if device.pod else 0}
+        row: dict[str, int | bytes] = {
+            "flags": device.flags,
+            "mtu": device.mtu,
+            "mac": bytes.fromhex(device.mac.replace(":", "")),
+        }
         if device.masquerade:
             row["ipv4" if family == 4 else "ipv6"] = packed(address(device.masquerade, family))
         syscall.update(self.maps["devices"], struct.pack("=I", ifindex), self.packer("devices").pack(**row))
@@ -233,11 +279,33 @@ class Loaded:
         key = self.packer("sources", key=True).pack(prefix=bits, address=network)
         syscall.update(self.maps["sources"], key, struct.pack("=I", flags))
 
+    def put_known(self, packed_address: bytes) -> None:
+        """There may be rows of this address."""
+        cell, bit = known_place(packed_address)
+        self._known[cell] = self._known.get(cell, 0) | 1 << bit
+        syscall.update(self.maps["known"], struct.pack("=I", cell), struct.pack("=Q", self._known[cell]))
+
+    def put_owned(self, role: str, family: int) -> None:
+        """A cluster IP, whose ports without a frontend are refused."""
+        key = packed(address(role, family))
+        self.put_known(key)
+        row = self.packer("owned").pack(namespace=b"default", name=role.encode())
+        syscall.update(self.maps["owned"], key, row)
+
+    def put_vlan(self, under: int, id: int, device: int) -> None:
+        """Frames with this tag that enter by `under` belong to `device`."""
+        key = self.packer("vlans", key=True).pack(device=under, id=id)
+        syscall.update(self.maps["vlans"], key, struct.pack("=I", device))
+
     def put_backend(self, text: str, port: int, service: int, state: int = BackendState.ACTIVE) -> int:
-        """A backend row; returns its id."""
+        """A backend row; returns its id: the same one for the same backend of a Service."""
+        known = self._backends.get((text, port, service, state))
+        if known is not None:
+            return known
         number = self._next_backend
         self._next_backend += 1
         self.set_backend(number, text, port, service, state)
+        self._backends[text, port, service, state] = number
         return number
 
     def set_backend(self, number: int, text: str, port: int, service: int, state: int = BackendState.ACTIVE) -> None:
@@ -246,15 +314,25 @@ class Loaded:
         syscall.update(self.maps["backends"], struct.pack("=I", number), row)
 
     def put_frontend(
-        self, role: str, port: int, protocol: str, family: int, internal: To, external: To | None = None
+        self,
+        role: str,
+        port: int,
+        protocol: str,
+        family: int,
+        internal: To,
+        external: To | None = None,
+        service: int | None = None,
     ) -> int:
-        """A frontend with a route for each scope (one for both by default); returns the Service's id."""
-        service = self._next_service
-        self._next_service += 1
+        """A frontend with a route for each scope (one for both by default); returns the Service's id, which is a new
+        one unless it is given."""
+        if service is None:
+            service = self._next_service
+            self._next_service += 1
         rows = [b"", b""]
         first = self._route_row(internal, service, family)
         rows[Scope.INTERNAL] = first
         rows[Scope.EXTERNAL] = first if external is None else self._route_row(external, service, family)
+        self.put_known(packed(address(role, family)))
         key = self.packer("frontends", key=True).pack(
             address=packed(address(role, family)), port=port, protocol=int(PROTOCOLS[protocol])
         )
@@ -267,10 +345,19 @@ class Loaded:
             ids = [self.put_backend("0.0.0.0", 0, 0, BACKEND_FREE)]
         elif to.broken == "absent":
             ids = [0x7FFFFFFF]
+        late = [
+            self.put_backend(address(role, family), port, service, BackendState.DRAINING) for role, port in to.draining
+        ]
         start = self._next_slot
-        self._next_slot += len(ids)
-        for number, backend in enumerate(ids):
+        self._next_slot += len(ids) + len(late)
+        for number, backend in enumerate(ids + late):
             syscall.update(self.maps["slots"], struct.pack("=I", start + number), struct.pack("=I", backend))
+        if to.affinity and to.broken != "members":
+            for number, backend in enumerate(ids):
+                key = struct.pack("=II", start, backend)
+                syscall.update(self.maps["members"], key, struct.pack("=I", number))
+        if to.table and to.broken != "table":
+            self.put_table(start, to.table, len(ids))
         allowed = 0
         cidrs = [cidr for cidr in to.ranges if (":" in cidr) == (family == 6)]
         if to.ranges:
@@ -286,8 +373,21 @@ class Loaded:
             service=service,
             slots=start,
             count=len(ids),
+            draining=len(late),
+            affinity=to.affinity,
             ranges=allowed,
+            table=to.table,
         )
+
+    def put_table(self, start: int, code: int, count: int) -> None:
+        """The table of the slots at `start`: place i is position i mod `count`."""
+        places = TABLE_SIZES[code]
+        content = [place % count for place in range(places)]
+        content += [0] * (-places % TABLE_PART)
+        for part in range(len(content) // TABLE_PART):
+            piece = content[part * TABLE_PART : (part + 1) * TABLE_PART]
+            key = struct.pack("=II", start, part)
+            syscall.update(self.maps["tables"], key, struct.pack(f"={TABLE_PART}H", *piece))
 
     # ---- reading back
 
@@ -327,6 +427,9 @@ class Loaded:
                     value.get(v, "flags"),
                     value.get(v, "backend"),
                     value.get(v, "seen"),
+                    unpacked(value.raw(v, "beyond")),
+                    value.get(v, "beyond_port"),
+                    value.get(v, "client_port"),
                 )
             )
         return sorted(rows, key=lambda row: (row.action, row.source, row.sport))
