@@ -270,7 +270,7 @@ class RouteTable(Mapping[Key, Route]):
     `changed_from(parent)` costs the change.
     """
 
-    __slots__ = ("_base", "_delta", "_rows", "_token", "health", "locality", "owned", "problems", "serving")
+    __slots__ = ("_base", "_delta", "_moved", "_rows", "_token", "health", "locality", "owned", "problems", "serving")
 
     def __init__(
         self,
@@ -290,6 +290,7 @@ class RouteTable(Mapping[Key, Route]):
         self._token = object() if self._rows else _NO_ROWS
         self._base: object | None = None
         self._delta: AbstractSet[Key] = frozenset()
+        self._moved: AbstractSet[Address] = frozenset()
 
     def __getitem__(self, key: Key) -> Route:
         return self._rows[key]
@@ -352,6 +353,7 @@ class RouteTable(Mapping[Key, Route]):
         )
         table._base = self._token
         table._delta = delta.keys()
+        table._moved = frozenset(owned or ())
         return table
 
     def changed_from(self, older: RouteTable) -> AbstractSet[Key]:
@@ -362,6 +364,15 @@ class RouteTable(Mapping[Key, Route]):
         if self._base is older._token:
             return self._delta
         return frozenset(key for key in {*self._rows, *older._rows} if self._rows.get(key) != older._rows.get(key))
+
+    def owned_changed_from(self, older: RouteTable) -> AbstractSet[Address]:
+        """The addresses whose owners may differ between `older` and this table, a superset as `changed_from`."""
+        if older.owned is self.owned:
+            return frozenset()
+        if self._base is older._token is not _NO_ROWS:
+            return self._moved
+        both = {*self.owned, *older.owned}
+        return frozenset(address for address in both if self.owned.get(address) != older.owned.get(address))
 
     def ordered(self) -> list[tuple[Key, Route]]:
         """All rows in the order of `dump`."""

@@ -9,11 +9,26 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 
-from ebpflb.dataplane.bpf.layouts import SIZES, U32
+from ebpflb.dataplane.bpf.layouts import KNOWN_CELLS, SIZES, U32
 from ebpflb.dataplane.bpf.maps import Maps
 
-ARRAYS = ("slots", "backends", "settings")
-TABLES = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings", "flows", "traffic")
+ARRAYS = ("slots", "backends", "settings", "known")
+TABLES = (
+    "frontends",
+    "slots",
+    "backends",
+    "names",
+    "sources",
+    "ranges",
+    "owned",
+    "known",
+    "tables",
+    "members",
+    "settings",
+    "flows",
+    "affinity",
+    "traffic",
+)
 
 CAPACITY = {
     "frontends": 1000,
@@ -22,8 +37,13 @@ CAPACITY = {
     "names": 1000,
     "sources": 200,
     "ranges": 200,
+    "owned": 200,
+    "known": KNOWN_CELLS,
+    "tables": 2000,
+    "members": 2000,
     "settings": 1,
     "flows": 100,
+    "affinity": 100,
     "traffic": 100,
 }
 
@@ -70,6 +90,9 @@ class FakeMaps:
     def read(self, table: str) -> tuple[bytes, bytes]:
         rows = self.tables[table]
         return b"".join(rows), b"".join(rows.values())
+
+    def sums(self, table: str) -> dict[bytes, int]:
+        return {key: hash(value) for key, value in self.tables[table].items()}
 
     def read_array(self, table: str, start: int, count: int) -> bytes:
         rows, empty = self.tables[table], bytes(SIZES[table][1])
@@ -126,6 +149,10 @@ class FaultyMaps:
     def read(self, table: str) -> tuple[bytes, bytes]:
         self._maybe()
         return self.maps.read(table)
+
+    def sums(self, table: str) -> dict[bytes, int]:
+        self._maybe()
+        return self.maps.sums(table)
 
     def read_array(self, table: str, start: int, count: int) -> bytes:
         self._maybe()

@@ -78,9 +78,21 @@ LAYERS = (
             "dataplane.bpf.tables",
             "dataplane.bpf.reading",
             "dataplane.bpf.records",
+            "dataplane.bpf.set_rows",
+            "dataplane.bpf.table_parts",
         ),
         pure=True,
     ),
+    Layer("dataplane.bpf.set_rows", ("dataplane.bpf.ids", "dataplane.bpf.records"), pure=True),
+    Layer(
+        "dataplane.bpf.table_parts",
+        ("routes", "dataplane.bpf.layouts", "dataplane.bpf.maglev", "dataplane.bpf.records"),
+        pure=True,
+    ),
+    Layer("dataplane.bpf.known", ("dataplane.bpf.layouts",), pure=True),
+    Layer("dataplane.bpf.owned", ("model", "dataplane.bpf.layouts", "dataplane.bpf.tables"), pure=True),
+    Layer("dataplane.bpf.affinity_rows", ("dataplane.bpf.layouts", "dataplane.bpf.maps")),
+    Layer("dataplane.bpf.looking", ("dataplane.bpf.layouts", "dataplane.bpf.maps", "dataplane.bpf.reading")),
     Layer(
         "dataplane.bpf.image",
         (
@@ -98,7 +110,7 @@ LAYERS = (
     Layer("dataplane.bpf.locality", (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables"), pure=True),
     Layer(
         "dataplane.bpf.reading",
-        (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables", "dataplane.bpf.locality"),
+        (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables", "dataplane.bpf.locality", "dataplane.bpf.owned"),
         pure=True,
     ),
     Layer("dataplane.bpf.records", (*_ROWS, "dataplane.bpf.tables"), pure=True),
@@ -207,6 +219,7 @@ LAYERS = (
         "commands",
         (
             *_SEAMS,
+            "dataplane.limits",
             "decide",
             "config",
             "log",

@@ -60,6 +60,8 @@ def accounts_for(ledger: Ledger, slots: Image, backends: Image, raw: RawTables) 
     ranges = {raw.ranges[at : at + width] for at in range(0, len(raw.ranges), width)}
     if ranges != ledger.range_keys():
         return False
+    if not ledger.shows(raw.tables, raw.members):
+        return False
     rows = _by_key(*raw.frontends, FRONTEND_KEY.size, 2 * ROUTE.size)
     held = ledger.held
     return len(rows) == len(held) and all(rows.get(pack_frontend(each)) == row for each, row in held.items())

@@ -26,10 +26,10 @@ from ebpflb.dataplane.bpf.layouts import (
     U32,
     size_of,
 )
+from ebpflb.dataplane.bpf.looking import read_backends, read_tables
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.tables import unpack_address, unpack_frontend, unpack_name, unpack_network
-from ebpflb.dataplane.bpf.writer import read_backends, read_tables
 from ebpflb.errors import UserError
 from ebpflb.model import Protocol
 from ebpflb.routes import Backend, BackendState, ServicePortName, address_order, cidr_order
@@ -146,7 +146,9 @@ class Inspector:
         items: list[Item] = []
         for key, value in rows.items():
             client, frontend, client_port, port, protocol, hook, _ = FLOW_KEY.unpack(key)
-            address, backend_port, other_port, action, flags, _, service, backend, seen, created, *_ = FLOW.unpack(value)
+            address, backend_port, other_port, action, flags, _, service, backend, seen, created, *_ = FLOW.unpack(
+                value
+            )
             if hook != HOOK_INGRESS or action != FLOW_DNAT:
                 continue
             leaving = FLOW_KEY.pack(client, address, other_port, backend_port, protocol, HOOK_EGRESS, 0)

@@ -21,8 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
 from ebpflb.dataplane.bpf.layouts import ROUTE
 from ebpflb.dataplane.bpf.reading import Reading
-from ebpflb.dataplane.bpf.records import UNKNOWN, BackendSlots, Change, Ranges, Refused, Service, ServiceKey, Table
-from ebpflb.dataplane.bpf.table_parts import LARGEST, TableRows, part_count
+from ebpflb.dataplane.bpf.records import UNKNOWN, BackendSlots, Change, Ranges, Refused, Service, ServiceKey
+from ebpflb.dataplane.bpf.set_rows import SetRows
+from ebpflb.dataplane.bpf.table_parts import (
+    LARGEST,
+    member_keys,
+    member_rows,
+    part_count,
+    part_keys,
+    part_rows,
+    table_code,
+)
 from ebpflb.dataplane.bpf.tables import (
     ABSENT,
     FREE,
@@ -39,8 +48,7 @@ from ebpflb.dataplane.bpf.tables import (
 from ebpflb.model import Protocol
 from ebpflb.routes import Algorithm, Backend, BackendState, Frontend, Route, RouteTable, Scope
 
-
-_Made = Service | BackendSlots | Ranges | Table
+_Made = Service | BackendSlots | Ranges | tuple[SetRows, BackendSlots]
 
 
 class Ledger:
@@ -68,7 +76,9 @@ class Ledger:
         self.stale_names: set[int] = set()
         self.stale_ranges: dict[int, list[bytes]] = {}
         self.stale_frontends: set[bytes] = set()
-        self.tables = TableRows(capacity["tables"], cap)
+        self._cap = cap
+        self.tables = SetRows("tables", capacity["tables"], part_keys, part_rows, remember=True)
+        self.members = SetRows("members", capacity["members"], member_keys, member_rows)
         self.gone_udp: set[int] = set()
         """Backends of UDP Services that nobody uses any more; for the writer to take."""
         self.forgetting = False
@@ -85,9 +95,9 @@ class Ledger:
             or self.stale_names
             or self.stale_ranges
             or self.stale_frontends
-            or self.tables.stale
-            or self.tables.torn
             or self.forgetting
+            or not self.tables.tidy
+            or not self.members.tidy
         )
 
     @property
@@ -104,9 +114,9 @@ class Ledger:
         service = self._by_id.get(id)
         return service is not None and service.keeping > 0
 
-    def table_sums(self) -> dict[bytes, int]:
-        """A sum of each row of `tables`, by key."""
-        return self.tables.sums(self._sets.values())
+    def shows(self, tables: Mapping[bytes, int], members: Mapping[bytes, int]) -> bool:
+        """Whether these are the rows of `tables` and `members`: a sum of each, by key."""
+        return self.tables.shows(self._sets, tables) and self.members.shows(self._sets, members)
 
     def range_keys(self) -> set[bytes]:
         """The keys of all rows of `ranges`."""
@@ -150,11 +160,11 @@ class Ledger:
                 return False
             if count + draining and claims.get(start) != (service, start, count, draining):
                 return False
-            if table and not (count and part_count(table) and self._code_at(start, codes) in (0, table)):
+            if table and not (count and part_count(table) and self.tables.suits(start, codes.get(start, table))):
                 return False
-            if table:
-                codes[start] = table
-        for _, _, _, _, service, start, count, draining, _, ranges, _, table in halves:
+            if table and codes.setdefault(start, table) != table:
+                return False
+        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in halves:
             record = self._by_id.get(service)
             if record is None:
                 record = Service((reading.names[service], frontend.protocol), service)
@@ -166,19 +176,16 @@ class Ledger:
                 slots = BackendSlots(service, start, count, found.backends, found.ids)
                 self._sets[start] = slots
                 record.sets.append(slots)
-            if table and self._sets[start].table is None:
-                self._sets[start].table = Table(start, table)
+            if table:
+                self.tables.claim(start, table)
+            if affinity and count:
+                self.members.claim(start, 1)
             if ranges and ranges not in self._ranges_by_id:
                 known = Ranges(reading.ranges[ranges], ranges)
                 self._ranges_by_id[ranges] = known
                 self._ranges.setdefault(known.cidrs, known)
         self._hold(value)
         return True
-
-    def _code_at(self, start: int, codes: Mapping[int, int]) -> int:
-        """The size of the table that the slots from `start` have by now; 0 for none."""
-        slots = self._sets.get(start)
-        return slots.table.code if slots is not None and slots.table is not None else codes.get(start, 0)
 
     def _adopt_rest(self, reading: Reading) -> None:
         """Numbers in use, and rows that nobody refers to."""
@@ -205,7 +212,8 @@ class Ledger:
             self._range_rows += len(cidrs)
             if id not in self._ranges_by_id:
                 self.stale_ranges[id] = pack_ranges(id, cidrs)
-        self.tables.adopt(self._sets.values(), reading.tables)
+        self.tables.adopt(self._sets, reading.tables)
+        self.members.adopt(self._sets, reading.members)
         self.forgetting = True  # who remembered clients before is not known
         self._service_ids = IdPool("names", self._capacity["names"], reading.names)
         self._backend_ids = IdPool("backends", self._capacity["backends"] - 1, used | set(self.stale_backends))
@@ -273,6 +281,7 @@ class Ledger:
                 and external.service == internal.service
                 and external.source_ranges == internal.source_ranges
                 and external.algorithm == internal.algorithm
+                and not external.affinity_seconds
             )
             if not alike:
                 numbers = self._numbers(external, protocol, change, fresh)
@@ -295,15 +304,20 @@ class Ledger:
         start = count = draining = ranges = code = 0
         if route.backends:
             if route.algorithm is Algorithm.MAGLEV:
-                code = self.tables.code_for(route.backends)
+                code = table_code(route.backends, self._cap)
             slots = self._find(service, route.backends, code)
             if slots is None:
                 slots = self._new_set(service, route.backends, change)
                 fresh.append(slots)
-            if code and slots.table is None:
-                fresh.append(self.tables.make(slots, code))
-                change.tables[slots.start] = slots
             start, count = slots.start, slots.count
+            if code and not self.tables.kind(start):
+                self.tables.make(slots, code)
+                fresh.append((self.tables, slots))
+                change.tables[start] = slots
+            if route.affinity_seconds and count and not self.members.kind(start):
+                self.members.make(slots, 1)
+                fresh.append((self.members, slots))
+                change.members[start] = slots
             draining = slots.length - count
         if route.source_ranges:
             known = self._ranges.get(route.source_ranges)
@@ -313,15 +327,14 @@ class Ledger:
             ranges = known.id
         return service.id, start, count, draining, ranges, code
 
-    @staticmethod
-    def _find(service: Service, backends: tuple[Backend, ...], code: int) -> BackendSlots | None:
+    def _find(self, service: Service, backends: tuple[Backend, ...], code: int) -> BackendSlots | None:
         """The set of these backends, whose table, if it has one and it is asked for, is of that size: another size
         goes with other slots, since rows that name the old one must find it whole."""
         for slots in service.sets:
-            if slots.backends is backends and (not code or slots.table is None or slots.table.code == code):
+            if slots.backends is backends and self.tables.suits(slots.start, code):
                 return slots
         for slots in service.sets:
-            if slots.backends == backends and (not code or slots.table is None or slots.table.code == code):
+            if slots.backends == backends and self.tables.suits(slots.start, code):
                 # After a restart, the tuple that was read gives way to the one that the routes hold anyway.
                 slots.backends = backends
                 return slots
@@ -398,8 +411,10 @@ class Ledger:
             del self._ranges[made.cidrs], self._ranges_by_id[made.id], change.ranges[made.id]
             self._range_rows -= len(made.cidrs)
             self._range_ids.give(made.id)
-        elif isinstance(made, Table):
-            self.tables.forget(change.tables.pop(made.start))
+        elif isinstance(made, tuple):
+            rows, slots = made
+            rows.forget(slots)
+            del (change.tables if rows is self.tables else change.members)[slots.start]
         else:
             self._drop_set(made)
             del change.sets[made.start]
@@ -412,12 +427,14 @@ class Ledger:
 
     # ---- What became of it
 
-    def depends(self, row: bytes, sets: set[int], names: set[int], ranges: set[int], tables: set[int]) -> bool:
-        """Whether a row refers to any of these slot ranges (by start), names, ranges or tables (by their first slot)."""
-        for _, _, _, _, service, start, count, draining, _, cidrs, _, table in ROUTE.iter_unpack(row):
+    def depends(
+        self, row: bytes, sets: set[int], names: set[int], ranges: set[int], tables: set[int], members: set[int]
+    ) -> bool:
+        """Whether a row refers to any of these slot ranges, names, ranges, tables or members (by the first slot)."""
+        for _, _, _, _, service, start, count, draining, affinity, cidrs, _, table in ROUTE.iter_unpack(row):
             if service in names or cidrs in ranges or (count + draining and start in sets):
                 return True
-            if table and start in tables:
+            if (table and start in tables) or (affinity and count and start in members):
                 return True
         return False
 
@@ -452,11 +469,11 @@ class Ledger:
                 if affinity:
                     record.keeping += 1
                 if count + draining:
-                    slots = self._sets[start]
-                    slots.refs += 1
+                    self._sets[start].refs += 1
                     if table:
-                        assert slots.table is not None  # as `_numbers` or `_adopt_row` made it
-                        slots.table.refs += 1
+                        self.tables.hold(start)
+                    if affinity and count:
+                        self.members.hold(start)
                 if ranges:
                     self._ranges_by_id[ranges].refs += 1
 
@@ -478,10 +495,9 @@ class Ledger:
                 if not slots.refs:
                     self._idle_sets.add(start)
                 if table:
-                    assert slots.table is not None  # this row has kept it
-                    slots.table.refs -= 1
-                    if not slots.table.refs:
-                        self.tables.released(start)
+                    self.tables.release(start)
+                if affinity and count:
+                    self.members.release(start)
             if ranges:
                 known = self._ranges_by_id[ranges]
                 known.refs -= 1
@@ -493,6 +509,7 @@ class Ledger:
     def sweep(self) -> None:
         """Everything that no row refers to any more: slot ranges are free at once, the rest becomes stale."""
         self.tables.sweep(self._sets)
+        self.members.sweep(self._sets)
         self.forgetting = self.forgetting or any(not self.keeps(id) for id in self._unkept)
         self._unkept.clear()
         for start in self._idle_sets:
@@ -518,6 +535,8 @@ class Ledger:
         self._idle_ranges.clear()
 
     def _drop_set(self, slots: BackendSlots) -> None:
+        self.tables.drop(slots)
+        self.members.drop(slots)
         self._by_id[slots.service].sets.remove(slots)
         del self._sets[slots.start]
         self._slots.give(slots.start, slots.length)

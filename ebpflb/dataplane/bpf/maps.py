@@ -33,6 +33,10 @@ class Maps(Protocol):
     def read(self, table: str) -> tuple[bytes, bytes]:
         """All keys and values. Raises OSError."""
 
+    def sums(self, table: str) -> dict[bytes, int]:
+        """A sum of each row's value by its key, as `hash` makes it of bytes: for rows that are too large to be held
+        just to be compared. Raises OSError."""
+
     def read_array(self, table: str, start: int, count: int) -> bytes:
         """The values of an array at `start` … `start + count`, fewer where it ends. Raises OSError."""
 
@@ -69,6 +73,14 @@ class KernelMaps:
     def read(self, table: str) -> tuple[bytes, bytes]:
         keys, values, _ = syscall.lookup_all(self._descriptors[table], self._infos[table])
         return keys, values
+
+    def sums(self, table: str) -> dict[bytes, int]:
+        width, size = SIZES[table]
+        found: dict[bytes, int] = {}
+        for keys, values in syscall.lookup_batches(self._descriptors[table], self._infos[table], _BATCH // 2):
+            for at in range(len(keys) // width):
+                found[bytes(keys[at * width : (at + 1) * width])] = hash(bytes(values[at * size : (at + 1) * size]))
+        return found
 
     def read_array(self, table: str, start: int, count: int) -> bytes:
         return syscall.lookup_range(self._descriptors[table], start, count, self._infos[table])[1]

@@ -7,7 +7,7 @@ that it compares unequal to every wanted one and is written anew.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from socket import ntohs
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE
 from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, NAME, ROUTE, U32
 from ebpflb.dataplane.bpf.locality import unpack_locality
+from ebpflb.dataplane.bpf.owned import unpack_owned
 from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend, unpack_name, unpack_ranges
 from ebpflb.routes import (
     Algorithm,
@@ -55,7 +56,8 @@ class BackendSet(msgspec.Struct, frozen=True, gc=False):
 
 class RawTables(msgspec.Struct, frozen=True):
     """What was read of the maps of routes: keys and values of each, back to back. `slots` and `backends` are arrays
-    from index 0, without keys, as far as they are of interest."""
+    from index 0, without keys, as far as they are of interest. What only makes looking up faster is read where it is to
+    be checked: `known`, and of `tables` and `members` a sum of each row by its key."""
 
     frontends: tuple[bytes, bytes]
     slots: bytes
@@ -64,6 +66,10 @@ class RawTables(msgspec.Struct, frozen=True):
     ranges: bytes
     sources: tuple[bytes, bytes]
     settings: bytes
+    owned: tuple[bytes, bytes]
+    known: bytes = b""
+    tables: Mapping[bytes, int] = msgspec.field(default_factory=dict)
+    members: Mapping[bytes, int] = msgspec.field(default_factory=dict)
 
 
 def slots_end(frontends: bytes, capacity: int) -> int:
@@ -87,6 +93,7 @@ class Reading:
             number: unpack_name(raw.names[1][at * size : (at + 1) * size]) for at, number in enumerate(numbers)
         }
         self.ranges = unpack_ranges(raw.ranges)
+        self.tables, self.members = raw.tables, raw.members
         self._slots = array("I", raw.slots)
 
     def frontends(self) -> Iterator[tuple[bytes, bytes]]:
@@ -173,4 +180,5 @@ class Reading:
                 route = self.route(value[scope * ROUTE.size : (scope + 1) * ROUTE.size])
                 if route is not None:
                     rows[frontend, scope] = route
-        return RouteTable(rows, unpack_locality(*self._raw.sources, self._raw.settings))
+        locality = unpack_locality(*self._raw.sources, self._raw.settings)
+        return RouteTable(rows, locality, owned=unpack_owned(*self._raw.owned))

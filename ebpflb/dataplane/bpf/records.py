@@ -22,15 +22,28 @@ class Refused(Exception):
 
 
 class Service:
-    """A service port and its id; `refs` counts halves of rows."""
+    """A service port and its id; `refs` counts halves of rows, `keeping` those of them that have session affinity."""
 
-    __slots__ = ("id", "key", "refs", "sets")
+    __slots__ = ("id", "keeping", "key", "refs", "sets")
 
     def __init__(self, key: ServiceKey, id: int) -> None:
         self.key = key
         self.id = id
         self.refs = 0
+        self.keeping = 0
         self.sets: list[BackendSlots] = []
+
+
+class Attachment:
+    """Rows that a set of backends has beside its slots: `kind` says which, `refs` counts halves of rows that need them,
+    `sums` tell their bytes apart, in order; () where that is not kept."""
+
+    __slots__ = ("kind", "refs", "sums")
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+        self.refs = 0
+        self.sums: tuple[int, ...] = ()
 
 
 class BackendSlots:
@@ -72,14 +85,17 @@ class Ranges:
 
 
 class Change:
-    """What one sync is to write, before the frontends' rows: rows by id. `sets` are the new slot ranges. `puts` are
-    frontends' rows, `removals` frontends that go, `refused` those that cannot be had, each with service and reason."""
+    """What one sync is to write, before the frontends' rows: rows by id. `sets` are the new slot ranges, `tables` and
+    `members` those that get such rows, by their first slot. `puts` are frontends' rows, `removals` frontends that go,
+    `refused` those that cannot be had, each with service and reason."""
 
-    __slots__ = ("backends", "names", "puts", "ranges", "refused", "removals", "sets")
+    __slots__ = ("backends", "members", "names", "puts", "ranges", "refused", "removals", "sets", "tables")
 
     def __init__(self) -> None:
         self.backends: dict[int, bytes] = {}
         self.sets: dict[int, BackendSlots] = {}
+        self.tables: dict[int, BackendSlots] = {}
+        self.members: dict[int, BackendSlots] = {}
         self.names: dict[int, bytes] = {}
         self.ranges: dict[int, list[bytes]] = {}
         self.puts: dict[Frontend, bytes] = {}

@@ -35,6 +35,11 @@ EXIST = 2
 F_NO_PREALLOC = 1
 F_REPLACE_PROGRAM = 4
 """link_update: only if the link still runs the program that the caller names."""
+F_XDP_HAS_FRAGS = 1 << 5
+"""prog_load: the XDP program takes frames that lie in several buffers (Linux 5.18)."""
+
+LINK_XDP = 6
+"""`LinkInfo.type` of an XDP program's link."""
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280}
 _NUMBER = _NUMBERS.get(platform.machine(), -1)
@@ -44,6 +49,7 @@ _ARRAYS = (MAP_ARRAY, MAP_PERCPU_ARRAY)
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _TEST_RUN, _PROG_NEXT_ID, _MAP_NEXT_ID, _PROG_BY_ID, _MAP_BY_ID, _INFO, _PROG_QUERY = range(10, 17)
 _LOOKUP_BATCH, _, _UPDATE_BATCH, _DELETE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_BY_ID = range(24, 31)
+_LINK_NEXT_ID = 31
 _LINK_DETACH = 34
 
 _LOG_BYTES = 1 << 20
@@ -79,13 +85,15 @@ class ProgramInfo(NamedTuple):
 
 
 class LinkInfo(NamedTuple):
-    """What the kernel says of a cgroup link; `cgroup` is the cgroup's inode number, 0 once the cgroup is gone."""
+    """What the kernel says of a link. Of a cgroup's: `cgroup` is its inode number, 0 once it is gone. Of an XDP link:
+    `device` is the index of its device, in whatever network namespace that is; 0 once it is gone or detached."""
 
     type: int
     id: int
     program: int
     cgroup: int
     attach_type: int
+    device: int = 0
 
 
 class TestRun(NamedTuple):
@@ -332,13 +340,35 @@ def lookup_all(fd: int, info: MapInfo | None = None) -> tuple[bytes, bytes, int]
 
 
 def _lookup_hash(fd: int, info: MapInfo, value_size: int) -> tuple[bytes, bytes, int]:
-    """By batches. The cursor is opaque; the kernel wants room for a whole bucket, hence the growing step."""
-    step = min(info.max_entries, 16384)
+    keys, values = bytearray(), bytearray()
+    total = 0
+    for some_keys, some_values, count in _batches(fd, info, value_size, 16384):
+        keys += some_keys
+        values += some_values
+        total += count
+    return bytes(keys), bytes(values), total
+
+
+def lookup_batches(fd: int, info: MapInfo, step: int) -> Iterator[tuple[Buffer, Buffer]]:
+    """As `lookup_all` of a hash, about `step` entries at a time: (keys, values) of each batch, for rows so large that
+    not all of them should be in memory at once."""
+    try:
+        for keys, values, _ in _batches(fd, info, info.value_size, step):
+            yield bytes(keys), bytes(values)
+    except OSError as error:
+        if not _unbatched(error):
+            raise
+        found = lookup_all(fd, info)  # one by one, then
+        yield found[0], found[1]
+
+
+def _batches(fd: int, info: MapInfo, value_size: int, step: int) -> Iterator[tuple[memoryview, memoryview, int]]:
+    """(keys, values, count) of each batch. The cursor is opaque; the kernel wants room for a whole bucket, hence the
+    growing step."""
+    step = min(info.max_entries, step)
     cursor_size = max(info.key_size, 4)
     cursors = (ctypes.create_string_buffer(cursor_size), ctypes.create_string_buffer(cursor_size))
     first = True
-    keys, values = bytearray(), bytearray()
-    total = 0
     while True:
         room_keys, room_values = bytearray(step * info.key_size), bytearray(step * value_size)
         attributes = _attributes(
@@ -363,11 +393,9 @@ def _lookup_hash(fd: int, info: MapInfo, value_size: int) -> tuple[bytes, bytes,
                 raise
             ended = True
         count = _batch_count(attributes)
-        keys += memoryview(room_keys)[: count * info.key_size]
-        values += memoryview(room_values)[: count * value_size]
-        total += count
+        yield memoryview(room_keys)[: count * info.key_size], memoryview(room_values)[: count * value_size], count
         if ended:
-            return bytes(keys), bytes(values), total
+            return
         first = False
         cursors = (cursors[1], cursors[0])
 
@@ -459,6 +487,11 @@ def program_ids() -> Iterator[int]:
     return _ids(_PROG_NEXT_ID)
 
 
+def link_ids() -> Iterator[int]:
+    """The ids of all links of this machine."""
+    return _ids(_LINK_NEXT_ID)
+
+
 def map_by_id(id: int) -> int:
     """A descriptor of the map; raises OSError(ENOENT) if it has gone."""
     return _bpf(_MAP_BY_ID, _attributes("III", id, 0, 0))
@@ -478,7 +511,13 @@ def link_by_id(id: int) -> int:
 
 
 def prog_load(
-    type: int, code: bytes, name: str = "", attach_type: int = 0, license: str = "Dual BSD/GPL", verbose: bool = False
+    type: int,
+    code: bytes,
+    name: str = "",
+    attach_type: int = 0,
+    license: str = "Dual BSD/GPL",
+    verbose: bool = False,
+    flags: int = 0,
 ) -> int:
     """Verify and load; `name` is cut to 15 characters. Raises VerifierError, with the verifier's log."""
     terms = license.encode() + b"\0"
@@ -496,7 +535,7 @@ def prog_load(
                 len(log) if log else 0,
                 ctypes.addressof(log) if log else 0,
                 0,
-                0,
+                flags,
                 name.encode()[: _NAME - 1],
                 0,
                 attach_type,
@@ -574,13 +613,16 @@ def prog_test_run(
     return TestRun(verdict, out.raw[:written], context_out.raw[: len(context)], duration)
 
 
-# ---- cgroup links
+# ---- links
 
 
-def link_create(program: int, target: int, attach_type: int) -> int:
-    """Attach a program to a cgroup's descriptor, beside whatever else is attached; gone with its last descriptor or
-    pin. Raises OSError(EPERM) where a program without ALLOW_MULTI is attached at or above the cgroup."""
-    return _bpf(_LINK_CREATE, _attributes("IIII", program, target, attach_type, 0))
+def link_create(program: int, target: int, attach_type: int, flags: int = 0) -> int:
+    """Attach a program; gone with the link's last descriptor or pin. `target` is a cgroup's descriptor, beside whatever
+    else is attached, or for XDP a device's index in the calling thread's network namespace, with `flags` XDP_FLAGS_….
+
+    Raises OSError: EPERM where a program without ALLOW_MULTI is attached at or above the cgroup; EBUSY or EEXIST where
+    the device runs another XDP program."""
+    return _bpf(_LINK_CREATE, _attributes("IIII", program, target, attach_type, flags))
 
 
 def link_update(link: int, program: int, expected: int | None = None) -> None:
@@ -596,7 +638,10 @@ def link_detach(link: int) -> None:
 
 def link_info(fd: int) -> LinkInfo:
     """Raises OSError(EINVAL) for a descriptor that is no link."""
-    type_, id_, program, _, cgroup, attach_type = struct.unpack_from("=IIIIQI", _info(fd, 64))
+    info = _info(fd, 64)
+    type_, id_, program, _, cgroup, attach_type = struct.unpack_from("=IIIIQI", info)
+    if type_ == LINK_XDP:
+        return LinkInfo(type_, id_, program, 0, 0, struct.unpack_from("=I", info, 16)[0])
     return LinkInfo(type_, id_, program, cgroup, attach_type)
 
 
