@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 
@@ -32,6 +32,10 @@ ARPHRD_ETHER = 1
 IFA_F_SECONDARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 
+XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE = 5, 6, 7
+"""Where an XDP program runs, by the attribute that tells of it."""
+XDP_FLAGS_UPDATE_IF_NOEXIST, XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_REPLACE = 1, 2, 4, 16
+
 _REQUEST, _ACK, _DUMP = 0x001, 0x004, 0x300
 _ERROR, _DONE = 2, 3
 _INTERRUPTED = 0x10
@@ -39,6 +43,8 @@ _CAPPED, _ACK_TLVS = 0x100, 0x200
 _SOL_NETLINK, _EXT_ACK, _ADD_MEMBERSHIP = 270, 11, 1
 _TABLE_MAIN, _UNICAST = 254, 1
 _SKIP_STATISTICS = 1 << 3
+_NESTED = 0x8000
+_TAG_8021Q = b"\x81\x00"
 _RECEIVE = 1 << 18
 _DUMP_TRIES = 5
 _BATCH = 48 << 10  # bytes: refusals, which repeat the request, fit into what the socket can hold
@@ -51,7 +57,10 @@ _MAPPED = bytes(10) + b"\xff\xff"
 
 class Link(NamedTuple):
     """A network device. `kind` is its driver's word ("" for hardware), `slave_kind` its master's ("bridge", "bond", …,
-    "" without one); `master` is the master's index or 0; `type` is ARPHRD_…; `flags` are IFF_…"""
+    "" without one); `master` is the master's index or 0; `type` is ARPHRD_…; `flags` are IFF_…; `mtu` in bytes; `mac`
+    is its own link-layer address. `parent` is the index of the device that it lies on, or of a veth's peer; 0 for none
+    and for one in another network namespace. `vlan` is a VLAN's id where its tag is 802.1Q's, else 0. `xdp` are the ids
+    of the XDP programs that run on it, by XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE."""
 
     ifindex: int
     name: str
@@ -60,17 +69,23 @@ class Link(NamedTuple):
     master: int
     type: int
     flags: int
+    mtu: int = 0
+    mac: bytes = b""
+    parent: int = 0
+    vlan: int = 0
+    xdp: tuple[tuple[int, int], ...] = ()
 
 
 class InterfaceAddress(NamedTuple):
     """An address of a device (on a point-to-point link its own, not the peer's), as 16 bytes (IPv4 as ::ffff:a.b.c.d);
-    `flags` are IFA_F_…"""
+    `flags` are IFA_F_…, `bits` the length of its prefix."""
 
     ifindex: int
     version: int
     address: bytes
     scope: int
     flags: int
+    bits: int = 0
 
 
 class Overrun(Exception):
@@ -273,11 +288,40 @@ def links(netlink: Netlink) -> dict[int, Link]:
     found = {}
     for message in netlink.dump(RTM_GETLINK, body):
         _, type, index, flags, _ = struct.unpack_from("=BxHiII", message)
-        has = attributes(message[16:])
-        info = attributes(has.get(18, b""))
-        kind, slave_kind = text(info.get(1)), text(info.get(4))
-        found[index] = Link(index, text(has.get(3)), kind, slave_kind, number(has.get(10)), type, flags)
+        found[index] = _link(index, type, flags, attributes(message[16:]))
     return found
+
+
+def _link(index: int, type: int, flags: int, has: dict[int, bytes]) -> Link:
+    info = attributes(has.get(18, b""))
+    kind = text(info.get(1))
+    data = attributes(info.get(2, b"")) if kind == "vlan" else {}
+    tagged = kind == "vlan" and data.get(5, _TAG_8021Q) == _TAG_8021Q
+    elsewhere = 37 in has  # IFLA_LINK_NETNSID
+    xdp = attributes(has.get(43, b""))
+    return Link(
+        index,
+        text(has.get(3)),
+        kind,
+        text(info.get(4)),
+        number(has.get(10)),
+        type,
+        flags,
+        mtu=number(has.get(4)),
+        mac=has.get(1, b""),
+        parent=0 if elsewhere else number(has.get(5)),
+        vlan=struct.unpack_from("=H", data[1])[0] if tagged and 1 in data else 0,
+        xdp=tuple((mode, number(xdp[mode])) for mode in (XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE) if mode in xdp),
+    )
+
+
+def set_xdp(netlink: Netlink, index: int, program: int, flags: int, expected: int = -1) -> None:
+    """Run an XDP program on a device, by descriptor, or none (-1). `flags` are XDP_FLAGS_…; with XDP_FLAGS_REPLACE only
+    in place of the program whose descriptor is `expected`. Raises OSError, with the driver's own sentence."""
+    options = attribute(1, struct.pack("=i", program)) + attribute(3, struct.pack("=I", flags))
+    if flags & XDP_FLAGS_REPLACE:
+        options += attribute(8, struct.pack("=i", expected))
+    netlink.request(RTM_SETLINK, 0, struct.pack("=BxHiII", 0, 0, index, 0, 0) + attribute(43 | _NESTED, options))
 
 
 def device_index(netlink: Netlink, name: str) -> int | None:
@@ -296,13 +340,13 @@ def addresses(netlink: Netlink) -> tuple[InterfaceAddress, ...]:
     """All addresses, in the kernel's order: a device's primary ones first."""
     found = []
     for message in netlink.dump(RTM_GETADDR, struct.pack("=BBBBI", 0, 0, 0, 0, 0)):
-        family, _, flags, scope, index = struct.unpack_from("=BBBBI", message)
+        family, bits, flags, scope, index = struct.unpack_from("=BBBBI", message)
         has = attributes(message[8:])
         raw = has.get(2) or has.get(1)  # IFA_LOCAL, else IFA_ADDRESS: on a point-to-point link that is the peer's
         if raw is None or family not in (socket.AF_INET, socket.AF_INET6):
             continue
         version, address = (4, _MAPPED + raw) if family == socket.AF_INET else (6, raw)
-        found.append(InterfaceAddress(index, version, address, scope, number(has.get(8)) or flags))
+        found.append(InterfaceAddress(index, version, address, scope, number(has.get(8)) or flags, bits))
     return tuple(found)
 
 

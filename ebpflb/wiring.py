@@ -253,7 +253,9 @@ def _bpf(config: Config) -> Dataplane:
         Path(config.bpffs),
         Path(config.cgroup) if config.cgroup else None,
         config.devices,
+        xdp=config.xdp,
         count_traffic=config.service_metrics > 0,
+        maglev_table_size=config.maglev_table_size,
     )
 
 

@@ -6,17 +6,12 @@ Rules of this file: nothing touches the machine's own devices. Waiting is for a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import itertools
-import json
 import os
 import select
 import socket
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -27,58 +22,12 @@ from ebpflb.dataplane.bpf.device_rows import Row, Rows
 from ebpflb.dataplane.bpf.devices import Devices, installed
 from ebpflb.routes import packed
 from ebpflb.rtnetlink import Netlink
+from tests.bpf.namespaces import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 DEADLINE = 5.0
 NONE = bytes(16)
-_numbers = itertools.count()
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Namespace:
-    """A network namespace; `ip` and `tc` run inside, and `entered` puts this thread there."""
-
-    def __init__(self) -> None:
-        self.name = f"ebpflb-dev-{os.getpid()}-{next(_numbers)}"
-        subprocess.run(["ip", "netns", "add", self.name], check=True)
-
-    def ip(self, command: str) -> str:
-        return self._run("ip", "-n", self.name, *command.split())
-
-    def tc(self, command: str) -> str:
-        return self._run("tc", "-n", self.name, *command.split())
-
-    @staticmethod
-    def _run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-        return done.stdout
-
-    def index(self, device: str) -> int:
-        found: list[dict[str, Any]] = json.loads(self._run("ip", "-j", "-n", self.name, "link", "show", device))
-        return int(found[0]["ifindex"])
-
-    def qdiscs(self) -> str:
-        return "\n".join(sorted(self.tc("qdisc show").splitlines()))
-
-    def filters(self, device: str, side: str) -> str:
-        return self.tc(f"filter show dev {device} {side}")
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        target = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
-        try:
-            assert _libc.setns(target, 0) == 0
-            yield
-        finally:
-            assert _libc.setns(home, 0) == 0
-            os.close(home)
-            os.close(target)
-
-    def remove(self) -> None:
-        subprocess.run(["ip", "netns", "del", self.name], check=True)
 
 
 class Loaded:
@@ -185,7 +134,7 @@ def test_device_that_appears_later_is_attached_at_once_and_forgotten_when_gone(
         namespace.ip("link add late type veth peer name late-in")
         until(devices, lambda: devices.attached() == ("late", "late-in"), devices.attached)
         index = namespace.index("late")
-        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT)
+        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT, 1500, namespace.mac("late"))
         namespace.ip("link del late")
         until(devices, lambda: devices.attached() == (), devices.attached)
         assert loaded.rows().get(index) is None
@@ -205,18 +154,29 @@ def test_rows_follow_addresses(namespace: Namespace, loaded: Loaded) -> None:
     namespace.ip("addr add 10.1.0.1/24 dev cni0")
     namespace.ip("route add default via 192.168.0.1")
 
-    def row(device: str) -> Row | None:
-        return loaded.rows().get(namespace.index(device))
+    def row(device: str) -> tuple[bytes, bytes, int] | None:
+        found = loaded.rows().get(namespace.index(device))
+        return found and found[:3]
 
     with running(namespace, loaded) as devices:
-        assert row("eth0") == Row(packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("eth0") == (packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
         # A bridge's port has the bridge's address, and where it has none, one of the node's.
-        assert row("pod1") == Row(packed("10.1.0.1"), packed("fd00::2"), DEVICE_CLSACT)
-        assert row("far") == Row(packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("pod1") == (packed("10.1.0.1"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("far") == (packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
         namespace.ip("addr del 192.168.0.2/24 dev eth0")
         namespace.ip("addr add 192.168.9.9/24 dev eth0")
-        wanted = Row(packed("192.168.9.9"), packed("fd00::2"), DEVICE_CLSACT)
+        wanted = (packed("192.168.9.9"), packed("fd00::2"), DEVICE_CLSACT)
         until(devices, lambda: row("eth0") == wanted, lambda: row("eth0"))
+
+
+def test_rows_follow_mtu_and_mac(namespace: Namespace, loaded: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    index = namespace.index("eth0")
+    with running(namespace, loaded) as devices:
+        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT, 1500, namespace.mac("eth0"))
+        namespace.ip("link set eth0 mtu 1400 address 02:00:00:00:00:07")
+        wanted = Row(NONE, NONE, DEVICE_CLSACT, 1400, bytes.fromhex("020000000007"))
+        until(devices, lambda: loaded.rows().get(index) == wanted, lambda: loaded.rows().get(index))
 
 
 def test_pod_devices_are_marked(namespace: Namespace, loaded: Loaded) -> None:

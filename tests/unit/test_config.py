@@ -7,11 +7,26 @@ from typing import Any
 
 import pytest
 
-from ebpflb.config import ApiServer, Bind, Config, Conntrack, Ipvs, LogFormat, LogLevel
+from ebpflb.config import (
+    ALGORITHMS,
+    DATAPLANES,
+    GREATEST_TABLE,
+    LEAST_TABLE,
+    ApiServer,
+    Bind,
+    Config,
+    Conntrack,
+    Ipvs,
+    LogFormat,
+    LogLevel,
+)
 from ebpflb.config.durations import Duration
 from ebpflb.config.options import Options, configure
+from ebpflb.dataplane.bpf.maglev import SIZES
+from ebpflb.dataplane.limits import ALGORITHMS as HAD
 from ebpflb.errors import UserError
 from ebpflb.model import DetectLocal
+from ebpflb.routes import Algorithm
 
 
 def config(need_source: bool = False, hostname: str = "node-1", **options: Any) -> Config:
@@ -157,11 +172,10 @@ def test_an_empty_node_name_is_refused() -> None:
     assert "--node-name" in refusal(node_name="  ")
 
 
-@pytest.mark.parametrize("word", ["native", "generic"])
-def test_what_a_later_version_brings_is_refused_by_name(word: str) -> None:
-    text = refusal(xdp=word)
-    assert text.startswith(f"--xdp {word}")
-    assert "not in this version yet" in text
+@pytest.mark.parametrize("word", ["auto", "native", "generic", "off"])
+def test_modes_of_xdp(word: str) -> None:
+    assert config(xdp=word).xdp == word
+    assert config().xdp == "auto"
 
 
 @pytest.mark.parametrize("name", ["bpf", "ipvs", "iptables"])
@@ -212,10 +226,27 @@ def test_what_shapes_rules_and_virtual_servers() -> None:
         ({"ipvs_scheduler": "a_name_of_sixteen"}, "--ipvs-scheduler a_name_of_sixteen is no scheduler"),
         ({"ipvs_exclude_cidrs": ("10.9.0.1",)}, "--ipvs-exclude-cidrs 10.9.0.1: a CIDR is address/bits"),
         ({"ipvs_udp_timeout": Duration(-1)}, "--ipvs-udp-timeout -1ns: give at least 0s"),
+        ({"maglev_table_size": 1020}, "--maglev-table-size 1020: give a number of positions from 1021 to 131071"),
+        ({"maglev_table_size": 131072}, "--maglev-table-size 131072: give a number of positions from 1021"),
+        ({"algorithm": "mh"}, "--algorithm mh is unknown; choose one of random, maglev, round-robin, least-conn"),
     ],
 )
 def test_what_no_kernel_could_do(options: dict[str, Any], begins: str) -> None:
     assert refusal(**options).startswith(begins)
+
+
+def test_how_backends_are_chosen() -> None:
+    found = config(algorithm="maglev", maglev_table_size=16384)
+    assert (found.proxy.default_algorithm, found.maglev_table_size) == ("maglev", 16384)
+    assert (config().proxy.default_algorithm, config().maglev_table_size) == ("random", 131071)
+    assert config().maglev_table_size == max(SIZES.values()) == GREATEST_TABLE
+    assert config(maglev_table_size=LEAST_TABLE).maglev_table_size == min(SIZES.values())
+
+
+def test_algorithms_go_by_the_names_that_annotations_have() -> None:
+    labels = {algorithm.label for algorithm in Algorithm}
+    assert set(ALGORITHMS) == labels
+    assert {name: set(had) <= labels for name, had in HAD.items()} == dict.fromkeys(DATAPLANES, True)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ LAYERS = (
     Layer("dataplane.bpf.ids", ("model", "routes"), pure=True),
     Layer("dataplane.bpf.constants", ("model", "routes"), pure=True),
     Layer("dataplane.bpf.edges", ("model", "routes", "errors", "rtnetlink", "dataplane.bpf.constants")),
+    Layer("dataplane.bpf.xdp_choice", ("rtnetlink", "dataplane.bpf.edges")),
+    Layer("dataplane.bpf.xdp_features", ("rtnetlink",)),
+    Layer("dataplane.bpf.xdp_links", ("rtnetlink", "dataplane.bpf.constants", "dataplane.bpf.syscall")),
     Layer("dataplane.bpf.flatten", (), pure=True),
     Layer(
         "dataplane.bpf.ledger",

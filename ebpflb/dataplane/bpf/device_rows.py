@@ -1,4 +1,4 @@
-"""The `devices` map: what the tc programs know of the device that they run on.
+"""The maps `devices` and `vlans`: what the tc and XDP programs know of the devices that they run on.
 
 Rules of this file: rows only; which device has which row is decided elsewhere. Only differences are written.
 """
@@ -6,20 +6,24 @@ Rules of this file: rows only; which device has which row is decided elsewhere. 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT
+from ebpflb.dataplane.bpf.layouts import U32, VLAN_KEY
 
 
 class Row(NamedTuple):
-    """A row of `devices`: the addresses for masquerade (16 bytes, zero for none), and DEVICE_… bits."""
+    """A row of `devices`: the addresses for masquerade (16 bytes, zero for none), DEVICE_… bits, the MTU in bytes from
+    the IP header up, and the link-layer address (6 bytes)."""
 
     ipv4: bytes
     ipv6: bytes
     flags: int
+    mtu: int = 0
+    mac: bytes = bytes(6)
 
     @property
     def made(self) -> bool:
@@ -46,8 +50,14 @@ class Rows:
         }
 
     def _unpack(self, value: bytes) -> Row:
-        ipv4, ipv6, flags = self._at
-        return Row(value[ipv4 : ipv4 + 16], value[ipv6 : ipv6 + 16], struct.unpack_from("=I", value, flags)[0])
+        ipv4, ipv6, flags, mtu, mac = self._at
+        return Row(
+            value[ipv4 : ipv4 + 16],
+            value[ipv6 : ipv6 + 16],
+            U32.unpack_from(value, flags)[0],
+            U32.unpack_from(value, mtu)[0],
+            value[mac : mac + 6],
+        )
 
     def get(self, index: int) -> Row | None:
         return self._held.get(index)
@@ -57,9 +67,10 @@ class Rows:
         if self._held.get(index) == row:
             return 0
         value = bytearray(self._size)
-        for at, field in zip(self._at, (row.ipv4, row.ipv6, struct.pack("=I", row.flags)), strict=True):
+        fields = (row.ipv4, row.ipv6, U32.pack(row.flags), U32.pack(row.mtu), row.mac)
+        for at, field in zip(self._at, fields, strict=True):
             value[at : at + len(field)] = field
-        syscall.update(self._map, struct.pack("=I", index), bytes(value))
+        syscall.update(self._map, U32.pack(index), bytes(value))
         self._held[index] = row
         return 1
 
@@ -67,6 +78,37 @@ class Rows:
         """Remove the rows of all other devices; how many."""
         gone = set(self._held) - set(indexes)
         for index in gone:
-            syscall.delete(self._map, struct.pack("=I", index))
+            syscall.delete(self._map, U32.pack(index))
             del self._held[index]
         return len(gone)
+
+
+class VlanRows:
+    """The `vlans` map, with a copy so that only differences are written."""
+
+    def __init__(self, map: int) -> None:
+        self._map = map
+        self._held: dict[tuple[int, int], int] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take the copy from the kernel."""
+        keys, values, _ = syscall.lookup_all(self._map)
+        self._held = {
+            (parent, id): index
+            for (parent, id), (index,) in zip(VLAN_KEY.iter_unpack(keys), U32.iter_unpack(values), strict=True)
+        }
+
+    def replace(self, wanted: Mapping[tuple[int, int], int]) -> int:
+        """Make these the rows, (parent, id) -> device; how many were written or removed. Raises OSError."""
+        changed = 0
+        for key in set(self._held) - set(wanted):
+            syscall.delete(self._map, VLAN_KEY.pack(*key))
+            del self._held[key]
+            changed += 1
+        for key, index in wanted.items():
+            if self._held.get(key) != index:
+                syscall.update(self._map, VLAN_KEY.pack(*key), U32.pack(index))
+                self._held[key] = index
+                changed += 1
+        return changed

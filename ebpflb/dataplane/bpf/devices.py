@@ -7,6 +7,9 @@ their filters read. A device's failure is its own: it is a Problem, tried again 
 Filters: clsact, direct action, handle 0xeb, before everybody else's wherever that is possible (preference 1; also
 among other bpf filters there, where the newest runs first). Our programs end with TC_ACT_UNSPEC, so others' follow.
 
+XDP (`xdp`) comes with the same look at everything: rows are written first, then programs attached, then the bits set
+that tell of them; and the other way round where they go.
+
 The clsact qdisc is removed with our filters only where we made it and nobody else's filter is in it. That we made it is
 a bit in the device's row, which survives us; where the row is lost, a clsact that held our filter alone counts as ours.
 """
@@ -16,15 +19,19 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import select
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import syscall, tc
+from ebpflb.dataplane.bpf import syscall, tc, xdp_links
 from ebpflb.dataplane.bpf.artifact import Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PREFIX, TC_HOOKS
-from ebpflb.dataplane.bpf.device_rows import Row, Rows
+from ebpflb.dataplane.bpf.device_rows import Row, Rows, VlanRows
 from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
+from ebpflb.dataplane.bpf.xdp import Xdp
+from ebpflb.dataplane.bpf.xdp_choice import Surroundings, Told, vlans_of
+from ebpflb.dataplane.bpf.xdp_links import is_ours
 from ebpflb.model import Problem
 from ebpflb.rtnetlink import Netlink
 
@@ -53,20 +60,37 @@ class Hooked(NamedTuple):
 class Devices:
     """The edge devices of the network namespace in which this was made.
 
-    `ingress` and `egress` are descriptors of the tc programs, `map` that of `devices`, `layout` its value's;
-    `patterns` are those of --devices. Wait for `fileno()`, then call `handle()`.
+    `ingress` and `egress` are descriptors of the tc programs, `map` that of `devices`, `layout` its value's, `vlans`
+    that of `vlans`; `patterns` are those of --devices; `xdp` has the XDP programs and is closed with this. Wait for
+    `fileno()`, then call `handle()`.
     """
 
-    def __init__(self, ingress: int, egress: int, map: int, layout: Layout, patterns: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        ingress: int,
+        egress: int,
+        map: int,
+        layout: Layout,
+        patterns: tuple[str, ...] = (),
+        *,
+        vlans: int | None = None,
+        xdp: Xdp | None = None,
+    ) -> None:
         self._hooked = (
             Hooked(tc.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
             Hooked(tc.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
         )
         self._rows = Rows(map, layout)
+        self._vlans = VlanRows(vlans) if vlans is not None else None
+        self._xdp = xdp
         self._patterns = patterns
         self._pod_interface = ""
         self._events = Netlink(*_GROUPS)
         self._netlink = Netlink()
+        self._ready = select.epoll()
+        self._ready.register(self._events, select.EPOLLIN)
+        if xdp is not None and (more := xdp.fileno()) is not None:
+            self._ready.register(more, select.EPOLLIN)
         self._links: dict[int, rtnetlink.Link] = {}
         self._addresses: tuple[rtnetlink.InterfaceAddress, ...] = ()
         self._defaults: dict[int, int] = {}
@@ -78,12 +102,15 @@ class Devices:
 
     def fileno(self) -> int:
         """Readable when `handle` has something to do."""
-        return self._events.fileno()
+        return self._ready.fileno()
 
     def close(self) -> None:
-        """Close the sockets; filters and rows stay."""
+        """Close the sockets; filters, links and rows stay."""
+        self._ready.close()
         self._events.close()
         self._netlink.close()
+        if self._xdp is not None:
+            self._xdp.close()
 
     def attached(self) -> tuple[str, ...]:
         """Names of the devices that run our programs, sorted."""
@@ -101,13 +128,28 @@ class Devices:
             for link in self._links.values()
             if is_out_of_reach(link, self._patterns)
         ]
+        found += [
+            Problem(f"device {told.device}", f"no XDP: {told.reason}; its packets are tc's")
+            for told in self.told()
+            if told.problem
+        ]
         return tuple(found)
+
+    def told(self) -> tuple[Told, ...]:
+        """Each device that might carry outside traffic, with its mode of XDP, and why it is not native."""
+        return self._xdp.told() if self._xdp is not None else ()
+
+    def intact(self) -> bool:
+        """Whether the XDP programs that were attached still are. Costs next to nothing."""
+        return self._xdp is None or self._xdp.intact()
 
     def handle(self) -> bool:
         """Take in what the kernel says has changed, and act on it; whether there was anything of interest."""
         try:
             for type, body in self._events.events(ignore=self._netlink.port):
                 self._notice(type, body)
+            if self._xdp is not None and self._xdp.changed():
+                self._stale = True
         except rtnetlink.Overrun:
             log.warning("the kernel told of more changes of devices than could be read: looking at all of them")
             self._forget()
@@ -136,14 +178,18 @@ class Devices:
             self.sync()
 
     def audit(self) -> int:
-        """Look at every device and row anew, and repair; how many filters and rows had to be written."""
+        """Look at every device, link and row anew, and repair; how much had to be written."""
         self._forget()
         self._rows.read()
+        if self._vlans is not None:
+            self._vlans.read()
+        if self._xdp is not None:
+            self._xdp.compare()
         return self.sync()
 
     def sync(self) -> int:
-        """Attach where it is due, forget what has gone, write the rows that changed; how many filters and rows were
-        written. Raises OSError only if netlink itself fails."""
+        """Attach where it is due, forget what has gone, write the rows that changed; how many filters, links and rows
+        were written. Raises OSError only if netlink itself fails."""
         suspects, self._suspects = self._suspects, set()
         self._stale = False
         if self._routes_stale:
@@ -158,12 +204,17 @@ class Devices:
             made = self._attached.pop(index)
             if index in self._links:  # it has become a bond's slave, or the like
                 written += self._guarded(index, functools.partial(_release, self._netlink, made=made))
+        if self._xdp is not None:
+            around = Surroundings(self._links, self._addresses, self._defaults, self._patterns, self._pod_interface)
+            self._xdp.plan(edges, around)
         # Rows go first: a program that finds no row has no address to masquerade with.
         written += self._write_rows(edges)
         for index in sorted(edges):
             renamed = index in before and before[index].name != self._links[index].name
             if index not in self._attached or index in suspects or index in self._failures or renamed:
                 written += self._guarded(index, self._attach)
+        if self._xdp is not None:
+            written += self._xdp.release() + self._xdp.attach()
         return written + self._write_rows(edges)
 
     def _guarded(self, index: int, action: Callable[[int], int]) -> int:
@@ -218,6 +269,8 @@ class Devices:
     def _write_rows(self, edges: set[int]) -> int:
         """The rows of all edges, where they differ; rows of others go. How many were written."""
         written = self._rows.keep_only(edges)
+        if self._vlans is not None:
+            written += self._vlans.replace(vlans_of(self._links, edges))
         for index in edges:
             link = self._links[index]
             ipv4, ipv6 = masquerade_addresses(link, self._links, self._addresses, self._defaults)
@@ -225,8 +278,11 @@ class Devices:
             row = self._rows.get(index)
             if self._attached.get(index, row is not None and row.made):
                 flags |= DEVICE_CLSACT
+            if self._xdp is not None:
+                flags |= self._xdp.bits(index, row.flags if row else 0)
+            mac = link.mac if len(link.mac) == 6 else bytes(6)
             try:
-                written += self._rows.put(index, Row(ipv4, ipv6, flags))
+                written += self._rows.put(index, Row(ipv4, ipv6, flags, link.mtu, mac))
             except OSError as error:
                 self._failures[index] = f"its row cannot be written: {error.strerror}"
         return written
@@ -277,6 +333,10 @@ def installed(rows: Rows | None = None, *, remove: bool = False) -> tuple[str, .
         for index, link in sorted(rtnetlink.links(netlink).items()):
             there = tc.filters(netlink, index)
             mine = [each for each in there if _is_ours(each)]
+            if is_ours(link):
+                lines.append(f"xdp program on {link.name}")
+                if remove:
+                    xdp_links.remove(netlink, link)
             if not mine:
                 continue
             made = _made_by_us(rows.get(index) if rows else None, there)

@@ -22,7 +22,7 @@ from ebpflb.dataplane import Requirement
 from ebpflb.dataplane.bpf import syscall, tc
 from ebpflb.dataplane.bpf.artifact import compiler_version
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, cell, instruction, move
-from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS
+from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
 from ebpflb.rtnetlink import Netlink
 
 _SO_NETNS_COOKIE = 71
@@ -31,6 +31,8 @@ _GETPEERNAME4 = 29
 _HELPER_JIFFIES = 118
 _HELPER_NETNS_COOKIE = 122
 _HELPER_SET_RETVAL = 187
+_XDP = 37
+_XDP_PASS = assemble(move(0, 2), EXIT)
 _CLOCK_MONOTONIC_COARSE = 6
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 _LOWEST_PORT = 1024
@@ -168,10 +170,10 @@ def free_ports(low: int, high: int) -> tuple[int, int]:
     return ((low + high + 1) // 2, high)
 
 
-def loads(type: int, code: bytes, attach_type: int = 0) -> bool:
+def loads(type: int, code: bytes, attach_type: int = 0, flags: int = 0) -> bool:
     """Whether the kernel accepts a program."""
     try:
-        os.close(syscall.prog_load(type, code, "ebpflb_probe", attach_type))
+        os.close(syscall.prog_load(type, code, "ebpflb_probe", attach_type, flags=flags))
     except OSError:
         return False
     return True
@@ -189,6 +191,17 @@ def has_socket_programs() -> bool:
     return loads(PROG_TYPE_CGROUP_SOCK_ADDR, code, _CONNECT4) and loads(
         PROG_TYPE_CGROUP_SOCK_ADDR, assemble(move(0, 1), EXIT), _GETPEERNAME4
     )
+
+
+def has_xdp() -> bool:
+    """Whether XDP programs can be loaded."""
+    return loads(PROG_TYPE_XDP, _XDP_PASS, _XDP)
+
+
+def has_xdp_frags() -> bool:
+    """Whether XDP programs may take frames that lie in several buffers (5.18), without which drivers refuse them where
+    the MTU is larger than a buffer."""
+    return loads(PROG_TYPE_XDP, _XDP_PASS, _XDP, syscall.F_XDP_HAS_FRAGS)
 
 
 def has_clsact() -> bool:

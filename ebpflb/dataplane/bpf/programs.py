@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ebpflb.dataplane.bpf import pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, MapSpec, Program
-from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX
-from ebpflb.dataplane.bpf.facts import cgroup2_root, filesystem_of
+from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX, PROG_TYPE_XDP
+from ebpflb.dataplane.bpf.facts import cgroup2_root, filesystem_of, has_xdp_frags
 from ebpflb.errors import ApplyError, Unsupported, UserError
 
 log = logging.getLogger(__name__)
@@ -29,16 +29,26 @@ class Programs:
     """The maps and programs under one pin directory.
 
     `netns` is the cookie of the network namespace whose node this is; None where the kernel does not tell it.
-    `cgroup` is where the socket programs attach; None for the mounted root.
+    `cgroup` is where the socket programs attach; None for the mounted root. `xdp`: whether XDP programs are loaded.
     """
 
-    def __init__(self, artifact: Artifact, bpffs: Path, cgroup: Path | None = None, netns: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        bpffs: Path,
+        cgroup: Path | None = None,
+        netns: int | None = None,
+        *,
+        xdp: bool = True,
+    ) -> None:
         self._artifact = artifact
         self._bpffs = bpffs
         self._cgroup = cgroup
         self._netns = netns
+        self._xdp = xdp
         self._maps: dict[str, int] = {}
         self._programs: dict[str, int] = {}
+        self._refused: dict[str, str] = {}
 
     @property
     def maps(self) -> Mapping[str, int]:
@@ -49,6 +59,11 @@ class Programs:
     def programs(self) -> Mapping[str, int]:
         """Descriptors of the programs by C function, once `open` has returned."""
         return self._programs
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """XDP programs that the kernel refuses, by C function, with the reason: Services are carried without them."""
+        return self._refused
 
     def open(self) -> bool:
         """Open or make the maps, load the programs, pin both; attaches nothing. Returns whether the maps are new and
@@ -66,8 +81,17 @@ class Programs:
             self._make_maps()
         else:
             self._maps = found
+        frags = syscall.F_XDP_HAS_FRAGS if self._xdp and has_xdp_frags() else 0
         for program in self._artifact.programs.values():
-            self._programs[program.name] = self._load(program)
+            if program.type != PROG_TYPE_XDP:
+                self._programs[program.name] = self._load(program)
+            elif self._xdp:
+                try:
+                    self._programs[program.name] = self._load(program, frags)
+                except Unsupported as error:
+                    self._refused[program.name] = str(error)
+            else:
+                (self._bpffs / pins.PROGRAMS / program.name).unlink(missing_ok=True)
         return found is None
 
     def close(self) -> None:
@@ -76,6 +100,7 @@ class Programs:
             os.close(fd)
         self._maps.clear()
         self._programs.clear()
+        self._refused.clear()
 
     def repin(self) -> int:
         """Pin again what somebody has unpinned or replaced; how many. Raises ApplyError or UserError."""
@@ -126,12 +151,12 @@ class Programs:
             self._maps[spec.name] = fd = _create(spec)
             pins.put(fd, directory / spec.name)
 
-    def _load(self, program: Program) -> int:
-        """The pinned program if it is what we would load, else a new one, pinned in its place."""
+    def _load(self, program: Program, flags: int = 0) -> int:
+        """The pinned program if it is what we would load, else a new one, pinned in its place. `flags` are BPF_F_…"""
         path = self._bpffs / pins.PROGRAMS / program.name
         try:
             fresh = syscall.prog_load(
-                program.type, program.patched(self._maps), program.kernel_name, program.attach_type
+                program.type, program.patched(self._maps), program.kernel_name, program.attach_type, flags=flags
             )
         except syscall.VerifierError as error:
             log.error("%s", error.log)

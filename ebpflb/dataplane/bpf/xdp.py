@@ -1,0 +1,341 @@
+"""Keeps our XDP program on the devices that are to run it (`xdp_choice`), each by a BPF link that is pinned.
+
+    <bpffs>/links/xdp-<index of the device>
+
+Rules of this file: a link's program is replaced in one step, so that a restart loses no packet. Somebody else's program
+is never replaced, and a device that runs one, or whose driver refuses ours, is said with its reason; tc carries what
+would have been carried here. What bears our name is ours, also where its pin is lost.
+
+The bits of a `devices` row follow: they are set after the program runs, and gone before it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ebpflb import rtnetlink
+from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
+from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, wish
+from ebpflb.dataplane.bpf.xdp_features import Features, sends
+from ebpflb.dataplane.bpf.xdp_links import find, foreign, is_ours, namespace, remove, runs_on
+from ebpflb.errors import EbpflbError
+from ebpflb.rtnetlink import Link, Netlink
+
+log = logging.getLogger(__name__)
+
+_HOOK = XDP_HOOKS["xdp_ingress"]
+_PIN = "xdp-"
+_PLACES = {
+    NATIVE: (rtnetlink.XDP_DRIVER, rtnetlink.XDP_FLAGS_DRV_MODE),
+    GENERIC: (rtnetlink.XDP_GENERIC, rtnetlink.XDP_FLAGS_SKB_MODE),
+}
+_BOTH = DEVICE_XDP | DEVICE_REDIRECT
+
+
+class Unwilling(Exception):
+    """A device does not take our program, with the reason."""
+
+
+class Xdp:
+    """The XDP programs of the network namespace in which this was made.
+
+    `mode` is that of --xdp, `links` the directory of link pins. `program` is our program's descriptor; None where it
+    could not be loaded, for the reason `unable`, or is not wanted (OFF). Every method may be called again after an
+    OSError.
+    """
+
+    def __init__(self, mode: str, links: Path, program: int | None = None, unable: str = "") -> None:
+        self._mode = mode
+        self._directory = links
+        self._program = program
+        self._id = syscall.prog_info(program).id if program is not None else 0
+        self._unable = unable
+        self._netlink = Netlink()
+        self._namespace = namespace()
+        self._features = Features() if mode != OFF else None
+        self._around = Surroundings({})
+        self._wishes: dict[int, Wish] = {}
+        self._able: dict[int, int] | None = None
+        self._links: dict[int, int] = {}  # descriptors
+        self._modes: dict[int, str] = {}
+        self._pinned_links: set[int] = set()
+        self._refusals: dict[int, tuple[tuple[object, ...], str]] = {}  # for what, and why
+        self._to_compare = True
+
+    def fileno(self) -> int | None:
+        """Readable when `changed` has something to say; None if it never is."""
+        return self._features.fileno() if self._features is not None else None
+
+    def changed(self) -> bool:
+        """Whether some device can do more or less than before. Raises rtnetlink.Overrun."""
+        return self._features is not None and self._features.changed()
+
+    def close(self) -> None:
+        """Let go of descriptors; what runs goes on, by its pin."""
+        for fd in self._links.values():
+            os.close(fd)
+        self._links.clear()
+        self._modes.clear()
+        self._netlink.close()
+        if self._features is not None:
+            self._features.close()
+
+    def compare(self) -> None:
+        """Have the next `release` and `attach` look at every pin, and try again what was refused."""
+        self._to_compare = True
+        self._refusals.clear()
+
+    def intact(self) -> bool:
+        """Whether every link that was made is in force, and pinned."""
+        return all(
+            os.path.lexists(self._pin(index)) and syscall.link_info(fd).device == index
+            for index, fd in self._links.items()
+        )
+
+    # ---- One pass: plan, [rows], release, attach, [rows]
+
+    def plan(self, edges: Iterable[int], around: Surroundings) -> None:
+        """What each of the edges is to run from now on. Raises OSError."""
+        self._around = around
+        self._wishes = {index: wish(around.links[index], around, self._mode) for index in edges}
+        self._look()
+
+    def _look(self) -> None:
+        """What the devices can do, where anything depends on it."""
+        wanted = any(each.mode != OFF for each in self._wishes.values())
+        self._able = self._features.all() if self._features is not None and wanted else None
+
+    def bits(self, index: int, held: int) -> int:
+        """DEVICE_XDP and DEVICE_REDIRECT of a device's row, which has the flags `held` so far."""
+        mode = self._modes.get(index)
+        if not self._wants(index):
+            return 0
+        if mode is None:
+            # A program of before this process runs until it is replaced.
+            return held & _BOTH if index not in self._refusals else 0
+        if mode == GENERIC or self._sends(index):
+            return _BOTH
+        # A veth that takes no redirected frames gives nothing back either.
+        return DEVICE_XDP if self._around.links[index].kind not in WIRES else 0
+
+    def _wants(self, index: int) -> bool:
+        return index in self._wishes and self._wishes[index].mode != OFF
+
+    def _sends(self, index: int) -> bool:
+        link = self._around.links[index]
+        if self._able is not None:
+            return sends(self._able.get(index, 0), link, "")
+        driver = self._features.driver(link.name) if self._features is not None else ""
+        return sends(None, link, driver)
+
+    def release(self) -> int:
+        """Detach where nothing of ours is to run any more; from how many. Raises OSError."""
+        gone = {index for index in self._links if not self._wants(index)}
+        if self._to_compare:
+            gone.update(index for index in self._pinned() if not self._wants(index))
+        gone.update(
+            index for index, link in self._around.links.items() if link.xdp and not self._wants(index) and is_ours(link)
+        )
+        for index in gone:
+            self._detach(index)
+        return len(gone)
+
+    def attach(self) -> int:
+        """Our program wherever it is to run, replaced in one step where an older one does; how many links had to be
+        changed. A device's refusal is its own. Raises OSError if netlink itself fails."""
+        changed = 0
+        for index, wished in self._wishes.items():
+            if wished.mode == OFF:
+                self._refusals.pop(index, None)
+                continue
+            link = self._around.links[index]
+            cause = (wished.mode, link.mtu, link.flags, link.xdp, self._able and self._able.get(index))
+            if index not in self._modes and self._refusals.get(index, (None, ""))[0] == cause:
+                continue
+            try:
+                changed += self._keep(link, wished.mode)
+            except Unwilling as refusal:
+                self._let_go(index)
+                self._refusals[index] = (cause, str(refusal))
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    continue  # it has gone meanwhile; the kernel will say so
+                self._let_go(index)
+                self._refusals[index] = (cause, error.strerror or str(error))
+            else:
+                self._refusals.pop(index, None)
+        self._to_compare = False
+        if changed:
+            self._look()
+        return changed
+
+    # ---- One device
+
+    def _pin(self, index: int) -> Path:
+        return self._directory / f"{_PIN}{index}"
+
+    def _pinned(self) -> Iterator[int]:
+        """The devices that there are pins for."""
+        for path in self._directory.glob(f"{_PIN}*"):
+            number = path.name.removeprefix(_PIN)
+            if number.isdecimal():
+                yield int(number)
+
+    def _keep(self, link: Link, mode: str) -> int:
+        """Our program on a device, in that mode; how many links were changed."""
+        index = link.ifindex
+        if self._program is None:
+            raise Unwilling(self._unable)
+        place, flags = _PLACES[mode]
+        fd = self._link_of(link)
+        if fd is not None:
+            runs = syscall.link_info(fd).program
+            if link.xdp == ((place, runs),):
+                if runs != self._id:
+                    syscall.link_update(fd, self._program)
+                self._modes[index] = mode
+                return int(self._put_pin(index, fd) or runs != self._id)
+        if fd is not None or is_ours(link):
+            self._detach(index)  # it runs in the other mode, or without a link
+        elif link.xdp:
+            raise Unwilling(foreign(link))
+        if namespace() != self._namespace:
+            raise Unwilling("this thread is in another network namespace")
+        try:
+            made = syscall.link_create(self._program, index, _HOOK.attach_type, flags)
+        except OSError as error:
+            raise Unwilling(self._explained(error, index, flags)) from None
+        self._links[index], self._modes[index] = made, mode
+        self._put_pin(index, made)
+        log.info("device %s: XDP runs in mode %s", link.name, mode)
+        if link.kind in WIRES:
+            log.warning(
+                "device %s is a %s: what its other end sends may have no checksums yet, and XDP sends it on without; "
+                "set there: ethtool -K DEVICE tx off",
+                link.name, WIRES[link.kind],
+            )  # fmt: skip
+        return 1
+
+    def _put_pin(self, index: int, fd: int) -> bool:
+        """Pin a link that is not, as far as that is to be looked at; whether it had to be."""
+        if index in self._pinned_links and not self._to_compare:
+            return False
+        self._pinned_links.add(index)
+        pinned = self._opened(index)
+        if pinned is not None:
+            try:
+                if syscall.link_info(pinned).id == syscall.link_info(fd).id:
+                    return False
+            finally:
+                os.close(pinned)
+        try:
+            pins.put(fd, self._pin(index))
+        except EbpflbError as error:
+            log.warning("%s", error)  # without a pin it ends with this process; the next audit tries again
+        return True
+
+    def _opened(self, index: int) -> int | None:
+        """What is pinned for a device, if that is an XDP link."""
+        try:
+            fd = pins.opened(self._pin(index))
+        except EbpflbError:
+            return None
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                if syscall.link_info(fd).type == syscall.LINK_XDP:
+                    return fd
+            os.close(fd)
+        return None
+
+    def _link_of(self, link: Link) -> int | None:
+        """The link by which a device runs our program: the one that is held; or the pinned one, or, if its pin is lost,
+        whichever it is, which are held from then on."""
+        held = self._links.get(link.ifindex)
+        if held is not None:
+            if runs_on(held, link):
+                return held
+            self._let_go(link.ifindex)
+        found = self._opened(link.ifindex)
+        if found is not None and not runs_on(found, link):
+            os.close(found)
+            found = None
+        if found is None and is_ours(link):
+            found = find(link)
+        if found is not None:
+            self._links[link.ifindex] = found
+        return found
+
+    def _detach(self, index: int) -> None:
+        """Whatever of ours runs on a device ends, at once and not when the kernel comes to it; also where the device is
+        in another namespace by now."""
+        link = self._around.links.get(index)
+        fd = self._link_of(link) if link is not None else self._links.get(index) or self._opened(index)
+        if fd is not None:
+            self._links[index] = fd
+            with contextlib.suppress(FileNotFoundError):  # it has ended with its device
+                syscall.link_detach(fd)
+        elif link is not None and is_ours(link):
+            remove(self._netlink, link)
+        if link is not None and index in self._modes:
+            log.info("device %s: XDP runs no more", link.name)
+        self._let_go(index)
+
+    def _let_go(self, index: int) -> None:
+        """What ran is not there any more, whoever ended it."""
+        held = self._links.pop(index, None)
+        if held is not None:
+            os.close(held)
+        self._modes.pop(index, None)
+        self._pinned_links.discard(index)
+        self._pin(index).unlink(missing_ok=True)
+
+    def _explained(self, error: OSError, index: int, flags: int) -> str:
+        """Why a device refuses, in the driver's own words: links have none, netlink, asked for the same, does."""
+        plain = error.strerror or str(error)
+        if error.errno in (errno.EPERM, errno.EBUSY, errno.EEXIST) or self._program is None:
+            return plain
+        try:
+            rtnetlink.set_xdp(self._netlink, index, self._program, flags | rtnetlink.XDP_FLAGS_UPDATE_IF_NOEXIST)
+        except OSError as refusal:
+            return refusal.strerror or plain
+        # It takes this and no link, as before Linux 5.9: not worth a second way, where nothing is atomic or pinned.
+        rtnetlink.set_xdp(self._netlink, index, -1, flags | rtnetlink.XDP_FLAGS_REPLACE, self._program)
+        return plain
+
+    # ---- What is said
+
+    def told(self) -> tuple[Told, ...]:
+        """Every device that might carry outside traffic, by name."""
+        found = []
+        for index, wished in self._wishes.items():
+            link = self._around.links[index]
+            if not wished.told:
+                continue
+            mode, reason, problem = self._modes.get(index, OFF), wished.reason, False
+            if index in self._refusals:
+                reason = self._refusals[index][1]
+                problem = self._mode in (NATIVE, GENERIC) or bool(link.xdp)
+            elif mode == NATIVE:
+                reason = self._hindrance(index)
+                problem = bool(reason) and not self.bits(index, 0)
+            elif mode == GENERIC:
+                reason = "--xdp generic"
+            found.append(Told(link.name, mode, reason, problem))
+        return tuple(sorted(found))
+
+    def _hindrance(self, index: int) -> str:
+        """Why a device that runs our program in its driver does not send all that it could."""
+        bits = self.bits(index, 0)
+        if bits == DEVICE_XDP:
+            return "takes no frames from other devices"
+        if bits:
+            return ""
+        if self._able is None:
+            return "nothing is sent by it: this kernel does not tell whether its other end takes frames"
+        return "nothing is sent by it before its other end has an XDP program or GRO (ethtool -K DEVICE gro on)"

@@ -1,0 +1,117 @@
+"""Which devices are to run XDP, in which mode, and if not, why: pure.
+
+Rules of this file: links, addresses and routes in, a wish for each device out. XDP is for the node's own devices, by
+which outside traffic comes: those that hold an address of this node's network or a default route, and those that
+--devices names. Never for what other devices carry anyhow (VLANs, overlays, a bridge's ports) nor for pods' devices.
+
+    auto      hardware, hypervisors' devices and bonds: native where the driver takes it, else not at all
+    native    also veths and taps, if they are the node's own devices; where the driver refuses it, not at all
+    generic   as native, before the stack instead of in the driver; every device takes it
+
+`auto` never falls to generic, which for most is slower than tc, and never takes a veth or a tap: what comes from
+another namespace or a virtual machine by these may have a checksum that nobody has computed, and XDP cannot tell.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ebpflb.dataplane.bpf.edges import is_pod_device
+from ebpflb.rtnetlink import SCOPE_GLOBAL, InterfaceAddress, Link
+
+AUTO, NATIVE, GENERIC, OFF = "auto", "native", "generic", "off"
+
+_PORTS = ("bridge", "openvswitch")
+_OVERLAYS = frozenset(("vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "bareudp", "l2tp", "batadv"))
+WIRES = {"veth": "veth", "tun": "tap", "netkit": "netkit"}
+"""Kinds whose other end is a namespace or a virtual machine, and how they are called."""
+_OWN = ("", "bond")
+_HOST_BITS = {4: 32, 6: 128}
+
+
+class Wish(NamedTuple):
+    """What is to be tried on a device: NATIVE, GENERIC or OFF, and why it is OFF. `told`: whether `status` names it;
+    pods' devices are too many, and never meant."""
+
+    mode: str
+    reason: str = ""
+    told: bool = True
+
+
+class Told(NamedTuple):
+    """A device for `status`: how our XDP program runs there (NATIVE, GENERIC, OFF), and why not native, or what keeps
+    it from sending. `problem`: whether that is not as it was asked for."""
+
+    device: str
+    mode: str
+    reason: str
+    problem: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a wish depends on beside the device: all links and addresses of the namespace, the devices of default routes
+    by IP version, the patterns of --devices, and the pods' interface as in `routes.Locality`."""
+
+    links: Mapping[int, Link]
+    addresses: tuple[InterfaceAddress, ...] = ()
+    defaults: Mapping[int, int] | None = None
+    patterns: tuple[str, ...] = ()
+    pod_interface: str = ""
+
+
+def wish(link: Link, around: Surroundings, mode: str) -> Wish:
+    """What `link`, an edge, is to run; `mode` is that of --xdp."""
+    if link.slave_kind in _PORTS:
+        return Wish(OFF, f"a port of {_name(link.master, around)}", told=False)
+    if is_pod_device(link, around.links, around.pod_interface):
+        return Wish(OFF, "a pod's device", told=False)
+    if link.kind == "vlan":
+        return Wish(OFF, f"a VLAN of {_name(link.parent, around)}, where its frames are met")
+    if link.kind in _OVERLAYS:
+        return Wish(OFF, "an overlay: its frames come inside another device's")
+    named = any(fnmatch.fnmatchcase(link.name, pattern) for pattern in around.patterns)
+    wire = link.kind in WIRES
+    if around.patterns and not named:
+        return Wish(OFF, "not named by --devices", told=not wire)
+    if not named and not is_way_out(link, around):
+        return Wish(OFF, "holds neither an address of the node's network nor a default route", told=not wire)
+    if mode == OFF:
+        return Wish(OFF, "--xdp off")
+    if mode == AUTO and link.kind not in _OWN:
+        what = WIRES.get(link.kind, f"device of kind {link.kind}")
+        why = ": checksums of what comes by it may be still to be computed" if wire else ""
+        return Wish(OFF, f"auto takes no {what}{why}")
+    return Wish(GENERIC if mode == GENERIC else NATIVE)
+
+
+def is_way_out(link: Link, around: Surroundings) -> bool:
+    """Whether outside traffic comes by `link`, as far as its addresses tell: those of its VLANs are its own. A veth's
+    or tap's address must be of a network: that of one host is how some CNIs number the node's end of a pod's wire."""
+    own = {link.ifindex}
+    own.update(each.ifindex for each in around.links.values() if each.kind == "vlan" and each.parent == link.ifindex)
+    if own.intersection((around.defaults or {}).values()):
+        return True
+    return any(
+        address.scope == SCOPE_GLOBAL and (link.kind not in WIRES or address.bits < _HOST_BITS[address.version])
+        for address in around.addresses
+        if address.ifindex in own
+    )
+
+
+def vlans_of(links: Mapping[int, Link], edges: Iterable[int]) -> dict[tuple[int, int], int]:
+    """VLAN devices by parent and id: frames with that tag which enter by the parent are theirs."""
+    found = {}
+    for index in edges:
+        link = links[index]
+        if link.kind == "vlan" and link.vlan and link.parent in links and links[link.parent].kind != "vlan":
+            found[link.parent, link.vlan] = index
+    return found
+
+
+def _name(index: int, around: Surroundings) -> str:
+    link = around.links.get(index)
+    return link.name if link else "another network namespace"
