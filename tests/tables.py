@@ -6,14 +6,27 @@ nothing with the code under test but the layouts; it knows only what a program c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from array import array
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from hypothesis import strategies as st
 
 from ebpflb.dataplane.bpf.inspect import fields
-from ebpflb.dataplane.bpf.layouts import BACKEND, LAYOUT, SETTINGS, U32
+from ebpflb.dataplane.bpf.layouts import (
+    AFFINITY_KEY,
+    BACKEND,
+    LAYOUT,
+    MEMBER_KEY,
+    SETTINGS,
+    TABLE_KEY,
+    TABLE_PART,
+    U32,
+    U64,
+)
 from ebpflb.dataplane.bpf.locality import NodeFacts
-from ebpflb.model import Protocol
+from ebpflb.model import Address, Protocol, ServiceName
 from ebpflb.routes import (
     Algorithm,
     Backend,
@@ -108,13 +121,44 @@ def rows(draw: st.DrawFn) -> dict[Key, Route]:
     return {(frontend, Scope.INTERNAL): internal, (frontend, Scope.EXTERNAL): external}
 
 
+def owners() -> st.SearchStrategy[dict[Address, ServiceName]]:
+    """Who owns which cluster IP; with and without frontends there."""
+    addresses = st.sampled_from((*ADDRESSES[4], *ADDRESSES[6], "172.30.0.99"))
+    return st.dictionaries(addresses, st.sampled_from([each.service for each in SERVICES]), max_size=3)
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> RouteTable:
-    """A few frontends with a locality."""
+    """A few frontends with a locality, and some cluster IPs."""
     merged: dict[Key, Route] = {}
     for some in draw(st.lists(rows(), max_size=6)):
         merged |= some
-    return RouteTable(merged, draw(LOCALITIES))
+    return RouteTable(merged, draw(LOCALITIES), owned=draw(owners()))
+
+
+SIZES = (0, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+"""`table_size` of bpf/maglev.h."""
+
+
+def bit_of(address: bytes) -> int:
+    """As `is_known` in bpf/lookup.h, the number of an address' bit."""
+    first, second, third, fourth = struct.unpack("=4I", address[:16])
+    hash = (first ^ second ^ third ^ fourth) * 0x9E3779B1 % 2**32
+    cell, bit = hash >> 18, hash >> 12 & 63
+    return int(cell * 64 + bit)
+
+
+def is_known(maps: FakeMaps, address: bytes) -> bool:
+    """Whether a program looks for rows of an address."""
+    cell, bit = divmod(bit_of(address), 64)
+    return bool(U64.unpack(maps.tables["known"].get(U32.pack(cell), bytes(8)))[0] >> bit & 1)
+
+
+def known_bits(maps: FakeMaps) -> Iterator[int]:
+    """The bits that are set."""
+    for key, value in maps.tables["known"].items():
+        (cell,) = U64.unpack(value)
+        yield from (U32.unpack(key)[0] * 64 + bit for bit in range(64) if cell >> bit & 1)
 
 
 def interpret(maps: FakeMaps) -> dict[tuple[bytes, int], object]:
@@ -123,7 +167,10 @@ def interpret(maps: FakeMaps) -> dict[tuple[bytes, int], object]:
     Fails where a row refers to something that is not there, or is another Service's.
     """
     found: dict[tuple[bytes, int], object] = {}
+    for address in maps.tables["owned"]:
+        assert is_known(maps, address), "nobody looks whose address this is"
     for key, value in maps.tables["frontends"].items():
+        assert is_known(maps, key), "nobody looks for this frontend"
         decoded = fields("frontend", value)
         assert isinstance(decoded, dict)
         for scope, half in enumerate(decoded["scope"]):
@@ -150,12 +197,40 @@ def _follow(maps: FakeMaps, half: Mapping[str, int]) -> object:
     assert half["verdict"] != Verdict.FORWARD or half["count"], "nobody to forward to"
     ranges = {key for key in maps.tables["ranges"] if U32.unpack(key[4:8])[0] == half["ranges"]}
     assert not half["ranges"] or ranges, f"ranges {half['ranges']} are nowhere"
+    places = _places(maps, half)
+    if half["affinity"]:
+        for at, slot in enumerate(range(half["slots"], half["slots"] + half["count"])):
+            member = maps.tables["members"].get(U32.pack(half["slots"]) + maps.tables["slots"][U32.pack(slot)])
+            assert member == U32.pack(at), f"clients of the backend in slot {slot} do not find it again"
     plain = {field: number for field, number in half.items() if field not in ("service", "slots", "ranges")}
-    return plain, name, tuple(backends), frozenset(key[:4] + key[8:] for key in ranges)
+    return plain, name, tuple(backends), frozenset(key[:4] + key[8:] for key in ranges), places
+
+
+def _parts(table: int) -> int:
+    return -(-SIZES[table] // TABLE_PART)
+
+
+def _places(maps: FakeMaps, half: Mapping[str, int]) -> bytes:
+    """The table of consistent hashing that a route names, which is whole."""
+    size = SIZES[half["table"]]
+    parts = [maps.tables["tables"].get(TABLE_KEY.pack(half["slots"], at)) for at in range(_parts(half["table"]))]
+    whole = b""
+    for at, part in enumerate(parts):
+        assert part is not None, f"part {at} of the table of slot {half['slots']} is not there"
+        whole += part
+    assert not whole[2 * size :].strip(b"\0"), "the last part is not padded"
+    assert _within(whole[: 2 * size], half["count"]), f"the table of slot {half['slots']} names others"
+    return whole
+
+
+@lru_cache(maxsize=1 << 10)
+def _within(places: bytes, count: int) -> bool:
+    """Whether all places name one of so many backends, and each is named."""
+    return not places or set(array("H", places)) == set(range(count))
 
 
 def left_over(maps: FakeMaps) -> list[str]:
-    """Rows that no frontend leads to."""
+    """Rows that no frontend leads to, and bits of addresses that none has."""
     halves: list[Mapping[str, int]] = []
     for value in maps.tables["frontends"].values():
         decoded = fields("frontend", value)
@@ -169,7 +244,21 @@ def left_over(maps: FakeMaps) -> list[str]:
     live = {key for key, row in maps.tables["backends"].items() if BACKEND.unpack(row)[3] != 255}
     names = set(maps.tables["names"]) - {U32.pack(half["service"]) for half in halves}
     ranges = {key[4:8] for key in maps.tables["ranges"]} - {U32.pack(half["ranges"]) for half in halves}
+    hashed = {half["slots"]: half["table"] for half in halves if half["table"]}
+    kept = {half["slots"]: half["count"] for half in halves if half["affinity"] and half["count"]}
+    parts = {TABLE_KEY.pack(slots, at) for slots, table in hashed.items() for at in range(_parts(table))}
+    members = {
+        MEMBER_KEY.pack(slots, *U32.unpack(maps.tables["slots"][U32.pack(slots + at)]))
+        for slots, count in kept.items()
+        for at in range(count)
+    }
+    here = {key[:16] for key in (*maps.tables["frontends"], *maps.tables["owned"])}
+    keeping = {half["service"] for half in halves if half["affinity"]}
     return [
+        *(f"part {key!r}" for key in maps.tables["tables"].keys() - parts),
+        *(f"member {key!r}" for key in maps.tables["members"].keys() - members),
+        *(f"bit {bit}" for bit in set(known_bits(maps)) - {bit_of(address) for address in here}),
+        *(f"client {key!r}" for key in maps.tables["affinity"] if AFFINITY_KEY.unpack(key)[1] not in keeping),
         *(f"backend {key!r}" for key in live - used),
         *(f"name {key!r}" for key in names),
         *(f"ranges {key!r}" for key in ranges),

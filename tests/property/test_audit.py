@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 from ebpflb.dataplane.bpf.image import Image
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.routes import RouteTable
-from tests.maps import FakeMaps
+from tests.maps import ARRAYS, FakeMaps
 from tests.tables import FACTS, tables
 
-DESIRED = ("frontends", "slots", "backends", "names", "sources", "ranges", "settings")
+DESIRED = (
+    "frontends",
+    "slots",
+    "backends",
+    "names",
+    "sources",
+    "ranges",
+    "settings",
+    "owned",
+    "known",
+    "tables",
+    "members",
+)
 
 
 @given(st.lists(tables(), min_size=1, max_size=6))
@@ -39,15 +51,18 @@ def test_an_audit_finds_any_row_that_is_another(history: list[RouteTable], data:
         assert writer.sync(routes).complete
     table = data.draw(st.sampled_from([each for each in DESIRED if maps.tables[each]]))
     rows = maps.tables[table]
+    before = dict(rows)
     key = data.draw(st.sampled_from(sorted(rows)))
-    if table not in ("slots", "backends", "settings") and data.draw(st.booleans()):
+    if table not in ARRAYS and data.draw(st.booleans()):
         del rows[key]
     else:
         row = bytearray(rows[key])
         row[data.draw(st.integers(0, len(row) - 1))] ^= data.draw(st.integers(1, 255))
         rows[key] = bytes(row)
     writer.audit()
-    assert writer.state() == history[-1]
+    assert writer.state() == history[-1] and writer.state().owned == history[-1].owned
+    if table in ("owned", "known", "tables", "members"):
+        assert rows == before, "what programs find is as it was"
 
 
 def test_an_image_follows_writes_wherever_they_are() -> None:

@@ -10,11 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, ROUTE
 from ebpflb.dataplane.bpf.writer import Writer
+from ebpflb.model import Address, ServiceName
 from ebpflb.routes import Key, Locality, Route, RouteTable
-from tests.maps import FakeMaps, FaultyMaps, WatchedMaps
-from tests.tables import FACTS, LOCALITIES, interpret, left_over, rows, tables
+from tests.maps import ARRAYS, FakeMaps, FaultyMaps, WatchedMaps
+from tests.tables import FACTS, LOCALITIES, interpret, left_over, owners, rows, tables
 
+MEDDLED = ("frontends", "backends", "names", "ranges", "sources", "slots", "owned", "known", "tables", "members")
 ERRORS = (errno.EAGAIN, errno.ENOSPC, errno.E2BIG, errno.ENOMEM)
 
 
@@ -53,12 +56,24 @@ class Node(RuleBasedStateMachine):
     def update(self, put: dict[Key, Route]) -> None:
         self._sync(self.routes.evolve(put))
 
-    @rule(puts=st.lists(rows(), max_size=4), locality=LOCALITIES)
-    def update_several(self, puts: list[dict[Key, Route]], locality: Locality) -> None:
+    @rule(puts=st.lists(rows(), max_size=4), locality=LOCALITIES, owned=owners())
+    def update_several(
+        self, puts: list[dict[Key, Route]], locality: Locality, owned: dict[Address, ServiceName]
+    ) -> None:
         merged: dict[Key, Route] = {}
         for put in puts:
             merged |= put
-        self._sync(self.routes.evolve(merged, locality=locality))
+        changes: dict[Address, ServiceName | None] = {**dict.fromkeys(list(self.routes.owned)[:1]), **owned}
+        self._sync(self.routes.evolve(merged, locality=locality, owned=changes))
+
+    @rule(number=st.integers(0, 9))
+    def a_client_comes(self, number: int) -> None:
+        """A program remembers it."""
+        for row in self.maps.tables["frontends"].values():
+            for _, _, _, _, service, _, _, _, affinity, *_ in ROUTE.iter_unpack(row):
+                if affinity:
+                    key = AFFINITY_KEY.pack(bytes(15) + bytes((number,)), service, 0)
+                    self.maps.tables["affinity"][key] = AFFINITY.pack(1, 0, 1)
 
     @rule(at=st.integers(0, 20))
     def delete(self, at: int) -> None:
@@ -89,7 +104,7 @@ class Node(RuleBasedStateMachine):
     def audit(self) -> None:
         self.writer.audit()
 
-    @rule(table=st.sampled_from(("frontends", "backends", "names", "ranges", "sources", "slots")), at=st.integers(0, 9))
+    @rule(table=st.sampled_from(MEDDLED), at=st.integers(0, 9))
     def meddle(self, table: str, at: int) -> None:
         """Somebody else removes or overwrites a row; the next audit puts it right."""
         rate, self.rate = self.rate, 0.0
@@ -100,11 +115,11 @@ class Node(RuleBasedStateMachine):
             self._break(table, keys[at % len(keys)], at)
             assert self.writer.audit().complete
             self.careful = True
-        assert self.writer.state() == self.routes
+        assert self.writer.state() == self.routes and self.writer.state().owned == self.routes.owned
         self.rate = rate
 
     def _break(self, table: str, key: bytes, at: int) -> None:
-        if table in ("frontends", "names", "ranges", "sources") and at % 2:
+        if table not in ARRAYS and at % 2:
             del self.maps.tables[table][key]
         else:
             value = bytearray(self.maps.tables[table][key])
@@ -133,8 +148,9 @@ class Node(RuleBasedStateMachine):
         assert interpret(self.maps) == interpret(fresh)
         assert self.maps.tables["sources"] == fresh.tables["sources"]
         assert self.maps.tables["settings"] == fresh.tables["settings"]
+        assert self.maps.tables["owned"] == fresh.tables["owned"]
         assert left_over(self.maps) == []
-        assert self.writer.state() == self.routes
+        assert self.writer.state() == self.routes and self.writer.state().owned == self.routes.owned
         writes = self.maps.writes
         assert self.writer.sync(self.routes).complete
         assert self._daemon().sync(self.routes).complete

@@ -106,7 +106,7 @@ def test_table(routes: RouteTable) -> None:
     maps = FakeMaps()
     writer = Writer(maps, FACTS, time.monotonic)
     assert writer.sync(routes).complete
-    assert writer.state() == routes
+    assert writer.state() == routes and writer.state().owned == routes.owned
     writes = maps.writes
-    assert writer.sync(RouteTable(dict(routes), routes.locality)).complete
+    assert writer.sync(RouteTable(dict(routes), routes.locality, owned=routes.owned)).complete
     assert maps.writes == writes

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebpflb.dataplane.bpf.layouts import BACKEND, ROUTE, U32
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.routes import RouteTable
 from tests.maps import FakeMaps, WatchedMaps
-from tests.tables import FACTS, interpret, tables
+from tests.tables import FACTS, interpret, left_over, tables
 
 
 class Watch:
@@ -34,6 +36,8 @@ class Watch:
         self.allowed = {key: [one[key] for one in (before, after) if key in one] for key in {*before, *after}}
         assert writer.sync(routes).complete
         assert interpret(self.maps) == after
+        assert left_over(self.maps) == []
+        assert self.maps.tables["owned"] == fresh.tables["owned"]
 
 
 @given(st.lists(tables(), min_size=1, max_size=6))
@@ -57,14 +61,36 @@ def test_every_prefix_is_sound_where_numbers_are_scarce(history: list[RouteTable
         watch.sync(writer, routes)
 
 
-def test_the_watch_sees_a_write_in_the_wrong_order() -> None:
+def half(count: int = 1, affinity: int = 0, table: int = 0) -> bytes:
+    """A route of service 1, to `count` backends from slot 0."""
+    return ROUTE.pack(0, 0, 0, 0, 1, 0, count, 0, affinity, 0, 0, table)
+
+
+BACKENDS = ("known", "names", "backends", "slots")
+
+
+@pytest.mark.parametrize(
+    ("before", "row", "complaint"),
+    [
+        ((), half(), "nobody looks for this frontend"),
+        (("known",), half(), "has no name"),
+        (("known", "names"), half(), "slot 0 was never written"),
+        (BACKENDS, half(table=1), "part 0 of the table"),
+        (BACKENDS, half(affinity=60), "do not find it"),
+    ],
+    ids=["address", "name", "slot", "table", "member"],
+)
+def test_the_watch_sees_a_write_in_the_wrong_order(before: tuple[str, ...], row: bytes, complaint: str) -> None:
     """A check that never looks would pass everything: it looks after every row, and refuses a dangling one."""
     watch = Watch()
-    key, row = bytes(20), b"\0\0\0\0\1\0\0\0" + bytes(56)
-    try:
-        watch.maps.put("frontends", key, row)
-    except AssertionError as error:
-        assert "has no name" in str(error)
-    else:
-        raise AssertionError("a row that refers to nothing went unnoticed")
-    assert watch.looks == 1
+    rows = {
+        "known": (bytes(4), b"\1" + bytes(7)),
+        "names": (U32.pack(1), bytes(192)),
+        "backends": (U32.pack(1), BACKEND.pack(bytes(16), 0, 0, 0, 1)),
+        "slots": (bytes(4), U32.pack(1)),
+    }
+    for table in before:
+        watch.maps.put(table, *rows[table])
+    with pytest.raises(AssertionError, match=complaint):
+        watch.maps.put("frontends", bytes(20), row.ljust(64, b"\0"))
+    assert watch.looks == len(before) + 1
