@@ -25,13 +25,19 @@ from ebpflb.dataplane.bpf.flatten import enumerators
 from ebpflb.dataplane.bpf.inspect import Inspector
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, REQUIRED, SIZES, check_layouts, size_of
 from ebpflb.dataplane.bpf.locality import NodeFacts
+from ebpflb.dataplane.bpf.looking import read_tables
 from ebpflb.dataplane.bpf.maps import KernelMaps
+from ebpflb.dataplane.bpf.pen import NODE
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
 from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, flows_kept, leave
 from ebpflb.dataplane.bpf.sockets import Orphans
 from ebpflb.dataplane.bpf.succeeding import answers_elsewhere, spare_ports
-from ebpflb.dataplane.bpf.writer import NODE, Writer, collector_paused, read_tables
+from ebpflb.dataplane.bpf.table_parts import LARGEST
+from ebpflb.dataplane.bpf.writer import Writer, collector_paused
+from ebpflb.dataplane.bpf.xdp import Xdp
+from ebpflb.dataplane.bpf.xdp_choice import OFF, Told
+from ebpflb.dataplane.bpf.xdp_survey import survey
 from ebpflb.errors import ApplyError, EbpflbError, Unsupported, UserError
 from ebpflb.model import Problem
 from ebpflb.routes import RouteTable
@@ -49,7 +55,8 @@ class BpfDataplane:
     """See `ebpflb.dataplane.Dataplane`.
 
     `bpffs`: the pin directory. `cgroup`: whose processes' sockets are served; None for the mounted root. `patterns`:
-    those of --devices, () for all. `count_traffic`: whether to count what each Service carries. `cache`: where compiled
+    those of --devices, () for all. `xdp`: as --xdp. `count_traffic`: whether to count what each Service carries.
+    `maglev_table_size`: how many positions the largest table of consistent hashing may have. `cache`: where compiled
     programs are kept; None for the usual place.
     """
 
@@ -61,7 +68,9 @@ class BpfDataplane:
         cgroup: Path | None = None,
         patterns: tuple[str, ...] = (),
         *,
+        xdp: str = OFF,
         count_traffic: bool = False,
+        maglev_table_size: int = LARGEST,
         sizes: Sizes | None = None,
         cache: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -69,7 +78,9 @@ class BpfDataplane:
         self._bpffs = bpffs
         self._cgroup = cgroup
         self._patterns = patterns
+        self._xdp = xdp
         self._count_traffic = count_traffic
+        self._maglev_table_size = maglev_table_size
         self._sizes = sizes
         self._cache = cache
         self._clock = clock
@@ -84,8 +95,11 @@ class BpfDataplane:
     # ---- Before anything is touched
 
     def requirements(self) -> tuple[Requirement, ...]:
-        """What this dataplane needs of the node."""
-        return facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None)
+        """What this dataplane needs of the node, and what its devices offer."""
+        return (
+            *facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None),
+            *(_xdp_requirement(told) for told in self._told()),
+        )
 
     def check(self) -> None:
         """Raises Unsupported with all that is missing, and UserError for a cgroup or a pin directory that is none."""
@@ -138,26 +152,41 @@ class BpfDataplane:
             raise Unsupported(
                 f"kernel {facts.kernel_release()} does not tell which network namespace this is: 5.14 does"
             )
-        programs = Programs(artifact, self._bpffs, self._cgroup, cookie)
+        programs = Programs(artifact, self._bpffs, self._cgroup, cookie, xdp=self._xdp != OFF)
         with ExitStack() as stack:
             stack.callback(programs.close)
             fresh = programs.open()
+            xdp = Xdp(
+                self._xdp,
+                self._bpffs / pins.LINKS,
+                programs.programs.get("xdp_ingress"),
+                programs.refused.get("xdp_ingress", ""),
+            )
+            stack.callback(xdp.close)
             edges = Devices(
                 programs.programs["tc_ingress"],
                 programs.programs["tc_egress"],
                 programs.maps["devices"],
                 artifact.maps["devices"].value,
                 self._patterns,
+                vlans=programs.maps["vlans"],
+                xdp=xdp,
             )
             stack.callback(edges.close)
             hertz = facts.jiffies_per_second()
             low, high = facts.snat_ports()
             known = NodeFacts(
-                cookie, FLOW_IDLE_SECONDS * hertz, REFRESH_SECONDS * hertz, low, high, self._flows_elsewhere, second=hertz
+                cookie,
+                FLOW_IDLE_SECONDS * hertz,
+                REFRESH_SECONDS * hertz,
+                low,
+                high,
+                self._flows_elsewhere,
+                second=hertz,
             )
             self._programs, self._devices = programs, edges
             self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))
-            self._writer = Writer(KernelMaps(programs.maps), known, self._clock)
+            self._writer = Writer(KernelMaps(programs.maps), known, self._clock, cap=self._maglev_table_size)
             self._writer.gone_udp = self._orphans.end
             if self._flows_elsewhere:
                 _spare_ports(KernelMaps(programs.maps), low, high)
@@ -238,12 +267,23 @@ class BpfDataplane:
                 return Reading(read_tables(maps)).routes()
 
     def tables(self, what: str) -> list[dict[str, object]]:
-        """Rows of `dump what`; none if nothing is programmed."""
+        """Rows of `dump what`; none if nothing is programmed. `devices` has, for each device that might carry outside
+        traffic, its mode of XDP (`xdp`), and why that is not native (`reason`)."""
+        if what == "devices":
+            return [{"name": told.device, "xdp": told.mode, "reason": told.reason} for told in self._told()]
         with self._maps() as maps:
             if maps is None:
                 return []
             with _readable():
                 return Inspector(maps, _counter_names(), facts.jiffies).tables(what)
+
+    def _told(self) -> tuple[Told, ...]:
+        if self._devices is not None:
+            return self._devices.told()
+        try:
+            return survey(self._xdp, self._patterns)
+        except OSError as error:
+            raise ApplyError("devices", "", error.errno or 0, f"devices cannot be read: {error.strerror}") from error
 
     @contextmanager
     def _maps(self) -> Iterator[KernelMaps | None]:
@@ -274,8 +314,13 @@ class BpfDataplane:
                 )
 
     def canary(self) -> bool:
-        """Whether the pins of all maps and links are there; who flushed them flushed all."""
-        return pins.complete(self._bpffs, KEY_VALUE)
+        """Whether the pins of all maps and links are there (who flushed them flushed all), and XDP is attached."""
+        if not pins.complete(self._bpffs, KEY_VALUE):
+            return False
+        try:
+            return self._devices is None or self._devices.intact()
+        except OSError as error:
+            raise ApplyError("devices", "", error.errno or 0, f"XDP links cannot be read: {error.strerror}") from error
 
     def retire(self) -> bool:
         """Frontends go, so that no flow begins here; flows stay."""
@@ -322,6 +367,12 @@ class BpfDataplane:
             self._programs.close()
         self._programs = self._devices = self._writer = self._orphans = None
         self._attached = False
+
+
+def _xdp_requirement(told: Told) -> Requirement:
+    """A device for `check`: nothing stops where it has no XDP."""
+    detail = f"{told.mode}: {told.reason}" if told.reason else told.mode
+    return Requirement(f"XDP on {told.device}", told.mode != OFF, detail, essential=False)
 
 
 @contextmanager
