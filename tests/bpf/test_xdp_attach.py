@@ -1,0 +1,398 @@
+"""XDP on real devices, in a network namespace of their own: who gets our program, in which mode, and what is left.
+
+Rules of this file: links are made in the thread's own network namespace, so every pass over devices is made inside the
+test's. Pins bear this process' number and are removed whatever happens. Waiting is for a condition, with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import select
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpflb import rtnetlink
+from ebpflb.dataplane.bpf import assembly, pins, syscall
+from ebpflb.dataplane.bpf.artifact import Artifact
+from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
+from ebpflb.dataplane.bpf.device_rows import Rows
+from ebpflb.dataplane.bpf.devices import Devices, installed
+from ebpflb.dataplane.bpf.facts import filesystem_of
+from ebpflb.dataplane.bpf.xdp import Xdp
+from ebpflb.dataplane.bpf.xdp_choice import AUTO, GENERIC, NATIVE, OFF
+from ebpflb.dataplane.bpf.xdp_survey import survey
+from ebpflb.rtnetlink import Netlink
+from tests.bpf.namespaces import Namespace
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+DEADLINE = 5.0
+BOTH = DEVICE_XDP | DEVICE_REDIRECT
+XDP = 37
+PASS = assembly.move(0, 2) + assembly.EXIT
+_numbers = itertools.count()
+
+
+def program(name: str, *, frags: bool = True) -> int:
+    """An XDP program that passes everything up."""
+    flags = syscall.F_XDP_HAS_FRAGS if frags else 0
+    return syscall.prog_load(PROG_TYPE_XDP, PASS, name, XDP, flags=flags)
+
+
+class Node:
+    """A network namespace with an uplink `eth0` (a veth) of 192.0.2.0/24, a pod, and what a daemon there keeps: a pin
+    directory, tc programs and the map `devices`."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.namespace = Namespace()
+        self.bpffs = Path("/sys/fs/bpf") / f"ebpflb-xdp-{os.getpid()}-{next(_numbers)}"
+        pins.prepare(self.bpffs)
+        self.layout = artifact.maps["devices"].value
+        self.map = syscall.map_create(syscall.MAP_HASH, 4, self.layout.size, 64, 0, "test_devices")
+        self.vlans = syscall.map_create(syscall.MAP_HASH, 8, 4, 64, 0, "test_vlans")
+        self.tc = [
+            syscall.prog_load(3, assembly.move(0, -1) + assembly.EXIT, name)
+            for name in ("ebpflb_ingress", "ebpflb_egress")
+        ]
+        self.descriptors = [self.map, self.vlans, *self.tc]
+        ip = self.namespace.ip
+        ip("link set lo up")
+        ip("link add eth0 type veth peer name wire")
+        ip("link set wire up")
+        ip("link set eth0 up")
+        ip("addr add 192.0.2.1/24 dev eth0")
+        ip("link add pod1 type veth peer name inside")
+        ip("link set pod1 up")
+
+    def own(self, fd: int) -> int:
+        self.descriptors.append(fd)
+        return fd
+
+    @contextlib.contextmanager
+    def running(self, mode: str, *patterns: str, program: int | None = None, unable: str = "") -> Iterator[Daemon]:
+        with self.namespace.entered():
+            if program is None and mode != OFF and not unable:
+                program = self.own(globals()["program"]("ebpflb_xdp"))
+            xdp = Xdp(mode, self.bpffs / pins.LINKS, program, unable)
+            devices = Devices(*self.tc, self.map, self.layout, patterns, vlans=self.vlans, xdp=xdp)
+            try:
+                yield Daemon(self, devices, syscall.prog_info(program).id if program is not None else 0)
+            finally:
+                devices.close()
+
+    def link(self, device: str) -> rtnetlink.Link:
+        with self.namespace.entered():
+            netlink = Netlink()
+            try:
+                return next(each for each in rtnetlink.links(netlink).values() if each.name == device)
+            finally:
+                netlink.close()
+
+    def running_on(self, device: str) -> tuple[tuple[str, int], ...]:
+        """(mode, program id) of what runs on a device."""
+        modes = {rtnetlink.XDP_DRIVER: NATIVE, rtnetlink.XDP_GENERIC: GENERIC}
+        return tuple((modes[place], number) for place, number in self.link(device).xdp)
+
+    def bits(self, device: str) -> int:
+        row = Rows(self.map, self.layout).get(self.link(device).ifindex)
+        return row.flags & BOTH if row is not None else 0
+
+    def pinned(self, device: str) -> int:
+        """The id of the pinned link."""
+        fd = syscall.obj_get(str(self.bpffs / pins.LINKS / f"xdp-{self.link(device).ifindex}"))
+        try:
+            return syscall.link_info(fd).id
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        pins.remove_all(self.bpffs)
+        for fd in self.descriptors:
+            os.close(fd)
+        self.namespace.remove()
+
+
+class Daemon:
+    """What a running daemon has of devices, after its first pass."""
+
+    def __init__(self, node: Node, devices: Devices, program: int) -> None:
+        self.devices = devices
+        self.program = program
+        self.first = devices.sync()
+
+    def told(self, device: str) -> tuple[str, str]:
+        """(mode, reason) as `status` says it."""
+        return next((each.mode, each.reason) for each in self.devices.told() if each.device == device)
+
+    def problems(self) -> list[str]:
+        return [problem.reason for problem in self.devices.problems()]
+
+    def until(self, condition: Callable[[], bool], seen: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            left = deadline - time.monotonic()
+            assert left > 0, f"not within {DEADLINE} s; last seen: {seen()}"
+            if select.select([self.devices], [], [], min(left, 0.5))[0]:
+                self.devices.handle()
+
+
+@pytest.fixture
+def node(artifact: Artifact) -> Iterator[Node]:
+    syscall.raise_memlock_limit()
+    if filesystem_of(Path("/sys/fs/bpf")).type != "bpf":
+        subprocess.run(["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"], check=True)
+    made = Node(artifact)
+    yield made
+    made.remove()
+
+
+@pytest.mark.parametrize("mode", [NATIVE, GENERIC])
+def test_the_nodes_device_runs_our_program_and_a_pods_does_not(node: Node, mode: str) -> None:
+    with node.running(mode) as daemon:
+        assert node.running_on("eth0") == ((mode, daemon.program),)
+        assert node.running_on("pod1") == node.running_on("wire") == ()
+        assert daemon.told("eth0")[0] == mode
+        assert [told.device for told in daemon.devices.told()] == ["eth0"]
+        assert daemon.devices.audit() == 0
+    # It outlives the daemon by its pin.
+    assert node.running_on("eth0") == ((mode, daemon.program),)
+
+
+def test_auto_leaves_a_veth_alone(node: Node) -> None:
+    with node.running(AUTO) as daemon:
+        assert node.running_on("eth0") == ()
+        mode, reason = daemon.told("eth0")
+        assert (mode, "auto takes no veth" in reason) == (OFF, True)
+        assert daemon.problems() == []
+        assert not list((node.bpffs / pins.LINKS).iterdir())
+
+
+def test_a_veth_is_told_what_to_set(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with node.running(GENERIC) as daemon:
+        daemon.devices.audit()
+    said = [record.getMessage() for record in caplog.records if "ethtool" in record.getMessage()]
+    assert len(said) == 1
+    assert "ethtool -K DEVICE tx off" in said[0]
+
+
+def test_a_native_veth_sends_only_once_its_other_end_takes_frames(node: Node) -> None:
+    """Without a program or GRO there, what is sent back is dropped by the kernel: the row says so."""
+    with node.running(NATIVE) as daemon:
+        assert node.bits("eth0") == 0
+        assert "GRO" in daemon.told("eth0")[1]
+        assert len(daemon.problems()) == 1
+        wire = node.link("wire").ifindex
+        other = node.own(program("foreign"))
+        link = syscall.link_create(other, wire, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
+        daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
+        assert daemon.problems() == []
+        os.close(link)
+        daemon.until(lambda: node.bits("eth0") == 0, lambda: node.bits("eth0"))
+
+
+def test_generic_sends_by_any_device(node: Node) -> None:
+    with node.running(GENERIC):
+        assert node.bits("eth0") == BOTH
+
+
+@pytest.mark.parametrize("mode", [NATIVE, GENERIC])
+def test_a_restart_replaces_the_program_in_its_link(node: Node, mode: str) -> None:
+    with node.running(mode) as first:
+        link = node.pinned("eth0")
+    with node.running(mode) as second:
+        assert second.program != first.program
+        assert node.running_on("eth0") == ((mode, second.program),)
+        assert node.pinned("eth0") == link
+
+
+def test_a_restart_with_the_same_program_changes_nothing(node: Node) -> None:
+    ours = node.own(program("ebpflb_xdp"))
+    with node.running(GENERIC, program=ours):
+        pass
+    with node.running(GENERIC, program=ours) as again:
+        assert again.first == 0
+
+
+def test_another_mode_takes_the_place_of_the_one_before(node: Node) -> None:
+    for mode in (GENERIC, NATIVE, GENERIC):
+        with node.running(mode) as daemon:
+            assert node.running_on("eth0") == ((mode, daemon.program),)
+    with node.running(OFF) as daemon:
+        assert node.running_on("eth0") == ()
+        assert node.bits("eth0") == 0
+        assert daemon.told("eth0") == (OFF, "--xdp off")
+        assert not list((node.bpffs / pins.LINKS).iterdir())
+
+
+@pytest.mark.parametrize("mode", [NATIVE, GENERIC])
+def test_somebody_elses_program_is_kept_until_it_goes(node: Node, mode: str) -> None:
+    foreign = node.own(program("foreign"))
+    number = syscall.prog_info(foreign).id
+    with node.namespace.entered():
+        link = syscall.link_create(foreign, node.link("eth0").ifindex, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
+    with node.running(mode) as daemon:
+        assert node.running_on("eth0") == ((NATIVE, number),)
+        assert daemon.told("eth0") == (OFF, f"somebody else's XDP program runs there (foreign, id {number})")
+        (problem,) = daemon.problems()
+        assert problem.endswith("its packets are tc's")
+        assert node.bits("eth0") == 0
+        assert daemon.devices.audit() == 0
+        assert "ebpflb_ingress" in node.namespace.filters("eth0", "ingress")
+        syscall.link_detach(link)
+        os.close(link)
+        daemon.devices.audit()
+        assert node.running_on("eth0") == ((mode, daemon.program),)
+        assert [said for said in daemon.problems() if "somebody" in said] == []
+
+
+def test_a_mtu_that_only_several_buffers_hold(node: Node) -> None:
+    """Without multi-buffer support (before Linux 5.18) the driver refuses a program where the frames of the other end
+    can be longer than a page: it says so in its own words, and tc carries on."""
+    node.namespace.ip("link set wire mtu 9000")
+    old = node.own(program("ebpflb_xdp", frags=False))
+    with node.running(NATIVE, program=old) as daemon:
+        assert node.running_on("eth0") == ()
+        mode, reason = daemon.told("eth0")
+        assert (mode, "MTU is too large" in reason) == (OFF, True), reason
+        assert len(daemon.problems()) == 1
+        node.namespace.ip("link set wire mtu 1500")
+        daemon.devices.audit()
+        assert node.running_on("eth0") == ((NATIVE, daemon.program),)
+
+
+def test_jumbo_frames_are_no_hindrance_where_a_program_takes_several_buffers(node: Node) -> None:
+    node.namespace.ip("link set wire mtu 9000")
+    with node.running(NATIVE) as daemon:
+        assert node.running_on("eth0") == ((NATIVE, daemon.program),)
+
+
+def test_a_device_that_appears_later_and_one_that_goes(node: Node) -> None:
+    with node.running(GENERIC) as daemon:
+        node.namespace.ip("link add eth1 type veth peer name wire1")
+        node.namespace.ip("addr add 198.51.100.1/24 dev eth1")
+        daemon.until(lambda: bool(node.running_on("eth1")), lambda: node.link("eth1"))
+        daemon.until(lambda: node.bits("eth1") == BOTH, lambda: node.bits("eth1"))
+        pin = node.bpffs / pins.LINKS / f"xdp-{node.link('eth1').ifindex}"
+        assert pin.exists()
+        node.namespace.ip("link set eth1 name renamed")
+        node.namespace.ip("addr add 198.51.100.2/24 dev renamed")
+        daemon.until(
+            lambda: [told.device for told in daemon.devices.told()] == ["eth0", "renamed"], daemon.devices.told
+        )
+        assert node.running_on("renamed") == ((GENERIC, daemon.program),)
+        node.namespace.ip("link del renamed")
+        daemon.until(lambda: not pin.exists(), pin.parent.iterdir)
+        assert [told.device for told in daemon.devices.told()] == ["eth0"]
+
+
+def test_a_device_that_loses_its_address_loses_xdp(node: Node) -> None:
+    with node.running(GENERIC) as daemon:
+        node.namespace.ip("addr del 192.0.2.1/24 dev eth0")
+        daemon.until(lambda: not node.running_on("eth0"), lambda: node.running_on("eth0"))
+        assert node.bits("eth0") == 0
+        node.namespace.ip("addr add 192.0.2.9/24 dev eth0")
+        daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
+
+
+def test_patterns_name_devices_without_an_address_and_leave_others_out(node: Node) -> None:
+    with node.running(GENERIC, "wire") as daemon:
+        assert node.running_on("wire") == ((GENERIC, daemon.program),)
+        assert node.running_on("eth0") == ()
+
+
+def test_a_link_that_somebody_detached_or_unpinned_is_noticed_and_made_again(node: Node) -> None:
+    with node.running(GENERIC) as daemon:
+        assert daemon.devices.intact()
+        path = node.bpffs / pins.LINKS / f"xdp-{node.link('eth0').ifindex}"
+        link = syscall.obj_get(str(path))
+        before = syscall.link_info(link).id
+        syscall.link_detach(link)
+        os.close(link)
+        assert not daemon.devices.intact()
+        assert daemon.devices.audit() > 0
+        assert node.running_on("eth0") == ((GENERIC, daemon.program),)
+        assert node.pinned("eth0") != before
+        path.unlink()
+        assert not daemon.devices.intact()
+        assert daemon.devices.audit() == 1
+        assert daemon.devices.intact()
+        assert node.running_on("eth0") == ((GENERIC, daemon.program),)
+
+
+def test_what_another_instance_left_behind_is_taken_over(node: Node, artifact: Artifact) -> None:
+    """Its daemon is gone (a second one cannot run here), its pins are somewhere else: two never run on one device."""
+    with node.running(GENERIC) as first:
+        pass
+    elsewhere = node.bpffs
+    node.bpffs = Path(f"{elsewhere}-other")
+    pins.prepare(node.bpffs)
+    try:
+        with node.running(GENERIC) as second:
+            assert second.program != first.program
+            assert node.running_on("eth0") == ((GENERIC, second.program),)
+            assert second.devices.intact()
+    finally:
+        pins.remove_all(elsewhere)
+
+
+def test_a_program_that_the_kernel_refuses_leaves_tc(node: Node) -> None:
+    with node.running(NATIVE, unable="the kernel refuses the program xdp_ingress: no") as daemon:
+        assert node.running_on("eth0") == ()
+        assert daemon.told("eth0") == (OFF, "the kernel refuses the program xdp_ingress: no")
+        assert len(daemon.problems()) == 1
+        assert "ebpflb_ingress" in node.namespace.filters("eth0", "ingress")
+
+
+@pytest.mark.parametrize("pin_survives", [True, False])
+def test_cleanup_removes_ours_and_leaves_a_foreign_one(node: Node, pin_survives: bool) -> None:
+    node.namespace.ip("link add eth1 type veth peer name wire1")
+    node.namespace.ip("addr add 198.51.100.1/24 dev eth1")
+    foreign = node.own(program("foreign"))
+    number = syscall.prog_info(foreign).id
+    with node.namespace.entered():
+        link = syscall.link_create(foreign, node.link("eth1").ifindex, XDP, rtnetlink.XDP_FLAGS_SKB_MODE)
+    with node.running(GENERIC) as daemon:
+        assert node.running_on("eth0") == ((GENERIC, daemon.program),)
+        if not pin_survives:
+            (node.bpffs / pins.LINKS / f"xdp-{node.link('eth0').ifindex}").unlink()
+        promised = installed()
+        assert "xdp program on eth0" in promised
+        assert not [line for line in promised if line.startswith("xdp") and "eth1" in line]
+        assert any("links/xdp-" in line for line in pins.inventory(node.bpffs)) == pin_survives
+        assert installed(remove=True) == promised
+        pins.remove_all(node.bpffs)
+        assert node.running_on("eth0") == ()
+        assert node.running_on("eth1") == ((GENERIC, number),)
+        assert installed() == ()
+    os.close(link)
+
+
+def test_check_says_beforehand_what_would_be_and_then_what_is(node: Node) -> None:
+    with node.namespace.entered():
+        assert [(told.mode, told.reason) for told in survey(GENERIC, ())] == [(GENERIC, "would be tried")]
+        assert [told.mode for told in survey(AUTO, ())] == [OFF]
+    with node.running(NATIVE):
+        assert [(told.device, told.mode) for told in survey(NATIVE, ())] == [("eth0", NATIVE)]
+
+
+def test_a_link_is_never_made_in_another_namespace(node: Node) -> None:
+    """The system call takes the thread's namespace, whatever the devices were read from."""
+    with node.running(GENERIC) as daemon:
+        node.namespace.ip("link add eth1 type veth peer name wire1")
+        node.namespace.ip("addr add 198.51.100.1/24 dev eth1")
+        other = Namespace()
+        try:
+            with other.entered():
+                daemon.devices.sync()
+            assert node.running_on("eth1") == ()
+            assert "another network namespace" in daemon.told("eth1")[1]
+        finally:
+            other.remove()
