@@ -36,16 +36,27 @@ ROLES: Mapping[str, tuple[str, str]] = {
     "local": ("10.1.0.10", "fd00:10:1::10"),
     "local2": ("10.1.0.11", "fd00:10:1::11"),
     "remote": ("10.2.0.20", "fd00:10:2::20"),
+    "remote2": ("10.2.0.21", "fd00:10:2::21"),
+    "faraway": ("10.3.0.30", "fd00:10:3::30"),
+    "silent": ("10.4.0.40", "fd00:10:4::40"),
+    "tunnelled": ("10.5.0.50", "fd00:10:5::50"),
+    "narrow": ("10.6.0.60", "fd00:10:6::60"),
+    "tagremote": ("10.7.0.70", "fd00:10:7::70"),
     "vip": ("172.30.0.41", "fd00:172:30::41"),
     "vip2": ("172.30.0.42", "fd00:172:30::42"),
     "node": ("192.168.0.2", "fd00:192:168::2"),
     "uplink": ("192.168.0.2", "fd00:192:168::2"),
+    "uplink2": ("192.168.1.2", "fd00:192:168:1::2"),
+    "tagged": ("192.168.7.2", "fd00:192:168:7::2"),
+    "tagclient": ("192.168.7.5", "fd00:192:168:7::5"),
+    "tunnel": ("192.168.5.2", "fd00:192:168:5::2"),
     "node2": ("192.168.0.3", "fd00:192:168::3"),
     "lb": ("1.2.3.4", "2001:db8:1::4"),
     "stranger": ("198.51.100.9", "2001:db8:100::9"),
 }
 """Who stands for which address, IPv4 and IPv6: pods in 10/8, cluster IPs in 172.30/16, nodes in 192.168.0/24 ("node"
-is this one, "uplink" the address that it masquerades to), clients outside in 203.0.113/24."""
+is this one, "uplink", "uplink2", "tagged" and "tunnel" the addresses that it masquerades to by one device or another),
+clients outside in 203.0.113/24."""
 
 MAC_CLIENT = "02:00:00:00:00:01"
 MAC_NODE = "02:00:00:00:00:02"

@@ -14,7 +14,9 @@ import pytest
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval
+from ebpflb.demo import namespaces
 from tests.bpf.loaded import TEST_CHECKSUM_COMPLETE, Loaded
+from tests.bpf.xdp_lab import Lab, laboratory
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,18 @@ def node(request: pytest.FixtureRequest, loaded_once: Loaded, hardware_sums: boo
     loaded_once.clear()
     loaded_once.flags = TEST_CHECKSUM_COMPLETE if request.param == "hardware-sum" else 0
     return loaded_once
+
+
+@pytest.fixture(scope="session")
+def lab_once(artifact: Artifact) -> Iterator[Lab]:
+    """The packet programs with XDP, and their devices."""
+    with laboratory(artifact) as made:
+        yield made
+
+
+@pytest.fixture(params=(4, 6), ids=("v4", "v6"))
+def lab(request: pytest.FixtureRequest, lab_once: Lab) -> Iterator[Lab]:
+    """The packet programs with XDP, as new; every test runs in both families, and in the devices' namespace."""
+    with namespaces.inside(lab_once.namespace):
+        lab_once.clear(request.param)
+        yield lab_once
