@@ -44,6 +44,7 @@ from tests.box.services import (
     ServiceInBox,
 )
 from tests.box.sockets import Sockets
+from tests.box.wires import answer_xdp
 from tests.pace import PACE
 from tests.world import v6
 
@@ -64,7 +65,9 @@ class Box:
     ) -> None:  # fmt: skip
         self.mode = mode
         options = (*mode.options, *options)
-        self.cluster = Cluster(nodes, cni=cni, join=join, options=options, under=mode.under, hairpin=hairpin)
+        self.cluster = Cluster(
+            nodes, cni=cni, join=join, options=options, under=mode.under, hairpin=hairpin, whole_checksums=mode.xdp
+        )
         self.modes = dict.fromkeys(self.cluster.nodes, mode)  # as each node's daemon was last started
         self.services: dict[str, ServiceInBox] = {}
         self.expectations: list[Expectation] = []
@@ -87,6 +90,8 @@ class Box:
                 for port in (TARGET, OTHER):
                     self.servers.serve(self.place(name), port)
             self._route()
+            if self.mode.xdp:
+                answer_xdp(self.cluster.fabric.namespace, len(self.cluster.nodes))
             self.cluster.start_daemons(seconds=30 * PACE)
             self.settle()
             self._stack = stack.pop_all()

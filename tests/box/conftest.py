@@ -18,6 +18,7 @@ import pytest
 from ebpflb.dataplane.limits import limited
 from ebpflb.demo.network import Cni, Join
 from tests.box.box import NODES, Box
+from tests.box.clients import Answer
 from tests.box.modes import (
     BPF,
     IPTABLES_LEGACY,
@@ -25,6 +26,8 @@ from tests.box.modes import (
     IPVS,
     KERNEL_WITHOUT_BPF,
     MACHINE_WITHOUT_BCC,
+    XDP_GENERIC,
+    XDP_NATIVE,
     Mode,
     kernel_has_ipvs,
 )
@@ -64,7 +67,9 @@ if kernel_has_ipvs():
     BOXES.append(Setting(IPVS, Cni.ROUTED, Join.ROUTES))
     OWN.append(Setting(IPVS, Cni.ROUTED, Join.ROUTES))
 
-SETTINGS = {"standing_box": BOXES, "standing_rest": REST, "standing_own": OWN}
+XDP = [Setting(XDP_NATIVE, Cni.ROUTED, Join.ROUTES), Setting(XDP_GENERIC, Cni.ROUTED, Join.ROUTES)]
+
+SETTINGS = {"standing_box": BOXES, "standing_rest": REST, "standing_own": OWN, "standing_xdp": XDP}
 
 OnFailure = Callable[[str, Callable[[], str]], None]
 
@@ -167,6 +172,23 @@ def own(standing_own: Box, on_failure: OnFailure) -> Iterator[Box]:
         standing_own.cluster.start_daemons(
             node for node in standing_own.cluster.nodes if not standing_own.daemon_runs(node)
         )
+
+
+@pytest.fixture(scope="session")
+def standing_xdp(request: pytest.FixtureRequest) -> Iterator[Box]:
+    """A box whose nodes run XDP on their uplinks."""
+    yield from _standing(request.param)
+
+
+@pytest.fixture
+def xdp(standing_xdp: Box, on_failure: OnFailure) -> Iterator[Box]:
+    """That box. Its nodes know the link-layer addresses around them: what must wait for one is the stack's to send."""
+    for family in ("ipv4", "ipv6"):
+        for node in standing_xdp.cluster.nodes:
+            for other in ({*standing_xdp.cluster.nodes} | {"outside"}) - {node}:
+                to = standing_xdp.direct(node, family)
+                assert isinstance(standing_xdp.clients.ask(standing_xdp.place(other), to, "UDP"), Answer)
+    yield from tidied(standing_xdp, on_failure)
 
 
 def tidied(box: Box, on_failure: OnFailure) -> Iterator[Box]:

@@ -47,6 +47,10 @@ class Mode(Protocol):
         """Under which program every ebpflb runs; () for by itself."""
 
     @property
+    def xdp(self) -> bool:
+        """Whether XDP programs run on the nodes' uplinks: the box's wires must suit them."""
+
+    @property
     def ways(self) -> Sequence[str]:
         """In which ways a pod is served: at its sockets, or on the way of its packets."""
 
@@ -58,13 +62,18 @@ class Mode(Protocol):
 
 
 class Bpf:
-    """Socket and packet programs."""
+    """Socket and packet programs; with `xdp` (`native` or `generic`), also before the stack. "" says nothing of XDP,
+    and then none runs: not on a veth."""
 
-    name = dataplane = "bpf"
+    dataplane = "bpf"
     variant = None
-    options = ("--dataplane", "bpf")
     under = ()
     ways = ("socket", "packet")
+
+    def __init__(self, xdp: str = "") -> None:
+        self.name = f"bpf-xdp-{xdp}" if xdp else "bpf"
+        self.options = ("--dataplane", "bpf", *(("--xdp", xdp) if xdp else ()))
+        self.xdp = xdp in ("native", "generic")
 
     def drops(self, say: Say, counters: Counters) -> int:
         found = counters()
@@ -78,6 +87,7 @@ class Netfilter:
     """Rules of one variant of iptables, alone or around IPVS."""
 
     ways = ("packet",)
+    xdp = False
 
     def __init__(self, name: str, dataplane: str, variant: str, under: tuple[str, ...] = ()) -> None:
         """`under` is what keeps a daemon that may choose from a better one."""
@@ -117,6 +127,7 @@ def kernel_has_ipvs() -> bool:
 
 
 BPF = Bpf()
+XDP_NATIVE, XDP_GENERIC, XDP_OFF = Bpf("native"), Bpf("generic"), Bpf("off")
 IPTABLES_NFT = Netfilter("iptables-nft", "iptables", "nft")
 IPTABLES_LEGACY = Netfilter("iptables-legacy", "iptables", "legacy")
 IPVS = Netfilter("ipvs", "ipvs", "nft")

@@ -32,14 +32,20 @@ class Member(msgspec.Struct, frozen=True):
     nodes: tuple[str, ...] = ()
 
 
-def service(name: str, ports: Iterable[Port], addresses: Iterable[str], spec: Mapping[str, object]) -> Manifest:
+def service(
+    name: str, ports: Iterable[Port], addresses: Iterable[str], spec: Mapping[str, object],
+    annotations: Mapping[str, str] | None = None,
+) -> Manifest:  # fmt: skip
     """A Service of the default namespace with these cluster IPs; `spec` has the other fields."""
     cluster_ips = list(addresses)
     body: Manifest = {"ports": [_service_port(port) for port in ports], **spec}
     if cluster_ips:
         families = [f"IPv{ipaddress.ip_address(address).version}" for address in cluster_ips]
         body |= {"clusterIP": cluster_ips[0], "clusterIPs": cluster_ips, "ipFamilies": families}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": body}
+    metadata: Manifest = {"name": name, "namespace": "default"}
+    if annotations:
+        metadata["annotations"] = dict(annotations)
+    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": body}
 
 
 def _service_port(port: Port) -> Manifest:

@@ -62,6 +62,7 @@ class ServiceInBox:
         self.ports = tuple(ports)
         self.kinds = kinds
         self.spec = spec
+        self.annotations: dict[str, str] = {}
         self.backends = tuple(backends)
         self.headless_slices: tuple[Manifest, ...] = ()
         self._box = box
@@ -103,6 +104,12 @@ class ServiceInBox:
         self.spec = {key: value for key, value in {**self.spec, **spec}.items() if value is not None}
         self.apply()
 
+    def annotate(self, **annotations: str | None) -> None:
+        """Change its annotations below `ebpflb/`; None removes one."""
+        changed = {**self.annotations, **{f"ebpflb/{name}": value for name, value in annotations.items()}}
+        self.annotations = {name: value for name, value in changed.items() if value is not None}
+        self.apply()
+
     def apply(self) -> None:
         """Write it and its endpoints, and wait until all nodes are so."""
         self.write()
@@ -132,7 +139,7 @@ class ServiceInBox:
         if "ExternalName" in self.kinds:
             return service(self.name, (), (), {"type": "ExternalName", "externalName": "example.com"})
         addresses = [self.cluster_ip(family).address for family in ("ipv4", "ipv6")]
-        found = service(self.name, ports, addresses, spec)
+        found = service(self.name, ports, addresses, spec, self.annotations)
         if "LoadBalancer" in self.kinds:
             ingress = [
                 {"ip": self.load_balancer(family, node).address}

@@ -69,3 +69,58 @@ class Traffic:
     def _run(self) -> None:
         while not self._over.wait(PAUSE):
             self.got.append((time.monotonic(), self._ask()))
+
+
+class Stream:
+    """Datagrams from one place at a steady pace, each answered by its backend; `lost` are those that were not."""
+
+    def __init__(self, world: World, client: str, to: Target, pause: float = 0.001) -> None:
+        self._conversation = world.clients.converse(world.place(client), to, "UDP")
+        self._conversation.socket.settimeout(1.0 * PACE)
+        self._pause = pause
+        self._over = threading.Event()
+        self._seen: set[int] = set()
+        self.sent = 0
+        self.servers: set[str] = set()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._send, self._receive)]
+
+    def __enter__(self) -> Stream:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        self._conversation.close()
+
+    def wait_for(self, more: int) -> None:
+        """Until that many more have been sent."""
+        enough, deadline = self.sent + more, time.monotonic() + 10 * PACE
+        while self.sent < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    @property
+    def lost(self) -> list[int]:
+        """Their numbers; to be asked after the block."""
+        return sorted(set(range(self.sent)) - self._seen)
+
+    def _send(self) -> None:
+        while not self._over.wait(self._pause):
+            self._conversation.socket.send(b"%d" % self.sent)
+            self.sent += 1
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                line, _, number = self._conversation.socket.recv(2048).partition(b"\n")
+            except TimeoutError:
+                if self._over.is_set():
+                    return
+                continue
+            self._seen.add(int(number))
+            self.servers.add(line.split()[0].decode())
+            if self._over.is_set() and len(self._seen) == self.sent:
+                return
