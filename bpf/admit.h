@@ -19,7 +19,7 @@ struct choice {
 	struct route *route;
 	struct backend *backend;
 	u32 id; /* of the backend */
-	int masquerade;
+	u8 how; /* FLOW_MASQUERADE, or 0 */
 };
 
 static inline u32 client_flags(const struct packet *packet, u32 ifindex)
@@ -106,7 +106,7 @@ static inline int admit(const struct packet *packet, u32 ifindex, const struct s
 	if (is_not_new(packet))
 		count(PACKET_NOT_NEW);
 	chosen->route = route;
-	chosen->masquerade = wants_masquerade(packet, route, chosen->backend, flags);
+	chosen->how = wants_masquerade(packet, route, chosen->backend, flags) ? FLOW_MASQUERADE : 0;
 	return GO_ON;
 }
 

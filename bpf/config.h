@@ -91,6 +91,9 @@
 #ifndef DEVICE_POD
 #error "DEVICE_POD is not defined"
 #endif
+#ifndef DEVICE_PEER
+#error "DEVICE_PEER is not defined"
+#endif
 #ifndef DEVICE_XDP
 #error "DEVICE_XDP is not defined"
 #endif
@@ -125,6 +128,11 @@
 /* Whether the kernel has bpf_set_retval for sock_addr programs (5.18). */
 #ifndef HAVE_SET_RETVAL
 #error "HAVE_SET_RETVAL is not defined"
+#endif
+
+/* Whether flows between pods of this node go around the stack. */
+#ifndef GO_AROUND
+#error "GO_AROUND is not defined"
 #endif
 
 /* Whether what each Service carries is counted. */

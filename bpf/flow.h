@@ -218,45 +218,35 @@ static inline u16 random_port(const struct settings *node)
 }
 
 /*
- * The row by which replies find back to the frontend. Two flows of one client port to two frontends may have the same
- * backend; the second one then gets another client port, as conntrack would give it. Returns GO_ON, or DISCARD.
+ * The row by which replies find back to the frontend; `key` is what they are where they leave. Two flows of one client
+ * port to two frontends may have the same backend; the second one then gets another client port, as conntrack would give
+ * it, in `key`. Returns GO_ON, or DISCARD.
  */
-static inline int add_reply_row(const struct flow_key *request, const struct address *backend, u16 port,
-				struct flow *reply, const struct settings *node, u64 now, u16 *client_port)
+static inline int add_reply_row(struct flow_key *key, struct flow *reply, const struct settings *node, u64 now)
 {
-	struct flow_key key = {};
 	struct flow *other;
 
-	key.source = *backend;
-	key.source_port = port;
-	key.destination = request->source;
-	key.destination_port = request->source_port;
-	key.protocol = request->protocol;
-	key.hook = HOOK_EGRESS;
-	*client_port = request->source_port;
-	set_mark(MARK_FROM, &key.source, key.source_port);
-
-	if (!flows.insert(&key, reply))
+	set_mark(MARK_FROM, &key->source, key->source_port);
+	if (!flows.insert(key, reply))
 		return GO_ON;
-	other = flows.lookup(&key);
-	if (!other || other->action != FLOW_UNDNAT || is_over(other, key.protocol, node, now) ||
+	other = flows.lookup(key);
+	if (!other || other->action != FLOW_UNDNAT || is_over(other, key->protocol, node, now) ||
 	    (other->port == reply->port && other->other_port == reply->other_port &&
 	     same_address(&other->address, &reply->address))) {
-		if (!flows.update(&key, reply))
+		if (!flows.update(key, reply))
 			return GO_ON;
 		count(PACKET_NO_ROOM);
 		return DISCARD;
 	}
 
-	if (key.protocol == IPPROTO_SCTP) {
+	if (key->protocol == IPPROTO_SCTP) {
 		count(PACKET_SCTP_PORT);
 		return DISCARD;
 	}
 #pragma nounroll
 	for (int i = 0; i < PORT_TRIES; i++) {
-		key.destination_port = random_port(node);
-		if (!flows.insert(&key, reply)) {
-			*client_port = key.destination_port;
+		key->destination_port = random_port(node);
+		if (!flows.insert(key, reply)) {
 			count(PACKET_COLLISION);
 			return GO_ON;
 		}
@@ -269,10 +259,11 @@ static inline int add_reply_row(const struct flow_key *request, const struct add
  * All rows that the first request of a flow can know; `to` becomes the request's new tuple. Returns GO_ON, or DISCARD
  * where there is no room: a half-known flow would be answered from an address that the client never asked.
  *
- * `route` is null for a flow to no frontend (see `pass_by`), whose "backend" is where it goes anyway.
+ * `route` is null for a flow to no frontend (see `pass_by`), whose "backend" is where it goes anyway. `how` is
+ * FLOW_MASQUERADE, FLOW_AROUND or 0.
  */
 static inline int begin_flow(struct packet *packet, const struct route *route, const struct backend *backend, u32 id,
-			     int masquerade, const struct settings *node, u64 now, struct flow_key *to)
+			     u8 how, const struct settings *node, u64 now, struct flow_key *to)
 {
 	struct flow row = {};
 	struct flow_key key = {};
@@ -283,24 +274,29 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	row.backend = id;
 	row.seen = now;
 	row.created = now;
-	row.flags = (masquerade ? FLOW_MASQUERADE : 0) | (route ? 0 : FLOW_DIRECT);
+	row.flags = how | (route ? 0 : FLOW_DIRECT);
 
 	row.action = FLOW_UNDNAT;
 	row.address = packet->key.destination;
 	row.port = packet->key.destination_port;
 	row.other_port = packet->key.source_port;
-	verdict = add_reply_row(&packet->key, &backend->address, backend->port, &row, node, now, &client_port);
+	key.source = backend->address;
+	key.source_port = backend->port;
+	key.destination = packet->key.source;
+	key.destination_port = packet->key.source_port;
+	key.protocol = packet->key.protocol;
+	key.hook = HOOK_EGRESS;
+	verdict = add_reply_row(&key, &row, node, now);
 	if (verdict != GO_ON)
 		return verdict;
+	client_port = key.destination_port;
 
 	/* The row by which the request is masqueraded where it leaves; one of an older flow must not linger. */
 	key.source = packet->key.source;
 	key.source_port = client_port;
 	key.destination = backend->address;
 	key.destination_port = backend->port;
-	key.protocol = packet->key.protocol;
-	key.hook = HOOK_EGRESS;
-	if (masquerade) {
+	if (how & FLOW_MASQUERADE) {
 		row.action = FLOW_SNAT;
 		row.flags = FLOW_MASQUERADE | FLOW_UNALLOCATED;
 		row.address = packet->key.source;
@@ -342,72 +338,85 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
  */
 static inline int complete_flow(const struct flow_key *key, struct flow *flow, const struct settings *node, u64 now)
 {
-	struct flow_key request = {}, reply = {}, leaving = {};
+	int is_request = flow->action == FLOW_DNAT;
+	struct flow_key other_key = {};
 	struct flow row = {}, *other;
 	u16 client_port;
 	int verdict;
 
-	request.protocol = reply.protocol = leaving.protocol = key->protocol;
-	request.hook = reply.hook = HOOK_INGRESS;
-	leaving.hook = HOOK_EGRESS;
-	if (flow->action == FLOW_DNAT) {
-		request = *key;
-		reply.source = flow->address;
-		reply.source_port = flow->port;
-		reply.destination = flow->beyond;
-		reply.destination_port = flow->beyond_port;
-	} else {
-		reply = *key;
-		request.source = flow->address;
-		request.source_port = flow->client_port;
-		request.destination = flow->beyond;
-		request.destination_port = flow->beyond_port;
-	}
+	/* The flow's other row of ingress. */
+	other_key.source = flow->address;
+	other_key.source_port = is_request ? flow->port : flow->client_port;
+	other_key.destination = flow->beyond;
+	other_key.destination_port = flow->beyond_port;
+	other_key.protocol = key->protocol;
+	other_key.hook = HOOK_INGRESS;
+	other = flows.lookup(&other_key);
 
 	row.action = FLOW_UNDNAT;
 	row.flags = FLOW_MASQUERADE;
-	row.address = request.destination;
-	row.port = request.destination_port;
-	row.other_port = request.source_port;
 	row.service = flow->service;
 	row.backend = flow->backend;
 	row.seen = now;
 	row.created = flow->created;
-	verdict = add_reply_row(&request, &reply.source, reply.source_port, &row, node, now, &client_port);
+	other_key.hook = HOOK_EGRESS;
+	if (is_request) {
+		row.address = key->destination;
+		row.port = key->destination_port;
+		row.other_port = key->source_port;
+		other_key.destination = key->source;
+	} else {
+		row.address = flow->beyond;
+		row.port = flow->beyond_port;
+		row.other_port = flow->client_port;
+		other_key.source = key->source;
+		other_key.source_port = key->source_port;
+		other_key.destination = flow->address;
+	}
+	other_key.destination_port = row.other_port;
+	verdict = add_reply_row(&other_key, &row, node, now);
 	if (verdict != GO_ON)
 		return verdict;
 
-	leaving.source = request.source;
-	leaving.source_port = client_port;
-	leaving.destination = reply.source;
-	leaving.destination_port = reply.source_port;
+	/* The frontend stays with the row, as `allocate_port` would have found it. */
+	client_port = other_key.destination_port;
+	row.beyond = row.address;
+	row.beyond_port = row.port;
+	row.client_port = row.other_port;
 	row.action = FLOW_SNAT;
-	row.address = reply.destination;
-	row.port = reply.destination_port;
-	row.other_port = reply.source_port;
-	row.beyond = request.destination;
-	row.beyond_port = request.destination_port;
-	row.client_port = request.source_port;
-	set_mark(MARK_TO, &leaving.destination, leaving.destination_port);
-	if (flows.update(&leaving, &row)) {
+	row.other_port = other_key.source_port;
+	other_key.destination_port = other_key.source_port;
+	other_key.source_port = client_port;
+	if (is_request) {
+		row.address = flow->beyond;
+		row.port = flow->beyond_port;
+		other_key.destination = flow->address;
+		other_key.source = key->source;
+	} else {
+		row.address = key->destination;
+		row.port = key->destination_port;
+		other_key.destination = key->source;
+		other_key.source = flow->address;
+	}
+	set_mark(MARK_TO, &other_key.destination, other_key.destination_port);
+	if (flows.update(&other_key, &row)) {
 		count(PACKET_NO_ROOM);
 		return DISCARD;
 	}
 
-	/* The port first: who sees a row without FLOW_SHORT goes by it. */
-	other = flows.lookup(flow->action == FLOW_DNAT ? &reply : &request);
-	if (flow->action == FLOW_DNAT)
+	/* The client's port inside this node first: who sees a row without FLOW_SHORT goes by it. */
+	if (is_request)
 		flow->other_port = client_port;
 	else
 		flow->port = client_port;
-	if (other) {
-		if (other->action == FLOW_DNAT)
-			other->other_port = client_port;
-		else
-			other->port = client_port;
-		other->flags &= ~FLOW_SHORT;
-	}
 	flow->flags &= ~FLOW_SHORT;
+	if (!other)
+		return GO_ON;
+	if (is_request)
+		other->port = client_port;
+	else
+		other->other_port = client_port;
+	other->flags &= ~FLOW_SHORT;
 	return GO_ON;
 }
 

@@ -232,6 +232,7 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define FLOW_DIRECT 8      /* to no frontend: only the client's port is changed */
 #define FLOW_WHOLE 16      /* ingress: `beyond` is known */
 #define FLOW_SHORT 32      /* ingress: the rows of egress have not been written */
+#define FLOW_AROUND 64     /* DNAT, UNDNAT: from one pod to another around the stack */
 
 struct flow {
 	struct address address; /* what the rewritten side becomes */
@@ -398,6 +399,7 @@ enum counter {
 	XDP_TOO_LONG,         /* left to the stack: longer than the MTU of the device that it leaves by */
 	XDP_NO_HOPS,          /* left to the stack: its TTL or hop limit ends here */
 	XDP_OPTIONS,          /* left to the stack: IP options, extension headers or a fragment */
+	AROUND_SENT,          /* a packet went from one pod to another around the stack */
 	XDP_NO_ROUTE,         /* left to the stack: the FIB has no way that XDP could take */
 	COUNTERS
 };

@@ -156,6 +156,7 @@ static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 	if (ip->version != 6)
 		return PASS;
 	packet->version = 6;
+	packet->hops = ip->hop_limit;
 	__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
 	__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
 	next = ip->nexthdr;

@@ -11,7 +11,7 @@
  *
  * An established packet costs one lookup in `flows` at each hook. Rules: PASS leaves a packet exactly as it came and
  * lets other filters see it; a packet that matches no row is PASS; every other early end is counted; half a
- * translation is never sent. Frames with a VLAN tag belong to the VLAN's device and are met there.
+ * translation is never sent. Where it is asked for, flows between two pods go around the stack. Frames with a VLAN tag belong to the VLAN's device and are met there.
  */
 #include <uapi/linux/pkt_cls.h>
 
@@ -24,6 +24,7 @@
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"
+#include "around.h"
 #include "reject.h"
 
 static inline int finish(struct __sk_buff *skb, int verdict)
@@ -80,7 +81,10 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 		return reject(skb, packet);
 	if (verdict != GO_ON)
 		return verdict;
-	verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.masquerade, node, now, to);
+	if (GO_AROUND && !chosen.how && is_peer(skb->ifindex))
+		find_way_around(skb, packet, &chosen.backend->address, node, now);
+	chosen.how |= how_around(skb);
+	verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.how, node, now, to);
 	if (verdict != GO_ON)
 		return verdict;
 	count(PACKET_FORWARDED);
@@ -120,8 +124,11 @@ int tc_ingress(struct __sk_buff *skb)
 	if (!node)
 		return finish(skb, PASS);
 	now = bpf_jiffies64();
+	forget_way(skb);
 
 	flow = entering_flow(&packet.key);
+	if (!flow)
+		flow = reply_around(&packet);
 	if (flow && flow->action == FLOW_ELSEWHERE)
 		return finish(skb, PASS);
 	if (flow && !packet.error && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
@@ -135,10 +142,14 @@ int tc_ingress(struct __sk_buff *skb)
 			return finish(skb, verdict);
 	}
 	if (flow) {
-		use_flow(&packet, flow, node, now);
-		if (flow->action == FLOW_DNAT)
-			count_packet(skb, flow);
 		translated(&packet.key, flow, &to);
+		if (flow->flags & FLOW_AROUND)
+			find_way_around(skb, &packet, &to.destination, node, now);
+		if (flow->action == FLOW_UNDNAT && !has_way(skb))
+			return finish(skb, PASS); /* it is translated where it leaves */
+		use_flow(&packet, flow, node, now);
+		if (flow->action != FLOW_UNSNAT)
+			count_packet(skb, flow);
 	} else {
 		verdict = new_flow(skb, &packet, node, now, &to);
 		if (verdict != GO_ON) {
@@ -147,7 +158,10 @@ int tc_ingress(struct __sk_buff *skb)
 			return finish(skb, verdict);
 		}
 	}
-	return finish(skb, carry_out(skb, &packet, &to));
+	verdict = carry_out(skb, &packet, &to);
+	if (verdict == PASS && has_way(skb))
+		return send_around(skb, &packet);
+	return finish(skb, verdict);
 }
 
 int tc_egress(struct __sk_buff *skb)

@@ -26,6 +26,12 @@
 
 #define VLAN_ID 0x0fff
 
+/* The device that a frame belongs to, and the one that it came by: they differ where the frame has a VLAN tag. */
+struct entry {
+	u32 device;
+	u32 under;
+};
+
 struct vlan_header {
 	u16 tag;
 	u16 ethertype;
@@ -76,6 +82,81 @@ static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct 
 	return PASS;
 }
 
+/* Ask the FIB, and keep in the cell what it says; GO_ON, or PASS, counted. */
+static inline int find_hop(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
+			   const struct address *source, const struct address *destination, const struct settings *node,
+			   u64 now, struct hop *hop)
+{
+	struct bpf_fib_lookup fib = {};
+	struct device *device;
+	u32 leaving, may, mtu, entered = entry->device, under = entry->under;
+	u16 length = (u16)packet->length;
+	long found = ask_fib(ctx, packet, source, destination, entered, length, &fib);
+
+	if (found == BPF_FIB_LKUP_RET_NO_NEIGH)
+		count(XDP_NO_NEIGHBOUR);
+	else if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		count(XDP_TOO_LONG);
+	else if (found == BPF_FIB_LKUP_RET_NOT_FWDED)
+		count(XDP_LOCAL);
+	else if (found)
+		count(XDP_NO_ROUTE);
+	if (found)
+		return PASS;
+
+	device = devices.lookup(&under);
+	if (!device)
+		return PASS;
+	__builtin_memcpy(hop->mac, device->mac, 6);
+	may = device->flags & DEVICE_XDP;
+	leaving = fib.ifindex;
+	device = devices.lookup(&leaving);
+	/* To another device only without a tag; a frame with one goes back by the VLAN that it came from, or up. */
+	if (device && leaving != entered)
+		may = entered == under && (device->flags & DEVICE_XDP) && (device->flags & DEVICE_REDIRECT);
+	if (!device || !may) {
+		count(XDP_LOCAL);
+		return PASS;
+	}
+	mtu = device->mtu;
+	/* Since 5.13 it says the way's own MTU where it was given a length. */
+	if (fib.tot_len != length && fib.tot_len < mtu)
+		mtu = fib.tot_len;
+	keep_hop(hop, &fib, source, destination, entered, mtu, now + node->refresh);
+	return GO_ON;
+}
+
+/* The hop of a packet to `destination`; none where it is to be passed up. */
+static inline struct hop *next_hop(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
+				   const struct address *source, const struct address *destination,
+				   const struct settings *node, u64 now)
+{
+	u32 cell = hop_number(source, destination, entry->device);
+	struct hop *hop = hops.lookup(&cell);
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+	struct ethhdr *ethernet = data;
+
+	if (!hop || (void *)(ethernet + 1) > end)
+		return 0;
+	if (packet->hops <= 1) {
+		count(XDP_NO_HOPS);
+		return 0;
+	}
+	if (!is_current_hop(hop, source, destination, entry->device, now)) {
+		hop->until = 0; /* what is half written is never believed */
+		if (find_hop(ctx, packet, entry, source, destination, node, now, hop) != GO_ON)
+			return 0;
+	}
+	if (packet->length > hop->mtu) {
+		count(XDP_TOO_LONG);
+		return 0;
+	}
+	if (!same_mac(ethernet->h_dest, hop->mac))
+		return 0; /* flooded by a switch, or another device's behind this one */
+	return hop;
+}
+
 /*
  * The first packet of a flow. Whatever is chosen is written down, also where the packet is passed up: tc must not choose
  * again, or local backends would get less than their share.
@@ -94,7 +175,7 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 	if (verdict != GO_ON)
 		return verdict == DISCARD ? DISCARD : PASS;
 
-	if (chosen.masquerade)
+	if (chosen.how & FLOW_MASQUERADE)
 		*hop = next_hop(ctx, packet, entry, &address, &chosen.backend->address, node, now);
 	if (*hop) {
 		leaving = (*hop)->device;
@@ -102,8 +183,8 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 		if (device)
 			address = packet->version == 4 ? device->ipv4 : device->ipv6;
 	}
-	if (is_zero(&address)) {
-		verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.masquerade, node, now, to);
+	if (!*hop || is_zero(&address)) {
+		verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.how, node, now, to);
 		if (verdict == GO_ON)
 			count(PACKET_FORWARDED);
 		return verdict == DISCARD ? DISCARD : PASS;
@@ -178,15 +259,15 @@ int xdp_ingress(struct xdp_md *ctx)
 		wholly_translated(&packet.key, flow, &to);
 	} else {
 		verdict = new_flow(ctx, &packet, &entry, node, now, &hop, &to);
-		if (verdict == PASS)
-			return XDP_PASS; /* tc sees to what is stale */
-		if (stale)
-			count(FLOW_STALE);
 		if (verdict == DISCARD) {
 			if (stale)
 				flows.delete(&packet.key); /* or what follows would still be led by it */
 			return XDP_DROP;
 		}
+		if (verdict != GO_ON)
+			return XDP_PASS; /* tc sees to what is stale */
+		if (stale)
+			count(FLOW_STALE);
 		service = 0;
 	}
 	return send(ctx, &packet, &entry, &to, hop, service);

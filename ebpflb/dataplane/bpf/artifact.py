@@ -180,18 +180,21 @@ def load_artifact(
     *,
     set_retval: bool = True,
     count_traffic: bool = False,
+    go_around: bool = False,
     sources: tuple[str, ...] = SOURCES,
     directory: Path | None = None,
 ) -> Artifact:
     """The compiled `sources` of `directory` (ours by default), from `cache` (default: `cache_directory()`) or fresh.
 
-    `set_retval`, `count_traffic`: see `constants.definitions`. Raises Unsupported where nothing can be compiled, with
+    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. Raises Unsupported where nothing can be compiled, with
     the reason.
     """
     directory = directory or source_directory()
     cache = cache or cache_directory()
     request = Request(
-        str(directory), sources, definitions(sizes or Sizes(), set_retval=set_retval, count_traffic=count_traffic)
+        str(directory),
+        sources,
+        definitions(sizes or Sizes(), set_retval=set_retval, count_traffic=count_traffic, go_around=go_around),
     )
     path = cache / f"{_key(request)}.artifact"
     installed = compiler_version()

@@ -23,6 +23,8 @@ DEVICE_XDP = 4
 """Bit of a `devices` row: our XDP program runs there, and may send back by it."""
 DEVICE_REDIRECT = 8
 """Bit of a `devices` row: XDP of another device may send by it."""
+DEVICE_PEER = 16
+"""Bit of a `devices` row: a veth whose other end is another network namespace's, and on no bridge."""
 
 POD_SOCKETS_IPV4 = 1
 """Bit of `settings.pod_sockets`: IPv4 sockets of other network namespaces count as pods'."""
@@ -106,9 +108,12 @@ def hook(function: str) -> Hook:
     raise KeyError(function)
 
 
-def definitions(sizes: Sizes, *, set_retval: bool, count_traffic: bool = False) -> dict[str, int]:
+def definitions(
+    sizes: Sizes, *, set_retval: bool, count_traffic: bool = False, go_around: bool = False
+) -> dict[str, int]:
     """Everything that `bpf/config.h` asks for, in its order. `set_retval`: the kernel has bpf_set_retval for sock_addr
-    programs. `count_traffic`: what each Service carries is counted, which costs a look-up for each packet."""
+    programs. `count_traffic`: what each Service carries is counted, which costs a look-up for each packet.
+    `go_around`: flows between pods of this node go around the stack."""
     made = {f"MAX_{field.name.upper()}": getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     made |= {f"VERDICT_{verdict.name}": int(verdict) for verdict in Verdict}
     made |= {f"MASQUERADE_{masquerade.name}": int(masquerade) for masquerade in Masquerade}
@@ -116,7 +121,9 @@ def definitions(sizes: Sizes, *, set_retval: bool, count_traffic: bool = False) 
     made |= {f"ALGORITHM_{algorithm.name}": int(algorithm) for algorithm in Algorithm}
     made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE}
     made |= {"DEVICE_POD": DEVICE_POD, "DEVICE_XDP": DEVICE_XDP, "DEVICE_REDIRECT": DEVICE_REDIRECT}
+    made |= {"DEVICE_PEER": DEVICE_PEER}
     made |= {"POD_SOCKETS_IPV4": POD_SOCKETS_IPV4, "POD_SOCKETS_IPV6": POD_SOCKETS_IPV6}
     made |= {f"BACKEND_{state.name}": int(state) for state in BackendState}
     made |= {"BACKEND_FREE": BACKEND_FREE, "HAVE_SET_RETVAL": int(set_retval), "COUNT_TRAFFIC": int(count_traffic)}
+    made |= {"GO_AROUND": int(go_around)}
     return made

@@ -24,8 +24,8 @@ _OWN = 16
 
 class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     """What the settings say besides locality. `netns` is the cookie of the node's network namespace; times are in
-    jiffies, `second` too; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane carried
-    Services before this one, and its connections go on. `retired`: another one carries Services now."""
+    jiffies, `second` too; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane
+    carried Services before this one, and its connections go on. `retired`: another one carries Services now."""
 
     netns: int
     flow_idle: int
@@ -101,7 +101,9 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(settings)
+    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(
+        settings
+    )
     return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired), second), layout
 
 
