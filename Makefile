@@ -20,11 +20,11 @@ setup:
 demo: setup
 	@.venv/bin/ebpflb demo $(DEMO)
 
-# Every stage runs, also after one that failed, so that one run tells everything.
+# Two stages at once, since most of what they do is to wait; told one after the other. Every one runs, also after one
+# that failed, so that one run tells everything. AT_ONCE=1 for one after the other.
 test: setup
-	@status=0; for stage in lint test-pure test-properties test-root test-vm test-api; do \
-		$(MAKE) --no-print-directory $$stage || { status=1; failed="$$failed $$stage"; }; \
-	done; [ $$status = 0 ] || echo "make test: failed in:$$failed"; exit $$status
+	@$(PYTHON) -m tests.stages $(if $(AT_ONCE),--at-once $(AT_ONCE)) \
+		lint test-pure test-root test-api test-properties test-vm
 
 test-pure: setup
 	@echo '== pure tests: no root, no kernel'
