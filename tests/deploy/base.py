@@ -5,6 +5,8 @@ Rules of this file: it knows what our own kustomization.yaml uses, and refuses w
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,12 @@ def kustomization() -> Object:
 
 
 def objects() -> list[Object]:
-    """What `kubectl kustomize deploy/base` prints, in the order of the files."""
+    """What `kubectl kustomize deploy/base` prints, in the order of the files; for the caller to change as it likes."""
+    return copy.deepcopy(_objects())
+
+
+@functools.cache  # to read them takes longer than all that is asked of them
+def _objects() -> list[Object]:
     outer = kustomization()
     found: list[Object] = []
     for name in outer["resources"]:
