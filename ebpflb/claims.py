@@ -259,11 +259,25 @@ def _settings(service: Service, facts: Facts, problems: list[Problem]) -> _Setti
     default = _ALGORITHMS[facts.default_algorithm]
     if not service.annotations:
         return _Settings(service.affinity_seconds, default, Forwarding.SNAT)
+    _remark_on_algorithm(service, facts, problems)
     return _Settings(
         service.affinity_seconds,
         _annotated(service, "algorithm", _ALGORITHMS, default, problems),
         _annotated(service, "forwarding", _FORWARDINGS, Forwarding.SNAT, problems),
     )
+
+
+def _remark_on_algorithm(service: Service, facts: Facts, problems: list[Problem]) -> None:
+    """Of one that is known and cannot be had here. The route says what was asked for nevertheless, as on every node:
+    what dataplanes lack is not policy."""
+    asked = dict(service.annotations).get("algorithm")
+    if asked not in _ALGORITHMS or not facts.algorithms or asked in facts.algorithms:
+        return
+    reason = (
+        f"annotation ebpflb/algorithm: {asked} is none that this node's dataplane has "
+        f"({', '.join(facts.algorithms)}); backends are chosen at random"
+    )
+    problems.append(Problem(str(service.name), reason, "AlgorithmNotSupported"))
 
 
 def _annotated(service: Service, key: str, values: Mapping[str, _T], default: _T, problems: list[Problem]) -> _T:

@@ -14,8 +14,9 @@ from ebpflb.routes import Locality, address_order, cidr_order, in_cidr
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
     """`nodeport_addresses` are sorted; `detectors` are the families in which pods are told from others; `node_ips` has
-    this node's main address of either family (loopback where it has none, as kube-proxy). `health_addresses` are those
-    that answer health checks, by family: () is all, None is none."""
+    this node's main address of either family (loopback where it has none, as kube-proxy). `algorithms` are those that
+    can be had, () for all. `health_addresses` are those that answer health checks, by family: () is all, None is none.
+    """
 
     node: str
     zone: str
@@ -24,16 +25,18 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     detectors: frozenset[Family]
     masquerade_all: bool
     default_algorithm: str
+    algorithms: tuple[str, ...]
     locality: Locality
     health_addresses: tuple[tuple[Address, ...] | None, tuple[Address, ...] | None] = ((), ())
 
     def concern(self, service: Service, slices: tuple[EndpointSlice, ...], before: Facts) -> bool:
         """Whether the routes of `service` may differ under these facts from those under the facts `before`."""
-        if (self.node, self.detectors, self.masquerade_all, self.default_algorithm) != (
+        if (self.node, self.detectors, self.masquerade_all, self.default_algorithm, self.algorithms) != (
             before.node,
             before.detectors,
             before.masquerade_all,
             before.default_algorithm,
+            before.algorithms,
         ):
             return True
         if self.nodeport_addresses != before.nodeport_addresses and any(port.node_port for port in service.ports):
@@ -61,6 +64,7 @@ def facts_of(node: Node, options: ProxyOptions) -> Facts:
         detectors=detectors,
         masquerade_all=options.masquerade_all,
         default_algorithm=options.default_algorithm,
+        algorithms=options.algorithms,
         locality=locality,
         health_addresses=(_health_addresses(node, options, Family.IPV4), _health_addresses(node, options, Family.IPV6)),
     )

@@ -187,7 +187,8 @@ class ProxyOptions(msgspec.Struct, frozen=True, gc=False):
     """The operator's options that shape routes (kube-proxy's names and defaults).
 
     `nodeport_addresses`: CIDRs; empty means every local address; `nodeport_primary` means the primary ones only.
-    `localhost_nodeports`: whether IPv4 loopback addresses carry NodePorts too.
+    `localhost_nodeports`: whether IPv4 loopback addresses carry NodePorts too. `default_algorithm`: the label of how a
+    backend is chosen where a Service does not say; `algorithms`: of those that can be had here, () for all.
     """
 
     masquerade_all: bool = False
@@ -199,3 +200,4 @@ class ProxyOptions(msgspec.Struct, frozen=True, gc=False):
     nodeport_primary: bool = False
     localhost_nodeports: bool = True
     default_algorithm: str = "random"
+    algorithms: tuple[str, ...] = ()

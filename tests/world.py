@@ -165,6 +165,7 @@ def options(
     nodeport_primary: bool = False,
     localhost_nodeports: bool = True,
     default_algorithm: str = "random",
+    algorithms: Sequence[str] = (),
 ) -> ProxyOptions:
     """The operator's options; unlike the product's default, a cluster CIDR is given."""
     return ProxyOptions(
@@ -177,6 +178,7 @@ def options(
         nodeport_primary=nodeport_primary,
         localhost_nodeports=localhost_nodeports,
         default_algorithm=default_algorithm,
+        algorithms=tuple(algorithms),
     )
 
 

@@ -26,9 +26,11 @@ from ebpflb.commands.status import Identity, status_document
 from ebpflb.config import Config
 from ebpflb.control import Control, listen
 from ebpflb.dataplane import Dataplane
+from ebpflb.dataplane.limits import ALGORITHMS
 from ebpflb.errors import EbpflbError, Unsupported
 from ebpflb.log import hold_repeats
 from ebpflb.loop import Stop, Worker, run, stop_on_signals
+from ebpflb.model import Problem
 from ebpflb.parts import Changes, Choice, NoAttendants, Parts, choose
 from ebpflb.problems import Found
 from ebpflb.reconcile import Desired, Reconciler, Timing
@@ -82,7 +84,8 @@ class _Daemon:
         stop: Stop,
         once: bool,
     ) -> None:
-        self._config = config
+        proxy = msgspec.structs.replace(config.proxy, algorithms=ALGORITHMS.get(chosen.dataplane.name, ()))
+        self._config = msgspec.structs.replace(config, proxy=proxy)
         self._parts = parts
         self._ladder = ladder
         self._chosen = chosen
@@ -102,7 +105,7 @@ class _Daemon:
             selector.register(self._stop, selectors.EVENT_READ, lambda: None)
             if changes is not None:
                 _watch_config(config, changes, selector, self._stop)
-            missing = tuple(Found("node", *problem) for problem in parts.set_up_node(config))
+            missing = tuple(Found("node", *problem) for problem in (*parts.set_up_node(config), *_unmet(config)))
             sources, desired = _sources(config, parts, stack)
             attendants = NoAttendants() if once else parts.attendants(config, self._chosen, sources, desired)
             stack.callback(attendants.close)
@@ -178,6 +181,14 @@ class _Daemon:
             return Result(status=OK)
         overview = reconciler.overview()
         return Result(status=OK if overview.complete and overview.sound else REFUSED)
+
+
+def _unmet(config: Config) -> Iterator[Problem]:
+    """What the operator asks for and the dataplane does not have."""
+    algorithm, had = config.proxy.default_algorithm, config.proxy.algorithms
+    if had and algorithm not in had:
+        reason = f"{algorithm} is none that this node's dataplane has ({', '.join(had)}); backends are chosen at random"
+        yield Problem("--algorithm", reason)
 
 
 def _sources(config: Config, parts: Parts, stack: ExitStack) -> tuple[Sequence[Source], Desired]:

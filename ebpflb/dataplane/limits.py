@@ -20,7 +20,7 @@ class Limit(NamedTuple):
 LIMITS = (
     Limit("bpf", "affinity", "Session affinity is not kept yet: each new connection chooses anew."),
     Limit("bpf", "undefined-ports", "A port that a cluster IP does not have is not refused yet: the packet is let go."),
-    Limit("bpf", "algorithm", "Backends are chosen at random only."),
+    Limit("bpf", "algorithm", "Backends are chosen at random, or by Maglev where that is asked for."),
     Limit("bpf", "forwarding", "Direct server return is not done: replies come back through this node."),
     Limit("bpf", "sctp-sockets", "The node's own SCTP sockets reach no Service: the kernel has no hook for them."),
     Limit("bpf", "sctp-ports", "SCTP to a backend on another port than the Service's is dropped: its checksum stays."),
@@ -38,6 +38,14 @@ LIMITS = (
     Limit("ipvs", "affinity-hash", "Affinity from outside under policy Local is by hash where targetPort is another."),
     Limit("ipvs", "own-drops", "A datagram of the node itself that is dropped fails with EPERM."),
 )
+
+
+ALGORITHMS = {
+    "bpf": ("random", "maglev"),
+    "ipvs": ("random", "maglev", "round-robin", "least-connections"),
+    "iptables": ("random",),
+}
+"""The labels of what each does of `routes.Algorithm`; for the rest it chooses at random."""
 
 
 def limited(dataplane: str, code: str) -> bool:

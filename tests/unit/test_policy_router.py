@@ -230,6 +230,15 @@ def test_node_and_options_recompute_what_they_concern(this: Node, chosen: ProxyO
     check_step(second, third, first)
 
 
+def test_another_dataplane_leaves_the_rows_and_remarks_on_what_it_does_not_have() -> None:
+    router = Router()
+    asking = service("ns1/asking", annotations=[("algorithm", "round-robin")])
+    first = router.update(snapshot(asking), None, options())
+    second = router.update(snapshot(asking), frozenset(), options(algorithms=["random"]))
+    assert second == first and not first.problems
+    assert [problem.code for problem in second.problems[name_of("ns1/asking")]] == ["AlgorithmNotSupported"]
+
+
 def test_touched_names_of_nothing() -> None:
     router = Router()
     assert router.update(snapshot(), frozenset([name_of("ns1/nobody")]), options()) == routes(snapshot(), options())

@@ -254,6 +254,31 @@ def test_an_unknown_annotation_value_is_a_problem_and_the_default_holds(key: str
     assert f"ebpflb/{key}" in problem.reason and "Magic" in problem.reason and known in problem.reason
 
 
+HAD = {
+    "what the dataplane has": ("maglev", ("random", "maglev"), ""),
+    "what every dataplane has": ("random", ("random",), ""),
+    "what it does not have": (
+        "round-robin",
+        ("random", "maglev"),
+        "round-robin is none that this node's dataplane has",
+    ),
+    "nothing": ("", ("random",), ""),
+    "anything, where all is had": ("least-connections", (), ""),
+}
+
+
+@pytest.mark.parametrize(("asked", "had", "remark"), HAD.values(), ids=HAD)
+def test_a_service_that_asks_for_another_algorithm_than_there_is_hears_of_it(
+    asked: str, had: tuple[str, ...], remark: str
+) -> None:
+    annotations = [("algorithm", asked)] if asked else []
+    table = routes(snapshot(service(annotations=annotations), TWO), options(algorithms=had))
+    assert {route.algorithm.label for route in table.values()} == {asked or "random"}
+    problems = table.problems.get(name_of("ns1/svc1"), ())
+    assert [problem.code for problem in problems] == (["AlgorithmNotSupported"] if remark else [])
+    assert all(remark in problem.reason and "random, maglev" in problem.reason for problem in problems)
+
+
 def test_locality() -> None:
     this = node(addresses=["fd00::2", "192.168.0.2", "127.0.0.1", "::1"])
     table = routes(snapshot(node=this), options(cluster_cidrs=["fd00:10::/32", "10.0.0.0/8"]))
