@@ -121,6 +121,11 @@ _ROUTES = (
     ),
     click.option("--pod-bridge-interface", metavar="NAME", help="For BridgeInterface: the pods' bridge."),
     click.option("--pod-interface-name-prefix", metavar="TEXT", help="For InterfaceNamePrefix: how names begin."),
+    click.option(
+        "--algorithm",
+        metavar="random|maglev|round-robin|least-connections",
+        help="How a backend is chosen where a Service does not say.  [default: random]",
+    ),
     switch("--masquerade-all", "masquerade_all", "Masquerade everything that is sent to a cluster IP."),
     switch(
         "--iptables-localhost-nodeports",
@@ -132,7 +137,12 @@ _RUN = (
     click.option(
         "--devices", multiple=True, metavar="PATTERN,...", help="Node devices for outside traffic.  [default: detected]"
     ),
-    click.option("--xdp", metavar="auto|off", help="XDP comes later; both leave it alone.  [default: auto]"),
+    click.option(
+        "--xdp",
+        metavar="auto|native|generic|off",
+        help="Packets before the stack: in drivers that can (auto), also on veths (native), in none (generic).  "
+        "[default: auto]",
+    ),
     click.option(
         "--min-sync-period",
         type=float,
@@ -170,6 +180,18 @@ _RUN = (
 )
 
 _DATAPLANES = (
+    click.option(
+        "--pod-path",
+        metavar="stack|redirect",
+        help="Flows between pods of this node: through the stack, or around it, unseen by network policies.  "
+        "[default: stack]",
+    ),
+    click.option(
+        "--maglev-table-size",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="How many positions a Maglev table has at most, for bpf.  [default: 131071]",
+    ),
     click.option(
         "--iptables-masquerade-bit",
         "masquerade_bit",

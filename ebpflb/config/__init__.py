@@ -19,6 +19,9 @@ DEFAULT_HEALTHZ_PORT = 10256
 DEFAULT_METRICS_PORT = 10249
 DEFAULT_STATE_DIR = "/var/lib/ebpflb"
 DEFAULT_MIN_SYNC_SECONDS = 0.01
+LEAST_TABLE, GREATEST_TABLE = 1021, 131071
+STACK, REDIRECT = POD_PATHS = ("stack", "redirect")
+"""Between these is what the tables of consistent hashing may be confined to."""
 
 AUTO = "auto"
 """The word for a choice that is left to us."""
@@ -27,6 +30,9 @@ DATAPLANES = ("bpf", "ipvs", "iptables")
 """Best first."""
 
 IPTABLES_VARIANTS = ("nft", "legacy")
+
+ALGORITHMS = ("random", "maglev", "round-robin", "least-connections")
+"""The labels of `routes.Algorithm`."""
 
 SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 """Who has this file is a pod with a service account."""
@@ -93,8 +99,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     "remember nothing". `healthz` and `metrics` are None for "no such server". `conntrack` and `oom_score_adj` are None
     for "leave the kernel's". `service_metrics` is how many Services may have metrics of their own, 0 for none.
     `file` is the absolute path of `--config`, "" without, and `file_digest` tells what it held; `document` is what
-    /configz shows. `masquerade_bit` of a packet's mark says that it is to be masqueraded; `iptables_variant` is "nft",
-    "legacy" or "auto" for "as the node has it". Periods are seconds. `warnings` are sentences to log once."""
+    /configz shows. `masquerade_bit` of a packet's mark says that it is to be masqueraded; `iptables_variant` is
+    "nft", "legacy" or "auto" for "as the node has it". `xdp` is "auto", "native", "generic" or "off".
+    `maglev_table_size` is how many positions a table of consistent hashing has at most. `pod_path` is
+    "stack" or "redirect". Periods are seconds.
+    `warnings` are sentences to log once."""
 
     manifests: str
     node_name: str
@@ -102,6 +111,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str
     bpffs: str
     devices: tuple[str, ...]
+    xdp: str
     proxy: ProxyOptions
     log_format: LogFormat
     log_level: LogLevel
@@ -118,6 +128,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     service_metrics: int = 0
     masquerade_bit: int = 14
     iptables_variant: str = AUTO
+    maglev_table_size: int = GREATEST_TABLE
+    pod_path: str = STACK
     ipvs: Ipvs = Ipvs()
     file: str = ""
     file_digest: str = ""

@@ -10,9 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ebpflb.config import (
+    ALGORITHMS,
     AUTO,
     DATAPLANES,
+    GREATEST_TABLE,
     IPTABLES_VARIANTS,
+    LEAST_TABLE,
+    POD_PATHS,
     ApiServer,
     Bind,
     Conntrack,
@@ -33,6 +37,7 @@ _DEBUG_VERBOSITY = 4
 _SCHEDULER_ROOM = 16
 
 _MANIFESTS = "a directory of YAML or JSON manifests"
+_XDP = ("auto", "native", "generic", "off")
 
 
 class Draft(NamedTuple):
@@ -47,13 +52,20 @@ class Draft(NamedTuple):
         return self.options.get(path) or (f"--config {self.file}: {path}" if self.file else path)
 
 
-def refuse_what_is_not_here(draft: Draft) -> None:
-    """What a later version brings must be left alone in this one."""
-    xdp, where = draft.document.xdp, draft.where("xdp")
-    if xdp not in ("auto", "native", "generic", "off"):
-        raise UserError(f"{where} {xdp}: choose auto or off")
-    if xdp in ("native", "generic"):
-        raise UserError(f"{where} {xdp} is not in this version yet; choose auto or off (both leave XDP alone)")
+def xdp(draft: Draft) -> str:
+    """Whether and how packets are met before the stack."""
+    asked = draft.document.xdp
+    if asked not in _XDP:
+        raise UserError(f"{draft.where('xdp')} {asked} is unknown; choose one of {', '.join(_XDP)}")
+    return asked
+
+
+def pod_path(draft: Draft) -> str:
+    """Whether flows between pods of this node go through the stack."""
+    asked = draft.document.pod_path
+    if asked not in POD_PATHS:
+        raise UserError(f"{draft.where('podPath')} {asked} is unknown; choose one of {', '.join(POD_PATHS)}")
+    return asked
 
 
 def source(draft: Draft, in_cluster: bool) -> tuple[str, ApiServer | None]:
@@ -126,6 +138,24 @@ def iptables_variant(draft: Draft) -> str:
     return variant
 
 
+def _algorithm(draft: Draft) -> str:
+    """How a backend is chosen where a Service does not say."""
+    algorithm = draft.document.algorithm
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"{draft.where('algorithm')} {algorithm} is unknown; choose one of {', '.join(ALGORITHMS)}")
+    return algorithm
+
+
+def maglev_table_size(draft: Draft) -> int:
+    """Any number: tables are the greatest primes below powers of two, and one that is not greater is taken."""
+    size = draft.document.maglev_table_size
+    assert size is not None  # it has its default
+    if not LEAST_TABLE <= size <= GREATEST_TABLE:
+        where = draft.where("maglevTableSize")
+        raise UserError(f"{where} {size}: give a number of positions from {LEAST_TABLE} to {GREATEST_TABLE}")
+    return size
+
+
 def ipvs(draft: Draft) -> Ipvs:
     """Which schedulers there are, the kernel knows: one that it lacks is found when IPVS is asked for it."""
     said = draft.document.ipvs
@@ -161,6 +191,7 @@ def proxy_options(draft: Draft) -> ProxyOptions:
         nodeport_addresses=() if primary else values.cidrs(where("nodePortAddresses"), addresses),
         nodeport_primary=primary,
         localhost_nodeports=document.iptables.localhost_node_ports is not False,
+        default_algorithm=_algorithm(draft),
     )
 
 

@@ -19,6 +19,8 @@ from ebpflb.config import (
     DEFAULT_METRICS_PORT,
     DEFAULT_MIN_SYNC_SECONDS,
     DEFAULT_STATE_DIR,
+    GREATEST_TABLE,
+    STACK,
 )
 from ebpflb.config.document import (
     KIND,
@@ -117,6 +119,9 @@ def with_defaults(document: EbpflbConfiguration) -> EbpflbConfiguration:
         bpffs=document.bpffs or DEFAULT_BPFFS,
         xdp=document.xdp or "auto",
         iptables_variant=document.iptables_variant or AUTO,
+        algorithm=document.algorithm or "random",
+        pod_path=document.pod_path or STACK,
+        maglev_table_size=_or(document.maglev_table_size, GREATEST_TABLE),
         min_sync_period=_or(document.min_sync_period, _min_sync(document)),
         dataplane=document.dataplane or ("" if document.mode else AUTO),
     )
@@ -175,6 +180,8 @@ def _of_other_dataplanes(document: EbpflbConfiguration) -> Iterator[str]:
         ("iptables.masqueradeBit", document.iptables.masquerade_bit, (None, _MASQUERADE_BIT), marks and not nftables),
         ("iptables.minSyncPeriod", document.iptables.min_sync_period, (_ZERO, _MIN_SYNC), word == "iptables"),
         ("iptablesVariant", document.iptables_variant, ("", AUTO), marks),
+        ("podPath", document.pod_path, ("", STACK), word in (AUTO, "bpf")),
+        ("maglevTableSize", document.maglev_table_size, (None, GREATEST_TABLE), word in (AUTO, "bpf")),
         ("ipvs.minSyncPeriod", document.ipvs.min_sync_period, (_ZERO,), word == "ipvs"),
         ("ipvs.scheduler", document.ipvs.scheduler, ("", "rr"), ipvs),
         ("ipvs.excludeCIDRs", document.ipvs.exclude_cidrs, ((),), ipvs),

@@ -153,6 +153,9 @@ class EbpflbConfiguration(KubeProxyConfiguration, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     xdp: str = ""
     iptables_variant: str = ""
+    algorithm: str = ""
+    maglev_table_size: Natural | None = None
+    pod_path: str = ""
     min_sync_period: Duration | None = None
     audit_period: Duration | None = None
     health_timeout: Duration | None = None

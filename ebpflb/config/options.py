@@ -42,6 +42,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     xdp: str | None = None
     iptables_variant: str | None = None
+    algorithm: str | None = None
+    maglev_table_size: int | None = None
+    pod_path: str | None = None
     masquerade_bit: int | None = None
     ipvs_scheduler: str | None = None
     ipvs_exclude_cidrs: tuple[str, ...] = ()
@@ -110,6 +113,9 @@ _ROWS = (
     _Row("devices", "--devices", "devices", values.split),
     _Row("xdp", "--xdp", "xdp"),
     _Row("iptables_variant", "--iptables-variant", "iptablesVariant"),
+    _Row("algorithm", "--algorithm", "algorithm"),
+    _Row("pod_path", "--pod-path", "podPath"),
+    _Row("maglev_table_size", "--maglev-table-size", "maglevTableSize"),
     _Row("masquerade_bit", "--iptables-masquerade-bit", "iptables.masqueradeBit"),
     _Row("ipvs_scheduler", "--ipvs-scheduler", "ipvs.scheduler"),
     _Row("ipvs_exclude_cidrs", "--ipvs-exclude-cidrs", "ipvs.excludeCIDRs", values.split),
@@ -154,7 +160,7 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
     draft = _laid_over(said.document, options)
     document = defaults.with_defaults(draft.document)
     draft = draft._replace(document=document)
-    checks.refuse_what_is_not_here(draft)
+    xdp = checks.xdp(draft)
     manifests, api = checks.source(draft, in_cluster) if need_source else ("", None)
     proxy = checks.proxy_options(draft)
     where = draft.where
@@ -169,6 +175,7 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
         ),
         bpffs=values.in_bpffs(where("bpffs"), document.bpffs, DEFAULT_BPFFS),
         devices=values.devices(where("devices"), document.devices),
+        xdp=xdp,
         proxy=proxy,
         log_format=values.choice(where("logging.format"), document.logging.format, LogFormat),
         log_level=checks.log_level(draft),
@@ -183,6 +190,8 @@ def configure(options: Options, *, hostname: str, need_source: bool = True, in_c
         service_metrics=checks.service_metrics(draft),
         masquerade_bit=checks.masquerade_bit(draft),
         iptables_variant=checks.iptables_variant(draft),
+        maglev_table_size=checks.maglev_table_size(draft),
+        pod_path=checks.pod_path(draft),
         ipvs=checks.ipvs(draft),
         file=os.path.abspath(options.config) if options.config else "",
         file_digest=said.digest,

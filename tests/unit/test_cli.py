@@ -326,6 +326,17 @@ def test_attendants_go_along_from_before_the_first_event_to_the_end(shell: Shell
     assert "node: nf_conntrack_max: there is no such file" in said.err
 
 
+@pytest.mark.parametrize(("algorithm", "told"), [("random", False), ("maglev", False), ("round-robin", True)])
+def test_an_algorithm_that_the_dataplane_does_not_have_is_told(
+    shell: Shell, world: World, manifests: str, algorithm: str, told: bool
+) -> None:
+    said = shell(world, "run", "--once", "--manifests", manifests, "--algorithm", algorithm)
+    assert said.status == 0
+    reason = "node: --algorithm: round-robin is none that this node's dataplane has (random, maglev)"
+    assert (reason in said.err) is told
+    assert {config.proxy.default_algorithm for config in world.configs} == {algorithm}
+
+
 def test_a_daemon_that_runs_once_has_no_attendants(shell: Shell, world: World, manifests: str) -> None:
     company = Company()
     world.attendants = company

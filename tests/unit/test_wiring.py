@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +13,7 @@ from ebpflb.commands.look import compare
 from ebpflb.config import DATAPLANES, Config
 from ebpflb.config.durations import Duration
 from ebpflb.config.options import Options, configure
+from ebpflb.dataplane.bpf import dataplane as bpf
 from ebpflb.dataplane.bpf import pins
 from ebpflb.dataplane.iptables import dataplane as iptables
 from ebpflb.dataplane.iptables import facts as iptables_facts
@@ -157,8 +158,12 @@ def test_each_dataplane_is_made_as_it_was_asked_for(monkeypatch: pytest.MonkeyPa
     config = configured(
         iptables_variant="legacy", masquerade_bit=17, ipvs_scheduler="mh", ipvs_strict_arp=True,
         ipvs_exclude_cidrs=("10.9.0.0/16",), ipvs_udp_timeout=Duration.of(5), conntrack_tcp_be_liberal=True,
+        maglev_table_size=8191,
     )  # fmt: skip
+    monkeypatch.setattr(bpf, "BpfDataplane", lambda *where, **more: made.update(bpf=(where, more)))
     real_parts().dataplanes(config)
+    where, more = cast(tuple[object, dict[str, object]], made.pop("bpf"))
+    assert (where, more["maglev_table_size"]) == ((Path("/sys/fs/bpf/ebpflb"), None, ()), 8191)
     options_of_ipvs = IpvsOptions(scheduler="mh", exclude_cidrs=("10.9.0.0/16",), strict_arp=True, udp_timeout=5)
     assert made == {
         "ipvs": (options_of_ipvs, {"mark_bit": 17, "variant": "legacy"}),
