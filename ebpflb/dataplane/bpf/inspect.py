@@ -7,46 +7,42 @@ row that is not there is shown as null or by its number. Items are sorted, so th
 from __future__ import annotations
 
 import struct
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from socket import ntohs
-from typing import TypeAlias
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_NODE, SOURCE_POD
 from ebpflb.dataplane.bpf.layouts import (
     BACKEND,
-    FLOW,
-    FLOW_KEY,
     KEY_VALUE,
     NAME,
     REQUIRED,
     ROUTE,
-    SETTINGS,
     SIZES,
     SOURCE_KEY,
+    TABLE_KEY,
     U32,
     size_of,
 )
+from ebpflb.dataplane.bpf.locality import unpack_facts
 from ebpflb.dataplane.bpf.looking import read_backends, read_tables
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.dataplane.bpf.reading import Reading
-from ebpflb.dataplane.bpf.tables import unpack_address, unpack_frontend, unpack_name, unpack_network
+from ebpflb.dataplane.bpf.remembered import Clock, Item, Owner, affinity_items, flow_items, service_item
+from ebpflb.dataplane.bpf.table_parts import part_count, table_size
+from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend, unpack_name, unpack_network
+from ebpflb.dataplane.ranges import range_items
 from ebpflb.errors import UserError
-from ebpflb.model import Protocol
-from ebpflb.routes import Backend, BackendState, ServicePortName, address_order, cidr_order
+from ebpflb.routes import Backend, BackendState, Frontend, ServicePortName, address_order, cidr_order
 
-Item: TypeAlias = dict[str, object]
-
-# The values of bpf/maps.h.
-HOOK_INGRESS, HOOK_EGRESS = 0, 1
-FLOW_DNAT, FLOW_SNAT, FLOW_ELSEWHERE = 0, 1, 4
-FLOW_CLOSING, FLOW_UNALLOCATED = 1, 2
-
-# Of a route its slots alone, of a backend its state and service: there are a hundred thousand of them.
-_ROUTE_SLOTS = struct.Struct(f"=8xIII{ROUTE.size - 20}x")
+# Of a route its slots and what hangs on them, of a backend its state and service: there are a hundred thousand of them.
+_ROUTE_SLOTS = struct.Struct("=8xIIII5xB2x")
 _BACKEND_USE = struct.Struct(f"={BACKEND.size - 8}xB3xI")
 
 _ARRAYS = ("slots", "backends")
-_PROTOCOLS = {int(protocol): protocol.name for protocol in Protocol}
+_SPARSE = (*_ARRAYS, "known", "marks")
 _STATES = {**{int(state): state.name.lower() for state in BackendState}, BACKEND_FREE: "free"}
 
 
@@ -65,6 +61,8 @@ class Inspector:
             "services": self._services,
             "backends": self._backends,
             "flows": self._flows,
+            "affinity": self._affinity,
+            "maglev": self._maglev,
             "sources": self._sources,
             "counters": self._counter_cells,
             "traffic": self._traffic,
@@ -95,7 +93,7 @@ class Inspector:
                 item = found.setdefault(
                     service,
                     {
-                        "service": _service(reading.names.get(service)),
+                        "service": service_item(reading.names.get(service)),
                         "protocol": frontend.protocol.name,
                         "frontends": [],
                         "id": service,
@@ -126,7 +124,7 @@ class Inspector:
             if service and state != BACKEND_FREE:
                 items.append(
                     {
-                        "service": _service(names.get(service)),
+                        "service": service_item(names.get(service)),
                         "address": unpack_address(address),
                         "port": ntohs(port),
                         "weight": weight,
@@ -137,61 +135,76 @@ class Inspector:
         return sorted(items, key=_by_service)
 
     def _flows(self) -> list[Item]:
-        """One item per flow of the packet path, made of its up to four rows. `source` is the masquerade, null if there
-        is none."""
-        names = self._names()
-        keys, values = self._maps.read("flows")
-        rows = dict(zip(_rows(keys, FLOW_KEY.size), _rows(values, FLOW.size), strict=True))
-        now, hertz = self._jiffies(), self._hertz()
+        return flow_items(*self._maps.read("flows"), self._names(), self._clock())
+
+    def _affinity(self) -> list[Item]:
+        reading = Reading(read_tables(self._maps))
+        owners: dict[int, Owner] = {}
+        for frontend, half in _halves(reading):
+            service, affinity = half[4], half[8]
+            if service:
+                known = owners.get(service)
+                seconds = max(affinity, known.affinity if known else 0)
+                owners[service] = Owner(reading.names.get(service), frontend.protocol.name, seconds)
+        return affinity_items(*self._maps.read("affinity"), owners, read_backends(self._maps), self._clock())
+
+    def _clock(self) -> Clock:
+        facts, _ = unpack_facts(self._maps.read_array("settings", 0, 1))
+        return Clock(self._jiffies(), facts.second or 1)
+
+    def _maglev(self) -> list[Item]:
+        """One item per table of consistent hashing: which part of its places each backend has. Several frontends of
+        a Service port share one where they have the same backends."""
+        reading = Reading(read_tables(self._maps))
+        sets = {
+            (service, start, count, draining, table): frontend.protocol.name
+            for frontend, (_, _, _, _, service, start, count, draining, _, _, _, table) in _halves(reading)
+            if table
+        }
+        parts = dict(self._table_parts())
         items: list[Item] = []
-        for key, value in rows.items():
-            client, frontend, client_port, port, protocol, hook, _ = FLOW_KEY.unpack(key)
-            address, backend_port, other_port, action, flags, _, service, backend, seen, created, *_ = FLOW.unpack(
-                value
-            )
-            if hook != HOOK_INGRESS or action != FLOW_DNAT:
-                continue
-            leaving = FLOW_KEY.pack(client, address, other_port, backend_port, protocol, HOOK_EGRESS, 0)
-            reply = FLOW_KEY.pack(address, client, backend_port, other_port, protocol, HOOK_EGRESS, 0)
-            source = None
-            last = seen
-            for other in (leaving, reply):
-                if other not in rows:
-                    continue
-                to, to_port, _, kind, state, _, _, _, other_seen, *_ = FLOW.unpack(rows[other])
-                last = max(last, other_seen)
-                if kind == FLOW_SNAT and not state & FLOW_UNALLOCATED:
-                    source = _endpoint(to, to_port)
+        for (service, start, count, draining, code), protocol in sets.items():
+            found = reading.backend_set(service, start, count, draining)
+            size = table_size(code)
+            places = b"".join(parts.get((start, part), b"") for part in range(part_count(code)))
+            held = Counter(array("H", places[: 2 * size]))
             items.append(
                 {
-                    "protocol": _PROTOCOLS.get(protocol, str(protocol)),
-                    "client": _endpoint(client, client_port),
-                    "frontend": _endpoint(frontend, port),
-                    "backend": _endpoint(address, backend_port),
-                    "source": source,
-                    "service": _service(names.get(service)),
-                    "state": "closing" if flags & FLOW_CLOSING else "open",
-                    "idleSeconds": _seconds(now, last, hertz),
-                    "ageSeconds": _seconds(now, created, hertz),
+                    "service": service_item(reading.names.get(service)),
+                    "protocol": protocol,
+                    "size": size,
+                    "backends": [
+                        {
+                            "address": backend.address,
+                            "port": backend.port,
+                            "weight": backend.weight,
+                            "share": round(held[at] / size, 4),
+                        }
+                        for at, backend in enumerate(by_slot(found.backends)[:count] if found else ())
+                    ],
+                    "id": start,
                 }
             )
-        return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"]), str(item["protocol"])))
+        return sorted(items, key=_by_service)
 
-    def _hertz(self) -> int:
-        """Jiffies in a second, which is what the settings have as `refresh`."""
-        row = self._maps.read_array("settings", 0, 1)
-        return int(SETTINGS.unpack(row)[2]) or 1
+    def _table_parts(self) -> Iterator[tuple[tuple[int, int], bytes]]:
+        keys, values = self._maps.read("tables")
+        size = SIZES["tables"][1]
+        for at, key in enumerate(TABLE_KEY.iter_unpack(keys)):
+            yield key, values[at * size : (at + 1) * size]
 
     def _sources(self) -> list[Item]:
+        """Who counts as the node or a pod, and behind them who may use which load balancer."""
         keys, values = self._maps.read("sources")
         found = []
         for (bits, address), (flags,) in zip(SOURCE_KEY.iter_unpack(keys), U32.iter_unpack(values), strict=True):
             if flags:  # a row without flags only stops a shorter prefix
                 found.append((unpack_network(bits, address), flags))
-        return [
+        items: list[Item] = [
             {"cidr": cidr, "node": bool(flags & SOURCE_NODE), "pod": bool(flags & SOURCE_POD)}
             for cidr, flags in sorted(found, key=lambda row: cidr_order(row[0]))
         ]
+        return items + range_items(Reading(read_tables(self._maps)).routes())
 
     def _counter_cells(self) -> list[Item]:
         """Each counter, summed over the CPUs, in the order of bpf/maps.h."""
@@ -212,7 +225,9 @@ class Inspector:
         """What each Service port has carried since its name came into the kernel; none where it is not counted."""
         names = self._names()
         items: list[Item] = [
-            {"service": _service(names[id]), **cells, "id": id} for id, cells in self._traffic_cells() if id in names
+            {"service": service_item(names[id]), **cells, "id": id}
+            for id, cells in self._traffic_cells()
+            if id in names
         ]
         return sorted(items, key=_by_service)
 
@@ -242,7 +257,7 @@ class Inspector:
             keys, values = self._read(table)
             width, size = SIZES[table]
             for key, value in sorted(zip(_rows(keys, width), _rows(values, size), strict=True)):
-                if table in _ARRAYS and not value.strip(b"\0"):
+                if table in _SPARSE and not value.strip(b"\0"):
                     continue
                 items.append({"map": table, "key": fields(key_type, key), "value": fields(value_type, value)})
         return items
@@ -252,12 +267,11 @@ class Inspector:
         while changes wait: no row is looked at more closely than its number takes."""
         entries: dict[str, int] = {}
         for table in KEY_VALUE:
-            if table not in (*_ARRAYS, "counters", "settings", "marks"):
+            if table not in (*_SPARSE, "counters", "settings", "tables", "members"):
                 keys, values = self._maps.read(table)
                 entries[table] = len(keys) // SIZES[table][0]
                 if table == "frontends":
-                    sets = {(start, count + draining) for start, count, draining in _ROUTE_SLOTS.iter_unpack(values)}
-                    entries["slots"] = sum(length for _, length in sets)
+                    entries |= _of_sets(set(_ROUTE_SLOTS.iter_unpack(values)))
         uses = _BACKEND_USE.iter_unpack(read_backends(self._maps))
         entries["backends"] = len([None for state, service in uses if service and state != BACKEND_FREE])
         return [
@@ -293,10 +307,14 @@ def fields(type: str, row: bytes) -> object:
 def _field(type: str, name: str, part: bytes) -> object:
     if type == "frontend":
         return [fields("route", half) for half in _rows(part, size_of("route"))]
-    if type == "name" or name == "pod_interface":
+    if type in ("name", "owner") or name == "pod_interface":
         return part.partition(b"\0")[0].decode(errors="replace")
+    if type == "table_part":
+        return list(array("H", part))
     if len(part) == 16:
         return unpack_address(part)
+    if name == "mac":
+        return part.hex(":")
     if len(part) == 2 and name.endswith("port"):
         return int.from_bytes(part, "big")
     return int.from_bytes(part, "little")
@@ -306,22 +324,31 @@ def _rows(data: bytes, size: int) -> Iterator[bytes]:
     return (data[at : at + size] for at in range(0, len(data), size))
 
 
-def _endpoint(address: bytes, port: int) -> str:
-    text = unpack_address(address)
-    return f"[{text}]:{ntohs(port)}" if ":" in text else f"{text}:{ntohs(port)}"
-
-
-def _seconds(now: int, then: int, hertz: int) -> float:
-    return round(((now - then) & 0xFFFFFFFF) / hertz, 1)
-
-
-def _service(name: ServicePortName | None) -> Item | None:
-    return None if name is None else {"namespace": name.namespace, "name": name.name, "port": name.port}
-
-
 def _by_service(item: Mapping[str, object]) -> tuple[object, ...]:
     service = item["service"]
     owner = tuple(service.values()) if isinstance(service, dict) else ()
     address = item.get("address")
     place = (*address_order(address), item["port"]) if isinstance(address, str) else (str(item.get("protocol")),)
     return (owner, *place, item["id"])
+
+
+def _halves(reading: Reading) -> Iterator[tuple[Frontend, tuple[int, ...]]]:
+    """Each scope's route of each frontend."""
+    for key, value in reading.frontends():
+        frontend = unpack_frontend(key)
+        for half in ROUTE.iter_unpack(value):
+            if frontend is not None:
+                yield frontend, half
+
+
+def _of_sets(halves: AbstractSet[tuple[int, int, int, int, int]]) -> dict[str, int]:
+    """How many rows there are of sets of backends, by (start, count, draining, affinity, table) of the routes that name
+    them."""
+    sets = {start: count + draining for start, count, draining, _, _ in halves if count + draining}
+    tables = {start: table for start, _, _, _, table in halves if table}
+    members = {start: count for start, count, _, affinity, _ in halves if affinity}
+    return {
+        "slots": sum(sets.values()),
+        "tables": sum(map(part_count, tables.values())),
+        "members": sum(members.values()),
+    }

@@ -101,9 +101,7 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(
-        settings
-    )
+    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(settings)
     return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired), second), layout
 
 

@@ -7,12 +7,13 @@ give no packet and no socket a backend; the flows that they know they go on tran
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Mapping
 
-from ebpflb.dataplane.bpf.inspect import FLOW_CLOSING, FLOW_DNAT
 from ebpflb.dataplane.bpf.layouts import FLOW, FLOW_KEY, SIZES
 from ebpflb.dataplane.bpf.locality import ONLY, retired, unpack_facts
 from ebpflb.dataplane.bpf.maps import Maps
+from ebpflb.dataplane.bpf.remembered import FLOW_CLOSING, FLOW_DNAT
 from ebpflb.errors import ApplyError
 from ebpflb.model import Protocol
 
@@ -23,14 +24,19 @@ _LOW = (1 << 32) - 1
 
 
 def leave(maps: Maps) -> int:
-    """Have the programs give way to the successor, and remove every frontend's row; how many there were. Raises
-    ApplyError, OSError."""
+    """Have the programs give way to the successor, and remove every frontend's row; how many there were. No address is
+    ours any more before its frontends go, or their ports would be refused. Raises ApplyError, OSError."""
     settings = maps.read_array("settings", 0, 1)
     facts, layout = unpack_facts(settings)
     if layout and not facts.retired:
         _require("settings", maps.put("settings", ONLY, retired(settings)))
+    owned, _ = maps.read("owned")
+    _require("owned", maps.remove("owned", owned))
     keys, _ = maps.read("frontends")
     _require("frontends", maps.remove("frontends", keys))
+    if owned or keys:  # nobody need look for them
+        cells = array("I", range(maps.capacity["known"]))
+        _require("known", maps.put("known", cells.tobytes(), bytes(len(cells) * SIZES["known"][1])))
     return len(keys) // SIZES["frontends"][0]
 
 

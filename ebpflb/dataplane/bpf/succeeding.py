@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from ebpflb.ctnetlink import Answer, End, conntrack_socket, masqueraded
-from ebpflb.dataplane.bpf.inspect import FLOW_ELSEWHERE, HOOK_INGRESS
 from ebpflb.dataplane.bpf.layouts import FLOW, FLOW_KEY
 from ebpflb.dataplane.bpf.maps import Maps
+from ebpflb.dataplane.bpf.remembered import FLOW_ELSEWHERE, HOOK_INGRESS
 from ebpflb.model import Family
 
 _IPV4 = bytes(10) + b"\xff\xff"  # as `routes.packed` has it

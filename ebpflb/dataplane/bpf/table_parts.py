@@ -26,9 +26,14 @@ def table_code(backends: tuple[Backend, ...], cap: int) -> int:
     return maglev.size_code(active, cap) if active else 0
 
 
+def table_size(code: int) -> int:
+    """How many positions a table has; 0 for a size that there is not."""
+    return maglev.SIZES.get(code, 0)
+
+
 def part_count(code: int) -> int:
     """How many parts a table of that size has; 0 for a size that there is not."""
-    return -(-maglev.SIZES.get(code, 0) // TABLE_PART)
+    return -(-table_size(code) // TABLE_PART)
 
 
 def part_keys(slots: BackendSlots, code: int) -> list[bytes]:

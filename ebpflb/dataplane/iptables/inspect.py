@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from ebpflb.dataplane.iptables import flows, names
 from ebpflb.dataplane.iptables.changes import is_known
+from ebpflb.dataplane.ranges import range_items
 from ebpflb.errors import ApplyError, UserError
 from ebpflb.model import Protocol
 from ebpflb.netfilter.iptables import Iptables
@@ -168,7 +169,7 @@ def _sources(routes: RouteTable) -> list[Item]:
         for address in locality.node_addresses
     ]
     items += [{"cidr": cidr, "node": False, "pod": True} for cidr in locality.pod_cidrs]
-    return sorted(items, key=lambda item: cidr_order(str(item["cidr"])))
+    return sorted(items, key=lambda item: cidr_order(str(item["cidr"]))) + range_items(routes)
 
 
 def _counters(tools: Iterable[Iptables]) -> list[Item]:

@@ -16,6 +16,7 @@ from ebpflb.dataplane.ipvs.messages import SetHeader
 from ebpflb.dataplane.ipvs.names import SET_NAMES, Mark
 from ebpflb.dataplane.ipvs.reading import Held
 from ebpflb.dataplane.ipvs.table import cidr_of, frontend_of, placed, unpacked
+from ebpflb.dataplane.ranges import range_items
 from ebpflb.errors import ApplyError, UserError
 from ebpflb.model import Address
 from ebpflb.routes import Backend, RouteTable, Scope, ServicePortName, address_order, cidr_order
@@ -159,13 +160,14 @@ class Inspector:
         return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"])))
 
     def _sources(self) -> list[Item]:
-        locality = reading.routes(self._held()).locality
+        routes = reading.routes(self._held())
+        locality = routes.locality
         items: list[Item] = [
             {"cidr": f"{address}/{128 if ':' in address else 32}", "node": True, "pod": False}
             for address in locality.node_addresses
         ]
         items += [{"cidr": cidr, "node": False, "pod": True} for cidr in locality.pod_cidrs]
-        return sorted(items, key=lambda item: cidr_order(str(item["cidr"])))
+        return sorted(items, key=lambda item: cidr_order(str(item["cidr"]))) + range_items(routes)
 
     def _counters(self) -> list[Item]:
         """IPVS' own, since it was loaded."""
