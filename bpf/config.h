@@ -101,10 +101,6 @@
 #error "DEVICE_REDIRECT is not defined"
 #endif
 
-/* Algorithms of a route: the values of ebpflb.routes.Algorithm. */
-#ifndef ALGORITHM_MAGLEV
-#error "ALGORITHM_MAGLEV is not defined"
-#endif
 
 /* What other network namespaces' sockets count as, as bits of `settings.pod_sockets`. */
 #ifndef POD_SOCKETS_IPV4

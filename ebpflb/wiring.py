@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpflb import control
-from ebpflb.config import AUTO, DEFAULT_BPFFS, ApiServer, Config
+from ebpflb.config import AUTO, DEFAULT_BPFFS, REDIRECT, ApiServer, Config
 from ebpflb.dataplane import Dataplane
 from ebpflb.errors import ApplyError, Unsupported, UserError
 from ebpflb.model import Node, Problem, ProxyOptions, Snapshot
@@ -256,6 +256,7 @@ def _bpf(config: Config) -> Dataplane:
         xdp=config.xdp,
         count_traffic=config.service_metrics > 0,
         maglev_table_size=config.maglev_table_size,
+        go_around=config.pod_path == REDIRECT,
     )
 
 

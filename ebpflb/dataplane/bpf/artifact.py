@@ -186,8 +186,8 @@ def load_artifact(
 ) -> Artifact:
     """The compiled `sources` of `directory` (ours by default), from `cache` (default: `cache_directory()`) or fresh.
 
-    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. Raises Unsupported where nothing can be compiled, with
-    the reason.
+    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. Raises Unsupported where nothing can be
+    compiled, with the reason.
     """
     directory = directory or source_directory()
     cache = cache or cache_directory()

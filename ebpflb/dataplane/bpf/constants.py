@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ebpflb.routes import Algorithm, BackendState, Masquerade, Scope, Verdict
+from ebpflb.routes import BackendState, Masquerade, Scope, Verdict
 
 SOURCE_POD = 1
 """Bit of a `sources` row: the address is a local pod's."""
@@ -118,7 +118,6 @@ def definitions(
     made |= {f"VERDICT_{verdict.name}": int(verdict) for verdict in Verdict}
     made |= {f"MASQUERADE_{masquerade.name}": int(masquerade) for masquerade in Masquerade}
     made |= {f"SCOPE_{scope.name}": int(scope) for scope in Scope}
-    made |= {f"ALGORITHM_{algorithm.name}": int(algorithm) for algorithm in Algorithm}
     made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE}
     made |= {"DEVICE_POD": DEVICE_POD, "DEVICE_XDP": DEVICE_XDP, "DEVICE_REDIRECT": DEVICE_REDIRECT}
     made |= {"DEVICE_PEER": DEVICE_PEER}

@@ -56,8 +56,9 @@ class BpfDataplane:
 
     `bpffs`: the pin directory. `cgroup`: whose processes' sockets are served; None for the mounted root. `patterns`:
     those of --devices, () for all. `xdp`: as --xdp. `count_traffic`: whether to count what each Service carries.
-    `maglev_table_size`: how many positions the largest table of consistent hashing may have. `cache`: where compiled
-    programs are kept; None for the usual place.
+    `go_around`: whether flows between pods of this node go around the stack. `maglev_table_size`: how many positions
+    the largest table of consistent hashing may have. `cache`: where compiled programs are kept; None for the usual
+    place.
     """
 
     name = "bpf"
@@ -71,6 +72,7 @@ class BpfDataplane:
         xdp: str = OFF,
         count_traffic: bool = False,
         maglev_table_size: int = LARGEST,
+        go_around: bool = False,
         sizes: Sizes | None = None,
         cache: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -81,6 +83,7 @@ class BpfDataplane:
         self._xdp = xdp
         self._count_traffic = count_traffic
         self._maglev_table_size = maglev_table_size
+        self._go_around = go_around
         self._sizes = sizes
         self._cache = cache
         self._clock = clock
@@ -124,7 +127,11 @@ class BpfDataplane:
     def _load_artifact(self) -> Artifact:
         if self._artifact is None:
             artifact = load_artifact(
-                self._sizes, self._cache, set_retval=facts.has_set_retval(), count_traffic=self._count_traffic
+                self._sizes,
+                self._cache,
+                set_retval=facts.has_set_retval(),
+                count_traffic=self._count_traffic,
+                go_around=self._go_around,
             )
             check_layouts(artifact.maps)
             if artifact.numbers.get("LAYOUT") != LAYOUT:
