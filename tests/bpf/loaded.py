@@ -273,6 +273,10 @@ class Loaded:
         if ifindex == 1:
             self._device = (device, family)
 
+    def drop_device(self, ifindex: int) -> None:
+        """A device without a row."""
+        syscall.delete(self.maps["devices"], struct.pack("=I", ifindex))
+
     def put_source(self, cidr: str, flags: int) -> None:
         """What an address is: bits SOURCE_…."""
         network, bits = packed_network(cidr)

@@ -5,7 +5,7 @@ Rules of this file: one network namespace with one end of some veth pairs, nothi
 by test run; what the stack would do between tc's two programs, choosing the leaving device, is said by the test.
 
   up0    the uplink: clients outside, and the remote pods of `remote`
-  tag7   what stands for the device of up0's frames with the tag 7: not every kernel has VLANs, and the FIB does not care
+  tag7   stands for the device of up0's frames with the tag 7: not every kernel has VLANs, and the FIB does not care
   up1    another uplink: the remote pods of `faraway`
   pod0   the local pods
   ov0    an overlay, without any flag: the remote pods of `tunnelled`
@@ -194,7 +194,7 @@ def _set_up() -> Iterator[str]:
             yield f"addr add {address(wire.address, 4)}/32 dev {name}"
             yield f"addr add {address(wire.address, 6)}/128 dev {name} nodad"
     for role, name in WAY.items():
-        option = " mtu 1400" if role == "narrow" else ""
+        option = " mtu lock 1400" if role == "narrow" else ""
         for family in (4, 6):
             yield f"route add {address(role, family)} dev {name}{option}"
             if role in WIRES[name].behind:
