@@ -194,11 +194,21 @@ def test_network_namespace_is_told_by_a_program_too(tmp_path: Path) -> None:
     assert facts.cookie_by_program(tmp_path) is None
 
 
+def both_clocks() -> tuple[int, float]:
+    """Jiffies and seconds of one moment: whoever was kept waiting between the two looks again."""
+    while True:
+        before, jiffies, after = time.monotonic(), facts.jiffies(), time.monotonic()
+        if after - before < 0.001:
+            return jiffies, after
+
+
 def test_a_second_has_so_many_jiffies() -> None:
-    first, began = facts.jiffies(), time.monotonic()
-    while (counted := (facts.jiffies() - first) & 0xFFFFFFFF) < 50:
-        assert time.monotonic() - began < 10
-    rate = counted / (time.monotonic() - began)
+    first, began = both_clocks()
+    last, ended = first, began
+    while (counted := (last - first) & 0xFFFFFFFF) < 50:
+        last, ended = both_clocks()
+        assert ended - began < 10
+    rate = counted / (ended - began)
     assert min((100, 250, 300, 1000), key=lambda hertz: abs(hertz - rate)) == facts.jiffies_per_second()
 
 
