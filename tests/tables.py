@@ -6,7 +6,6 @@ nothing with the code under test but the layouts; it knows only what a program c
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -44,6 +43,7 @@ from ebpflb.routes import (
     backend_order,
 )
 from tests.maps import FakeMaps
+from tests.tracers.bpf import bit_of, is_known
 
 FACTS = NodeFacts(netns=4026531840, flow_idle=120 * 250, refresh=250, snat_low=1024, snat_high=32767)
 
@@ -140,20 +140,6 @@ SIZES = (0, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
 """`table_size` of bpf/maglev.h."""
 
 
-def bit_of(address: bytes) -> int:
-    """As `is_known` in bpf/lookup.h, the number of an address' bit."""
-    first, second, third, fourth = struct.unpack("=4I", address[:16])
-    hash = (first ^ second ^ third ^ fourth) * 0x9E3779B1 % 2**32
-    cell, bit = hash >> 18, hash >> 12 & 63
-    return int(cell * 64 + bit)
-
-
-def is_known(maps: FakeMaps, address: bytes) -> bool:
-    """Whether a program looks for rows of an address."""
-    cell, bit = divmod(bit_of(address), 64)
-    return bool(U64.unpack(maps.tables["known"].get(U32.pack(cell), bytes(8)))[0] >> bit & 1)
-
-
 def known_bits(maps: FakeMaps) -> Iterator[int]:
     """The bits that are set."""
     for key, value in maps.tables["known"].items():
@@ -168,9 +154,9 @@ def interpret(maps: FakeMaps) -> dict[tuple[bytes, int], object]:
     """
     found: dict[tuple[bytes, int], object] = {}
     for address in maps.tables["owned"]:
-        assert is_known(maps, address), "nobody looks whose address this is"
+        assert is_known(maps.tables["known"], address), "nobody looks whose address this is"
     for key, value in maps.tables["frontends"].items():
-        assert is_known(maps, key), "nobody looks for this frontend"
+        assert is_known(maps.tables["known"], key), "nobody looks for this frontend"
         decoded = fields("frontend", value)
         assert isinstance(decoded, dict)
         for scope, half in enumerate(decoded["scope"]):

@@ -18,9 +18,10 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("bpf", "affinity", "Session affinity is not kept yet: each new connection chooses anew."),
-    Limit("bpf", "undefined-ports", "A port that a cluster IP does not have is not refused yet: the packet is let go."),
-    Limit("bpf", "algorithm", "Backends are chosen at random, or by Maglev where that is asked for."),
+    Limit("bpf", "algorithm", "Round-robin and least-connections are not done: backends are chosen at random instead."),
+    Limit(
+        "bpf", "affinity-clients", "Affinity knows 65536 clients of all Services together; who stays away longest goes."
+    ),
     Limit("bpf", "forwarding", "Direct server return is not done: replies come back through this node."),
     Limit("bpf", "sctp-sockets", "The node's own SCTP sockets reach no Service: the kernel has no hook for them."),
     Limit("bpf", "sctp-ports", "SCTP to a backend on another port than the Service's is dropped: its checksum stays."),

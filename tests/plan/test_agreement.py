@@ -87,8 +87,6 @@ def test_bpf(world: World) -> None:
 
 def bpf_is_limited(client: Client, packet: Packet, decision: Decision) -> bool:
     """Whether a limit of bpf covers this packet."""
-    if limited("bpf", "undefined-ports") and decision.verdict is Outcome.REJECT and decision.route is None:
-        return True
     own, route = not client.interface, decision.route
     if limited("bpf", "bound-sockets") and own and packet.source not in MAIN and route and route.source_ranges:
         return True

@@ -10,12 +10,13 @@ and that is not there is an error.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from ipaddress import IPv6Address, ip_address
 from socket import htons, ntohs
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_NODE, SOURCE_POD
-from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, LAYOUT, RANGE_KEY, ROUTE, SETTINGS, SOURCE_KEY, U32
+from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, LAYOUT, RANGE_KEY, ROUTE, SETTINGS, SOURCE_KEY, U32, U64
 from ebpflb.decide import Outcome, Packet
 from ebpflb.model import Address, Protocol
 from ebpflb.routes import Masquerade, Scope, Verdict
@@ -45,10 +46,14 @@ class Tracer:
 
     def paths(self, packet: Packet) -> list[Path]:
         """Everything that may become of the packet."""
-        key = FRONTEND_KEY.pack(_bytes(packet.destination), htons(packet.port), packet.protocol)
-        frontend = self._tables["frontends"].get(key)
+        to = _bytes(packet.destination)
         own = not packet.interface and is_local(packet.source, self._local)
-        if frontend is None or own and packet.protocol not in _SOCKETS:
+        if not is_known(self._tables["known"], to) or own and packet.protocol not in _SOCKETS:
+            return [Path(1.0, Outcome.NOT_SERVICE)]
+        frontend = self._tables["frontends"].get(FRONTEND_KEY.pack(to, htons(packet.port), packet.protocol))
+        if frontend is None and to in self._tables["owned"]:
+            return [Path(1.0, Outcome.REJECT, refusal(packet))]
+        if frontend is None:
             return [Path(1.0, Outcome.NOT_SERVICE)]
         flags = SOURCE_NODE if own else self._flags(packet)
         scope = Scope.INTERNAL if flags else Scope.EXTERNAL
@@ -68,15 +73,15 @@ class Tracer:
             backend = self._tables["backends"][self._tables["slots"][U32.pack(slot)]]
             address, port, _, state, owner = BACKEND.unpack(backend)
             assert (owner, state != BACKEND_FREE) == (service, True), f"slot {slot} of service {service}: {backend!r}"
-            to = (_text(address), ntohs(port))
-            if packet.protocol is Protocol.SCTP and to[1] != packet.port:
+            place = (_text(address), ntohs(port))
+            if packet.protocol is Protocol.SCTP and place[1] != packet.port:
                 found.append(Path(1 / count, Outcome.DROP))  # its checksum covers the ports
                 continue
-            masked = to[0] == packet.source or masquerade == Masquerade.ALWAYS
+            masked = place[0] == packet.source or masquerade == Masquerade.ALWAYS
             masked = masked or masquerade == Masquerade.NOT_POD and not flags & SOURCE_POD
-            if own or is_local(to[0], self._local):
+            if own or is_local(place[0], self._local):
                 masked = False  # by the socket; and what stays here leaves by no device
-            found.append(Path(1 / count, Outcome.FORWARD, "", to, masked))
+            found.append(Path(1 / count, Outcome.FORWARD, "", place, masked))
         return found
 
     def _flags(self, packet: Packet) -> int:
@@ -90,6 +95,20 @@ class Tracer:
 
     def _in_ranges(self, ranges: int, address: Address) -> bool:
         return _longest(self._ranges, ranges << 128 | _number(address), 160) is not None
+
+
+def bit_of(address: bytes) -> int:
+    """The number of an address' bit in `known`, 64 to a cell: as `is_known` of bpf/lookup.h has it."""
+    first, second, third, fourth = struct.unpack("=4I", address[:16])
+    hash = (first ^ second ^ third ^ fourth) * 0x9E3779B1 % 2**32
+    cell, bit = hash >> 18, hash >> 12 & 63
+    return int(cell * 64 + bit)
+
+
+def is_known(known: Rows, address: bytes) -> bool:
+    """Whether a program looks for rows of an address."""
+    cell, bit = divmod(bit_of(address), 64)
+    return bool(U64.unpack(known.get(U32.pack(cell), bytes(8)))[0] >> bit & 1)
 
 
 def _bytes(address: Address) -> bytes:

@@ -10,12 +10,12 @@ from socket import htons
 import pytest
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_NODE, SOURCE_POD
-from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, LAYOUT, RANGE_KEY, ROUTE, SETTINGS, SOURCE_KEY, U32
+from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, LAYOUT, RANGE_KEY, ROUTE, SETTINGS, SOURCE_KEY, U32, U64
 from ebpflb.decide import Outcome, Packet
 from ebpflb.model import Protocol
 from ebpflb.routes import Masquerade, Verdict
 from tests.tracers import Traced
-from tests.tracers.bpf import Tracer
+from tests.tracers.bpf import Tracer, bit_of
 
 LOCAL = frozenset(("127.0.0.1", "192.168.0.2"))
 VIP, NODE, POD, OUTSIDE = "172.30.0.41", "192.168.0.2", "10.0.1.9", "203.0.113.5"
@@ -29,7 +29,7 @@ def address(text: str) -> bytes:
 
 def half(verdict: Verdict = Verdict.FORWARD, masquerade: Masquerade = Masquerade.NEVER, ranges: int = 0) -> bytes:
     count = len(BACKENDS) if verdict is Verdict.FORWARD else 0
-    return ROUTE.pack(verdict, masquerade, 0, 0, 7, 20, count, 0, 0, ranges, 0)
+    return ROUTE.pack(verdict, masquerade, 0, 0, 7, 20, count, 0, 0, ranges, 0, 0)
 
 
 def maps(
@@ -41,7 +41,10 @@ def maps(
         U32.pack(at): BACKEND.pack(address(each), htons(8080), 1, 0, 7) for at, each in enumerate(BACKENDS, 100)
     }
     sources = {"10.0.0.0": (104, SOURCE_POD), "192.168.0.2": (128, SOURCE_NODE), "10.0.1.254": (128, SOURCE_NODE)}
+    cell, bit = divmod(bit_of(address(VIP)), 64)
     return {
+        "known": {U32.pack(cell): U64.pack(1 << bit)},
+        "owned": {},
         "frontends": {key: internal + (internal if external is None else external)},
         "names": {U32.pack(7): b""},
         "slots": {U32.pack(20 + at): number for at, number in enumerate(backends)},
@@ -64,6 +67,19 @@ def masked(found: Traced) -> list[bool]:
 
 def test_what_has_no_row_is_no_services() -> None:
     assert trace(maps(half()), POD, port=81) == Traced(Outcome.NOT_SERVICE)
+
+
+def test_a_port_that_a_cluster_ip_lacks_is_refused() -> None:
+    tables = maps(half())
+    tables["owned"][address(VIP)] = b""
+    assert trace(tables, POD, port=81) == trace(tables, NODE, port=81) == Traced(Outcome.REJECT, "tcp-reset")
+    assert trace(tables, POD).verdict is Outcome.FORWARD
+
+
+def test_nobody_looks_for_an_address_that_is_not_known() -> None:
+    tables = maps(half())
+    tables["known"].clear()
+    assert trace(tables, POD) == Traced(Outcome.NOT_SERVICE)
 
 
 def test_the_scope_goes_by_the_source() -> None:
@@ -137,6 +153,8 @@ def test_the_packet_path_cannot_change_a_port_of_sctp() -> None:
 def test_ipv6() -> None:
     tables = maps(half())
     tables["frontends"][FRONTEND_KEY.pack(address("fd00::41"), htons(80), Protocol.UDP)] = 2 * half(Verdict.REJECT)
+    cell, bit = divmod(bit_of(address("fd00::41")), 64)
+    tables["known"][U32.pack(cell)] = U64.pack(1 << bit)
     found = Tracer(tables, LOCAL).trace(Packet("fd00::9", "fd00::41", 80, Protocol.UDP))
     assert found == Traced(Outcome.REJECT, "icmp6-port-unreachable")
 
