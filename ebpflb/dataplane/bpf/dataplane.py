@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ebpflb.dataplane import Report, Requirement
-from ebpflb.dataplane.bpf import devices, facts, pins, syscall
+from ebpflb.dataplane.bpf import devices, facts, maglev, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows
@@ -154,6 +154,8 @@ class BpfDataplane:
             self._attach()
             return
         artifact = self._load_artifact()
+        if slow := maglev.missing():
+            log.warning("%s: run `make setup`, or reinstall", slow)
         cookie = facts.netns_cookie(self._cgroup)
         if cookie is None:
             raise Unsupported(

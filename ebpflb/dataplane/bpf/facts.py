@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
-from ebpflb.dataplane.bpf import syscall, tc
+from ebpflb.dataplane.bpf import maglev, syscall, tc
 from ebpflb.dataplane.bpf.artifact import compiler_version
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, cell, instruction, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
@@ -301,6 +301,13 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
             able and has_set_retval(),
             "bpf_set_retval, with which a refused connect fails at once",
             helps or "kernel 5.18 or newer",
+            essential=False,
+        ),
+        Requirement(
+            "maglev.c",
+            not maglev.missing(),
+            maglev.missing() or "fills tables of consistent hashing",
+            "run `make setup`, or reinstall with a C compiler at hand",
             essential=False,
         ),
         Requirement(
