@@ -59,7 +59,7 @@ class Link(NamedTuple):
     """A network device. `kind` is its driver's word ("" for hardware), `slave_kind` its master's ("bridge", "bond", …,
     "" without one); `master` is the master's index or 0; `type` is ARPHRD_…; `flags` are IFF_…; `mtu` in bytes; `mac`
     is its own link-layer address. `parent` is the index of the device that it lies on, or of a veth's peer; 0 for none
-    and for one in another network namespace. `vlan` is a VLAN's id where its tag is 802.1Q's, else 0. `xdp` are the ids
+    and for one in another network namespace, where `leads_away` is set. `vlan` is a VLAN's id where its tag is 802.1Q's, else 0. `xdp` are the ids
     of the XDP programs that run on it, by XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE."""
 
     ifindex: int
@@ -74,6 +74,7 @@ class Link(NamedTuple):
     parent: int = 0
     vlan: int = 0
     xdp: tuple[tuple[int, int], ...] = ()
+    leads_away: bool = False
 
 
 class InterfaceAddress(NamedTuple):
@@ -297,7 +298,7 @@ def _link(index: int, type: int, flags: int, has: dict[int, bytes]) -> Link:
     kind = text(info.get(1))
     data = attributes(info.get(2, b"")) if kind == "vlan" else {}
     tagged = kind == "vlan" and data.get(5, _TAG_8021Q) == _TAG_8021Q
-    elsewhere = 37 in has  # IFLA_LINK_NETNSID
+    away = 37 in has  # IFLA_LINK_NETNSID
     xdp = attributes(has.get(43, b""))
     return Link(
         index,
@@ -309,9 +310,10 @@ def _link(index: int, type: int, flags: int, has: dict[int, bytes]) -> Link:
         flags,
         mtu=number(has.get(4)),
         mac=has.get(1, b""),
-        parent=0 if elsewhere else number(has.get(5)),
+        parent=0 if away else number(has.get(5)),
         vlan=struct.unpack_from("=H", data[1])[0] if tagged and 1 in data else 0,
         xdp=tuple((mode, number(xdp[mode])) for mode in (XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE) if mode in xdp),
+        leads_away=away,
     )
 
 

@@ -70,6 +70,7 @@ class Bench:
             {"counter": "packet_forwarded", "value": 5},
             {"counter": "packet_dropped", "value": 0},
         ]
+        self.dataplane.rows["devices"] = [{"name": "eth0", "xdp": "native", "reason": ""}]
         self.source = Asked()
         self.counted: list[RouteTable] = []
         self.metrics = Metrics(

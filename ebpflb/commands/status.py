@@ -53,6 +53,15 @@ class Fill(msgspec.Struct, frozen=True):
     max: int
 
 
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """A device of the node's that might carry outside traffic: how our XDP program runs there (`native`, `generic` or
+    `off`), and why that is not native, or what it does not do there; "" for nothing to say."""
+
+    name: str
+    xdp: str
+    reason: str
+
+
 class SourceStatus(msgspec.Struct, frozen=True, rename="camel"):
     """How one source does: `state` is starting, live or stale, `since` RFC 3339 (null if it never changed), `failures`
     the attempts that failed since it last worked, `retry_in_seconds` null if none is planned."""
@@ -88,6 +97,7 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
     failed_attempts: int
     counts: Counts
     maps: tuple[Fill, ...]
+    devices: tuple[DeviceStatus, ...]
     problems: tuple[Found, ...]
 
 
@@ -101,10 +111,12 @@ def status_document(
     """The daemon's answer: a published document of one item."""
     troubles = list(overview.problems)
     fills: tuple[Fill, ...] = ()
+    devices: tuple[DeviceStatus, ...] = ()
     try:
         fills = msgspec.convert(dataplane.tables("fill"), tuple[Fill, ...])
+        devices = msgspec.convert(dataplane.tables("devices"), tuple[DeviceStatus, ...])
     except UserError:
-        pass  # a dataplane without tables of a fixed size
+        pass  # a dataplane without tables of a fixed size, or without XDP
     except EbpflbError as error:
         troubles.append(Found("status", dataplane.name, str(error)))
     status = Status(
@@ -126,6 +138,7 @@ def status_document(
         failed_attempts=overview.failures,
         counts=count(overview.routes),
         maps=fills,
+        devices=devices,
         problems=tuple(troubles),
     )
     item: Mapping[str, object] = msgspec.to_builtins(status)
@@ -179,6 +192,9 @@ def _text(status: Status, wide: bool) -> str:
     if fullest:
         rows = [(fill.name, str(fill.entries), str(fill.max), _percent(fill)) for fill in fullest]
         text += "\n" + table(("MAP", "ENTRIES", "MAX", "FILL"), rows)
+    if status.devices:
+        cells = [(device.name, device.xdp, device.reason) for device in status.devices]
+        text += "\n" + table(("DEVICE", "XDP", "REASON"), cells)
     if status.problems:
         shown = status.problems if wide else status.problems[:_FEW]
         text += "\n" + table(

@@ -89,6 +89,11 @@ class OwnMetrics:
         # For the sampler to fill.
         self.entries = Gauge("ebpflb_map_entries", "Rows in each of the kernel's tables", ("map",))
         self.room = Gauge("ebpflb_map_entries_max", "Rows for which each of the kernel's tables has room", ("map",))
+        self.devices = Gauge(
+            "ebpflb_xdp_device_info",
+            "1 for the mode in which XDP runs on a device that may carry outside traffic: native, generic or off",
+            ("device", "mode"),
+        )
         self.datapath = Counter(
             "ebpflb_datapath_events_total",
             "What became of new flows and odd packets, counted in the kernel",
@@ -159,7 +164,7 @@ class OwnMetrics:
         yield from (self._build, self._dataplane, self._whole, self._in_a_row, self._attempts, self._retries)
         yield from (self._seconds, self._lags, self._written, self._removed, self._refused, self._repaired)
         yield from (self._problems, *self._of_sources(), *self.amounts.values())
-        yield from (self.entries, self.room, self.datapath, self.looked, self.looking, self.unreadable)
+        yield from (self.entries, self.room, self.devices, self.datapath, self.looked, self.looking, self.unreadable)
         if self._each_service:
             yield from (self.connections, self.packets, self.bytes)
 

@@ -51,6 +51,11 @@ class _Fill(msgspec.Struct, frozen=True):
     max: int
 
 
+class _Device(msgspec.Struct, frozen=True):
+    name: str
+    xdp: str
+
+
 class _Count(msgspec.Struct, frozen=True):
     counter: str
     value: int
@@ -168,7 +173,7 @@ class Sampler:
     # ---- One look, in steps ----
 
     def _look(self) -> Iterator[None]:
-        for step in (self._look_at_counters, self._look_at_fill, self._look_at_traffic):
+        for step in (self._look_at_counters, self._look_at_fill, self._look_at_devices, self._look_at_traffic):
             try:
                 step()
             except UserError as error:
@@ -189,6 +194,10 @@ class Sampler:
         rows = msgspec.convert(self._dataplane.tables("fill"), list[_Fill])
         self._metrics.entries.replace({(row.name,): row.entries for row in rows})
         self._metrics.room.replace({(row.name,): row.max for row in rows})
+
+    def _look_at_devices(self) -> None:
+        rows = msgspec.convert(self._dataplane.tables("devices"), list[_Device])
+        self._metrics.devices.replace({(row.name, row.xdp): 1 for row in rows})
 
     def _look_at_traffic(self) -> None:
         if self._traffic is None:

@@ -17,7 +17,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import assembly, syscall, tc
 from ebpflb.dataplane.bpf.artifact import Artifact
-from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PROG_TYPE_SCHED_CLS
+from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
 from ebpflb.dataplane.bpf.devices import Devices, installed
 from ebpflb.routes import packed
@@ -177,6 +177,28 @@ def test_rows_follow_mtu_and_mac(namespace: Namespace, loaded: Loaded) -> None:
         namespace.ip("link set eth0 mtu 1400 address 02:00:00:00:00:07")
         wanted = Row(NONE, NONE, DEVICE_CLSACT, 1400, bytes.fromhex("020000000007"))
         until(devices, lambda: loaded.rows().get(index) == wanted, lambda: loaded.rows().get(index))
+
+
+def test_a_veth_into_another_namespace_is_marked_unless_it_is_on_a_bridge(namespace: Namespace, loaded: Loaded) -> None:
+    other = Namespace()
+    try:
+        namespace.ip("link add cni0 type bridge")
+        for device in ("routed", "bridged"):
+            namespace.ip(f"link add {device} type veth peer name {device}-in netns {other.name}")
+        namespace.ip("link set bridged master cni0")
+        namespace.ip("link add here type veth peer name there")
+        with running(namespace, loaded) as devices:
+
+            def marked() -> set[str]:
+                rows = loaded.rows()
+                found = {name: rows.get(namespace.index(name)) for name in devices.attached()}
+                return {name for name, row in found.items() if row is not None and row.flags & DEVICE_PEER}
+
+            assert marked() == {"routed"}
+            namespace.ip("link set bridged nomaster")
+            until(devices, lambda: marked() == {"routed", "bridged"}, marked)
+    finally:
+        other.remove()
 
 
 def test_pod_devices_are_marked(namespace: Namespace, loaded: Loaded) -> None:

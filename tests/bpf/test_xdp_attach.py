@@ -81,7 +81,7 @@ class Node:
             if program is None and mode != OFF and not unable:
                 program = self.own(globals()["program"]("ebpflb_xdp"))
             xdp = Xdp(mode, self.bpffs / pins.LINKS, program, unable)
-            devices = Devices(*self.tc, self.map, self.layout, patterns, vlans=self.vlans, xdp=xdp)
+            devices = Devices(self.tc[0], self.tc[1], self.map, self.layout, patterns, vlans=self.vlans, xdp=xdp)
             try:
                 yield Daemon(self, devices, syscall.prog_info(program).id if program is not None else 0)
             finally:

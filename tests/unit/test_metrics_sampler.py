@@ -42,6 +42,7 @@ def test_the_kernel_is_looked_at_before_the_first_scrape(bench: Bench) -> None:
     assert values['ebpflb_map_entries{map="frontends"}'] == 1
     assert values['ebpflb_map_entries_max{map="frontends"}'] == 10
     assert values['ebpflb_datapath_events_total{event="packet_forwarded"}'] == 5
+    assert values['ebpflb_xdp_device_info{device="eth0",mode="native"}'] == 1
     assert values["ebpflb_kernel_read_timestamp_seconds"] == bench.wall()
     amounts = {what: values[f"ebpflb_{what}"] for what in ("services", "frontends", "routes", "backends")}
     assert amounts == {"services": 2, "frontends": 2, "routes": 4, "backends": 3}
@@ -88,7 +89,7 @@ def test_a_look_that_takes_long_is_taken_less_often(bench: Bench) -> None:
     bench.scrape()
     due = bench.metrics.sampler.due()
     assert due is not None
-    assert due - bench.clock.now == pytest.approx(100)
+    assert due - bench.clock.now == pytest.approx(150)
 
 
 def test_changes_are_let_in_between_the_tables(bench: Bench) -> None:
@@ -105,7 +106,7 @@ def test_a_scrape_never_asks_the_dataplane_or_a_source(bench: Bench) -> None:
     bench.scrape()
     assert (bench.dataplane.asked, bench.source.asked) == ([], 0)
     bench.look()
-    assert (bench.dataplane.asked, bench.source.asked) == (["counters", "fill", "released"], 1)
+    assert (bench.dataplane.asked, bench.source.asked) == (["counters", "fill", "devices", "released"], 1)
 
 
 def test_an_unchanged_table_is_not_counted_again(bench: Bench) -> None:

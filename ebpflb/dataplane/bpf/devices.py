@@ -26,9 +26,15 @@ from typing import NamedTuple
 from ebpflb import rtnetlink
 from ebpflb.dataplane.bpf import syscall, tc, xdp_links
 from ebpflb.dataplane.bpf.artifact import Layout
-from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_POD, PREFIX, TC_HOOKS
+from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PREFIX, TC_HOOKS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows, VlanRows
-from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
+from ebpflb.dataplane.bpf.edges import (
+    is_edge,
+    is_out_of_reach,
+    is_pod_device,
+    leads_to_a_namespace,
+    masquerade_addresses,
+)
 from ebpflb.dataplane.bpf.xdp import Xdp
 from ebpflb.dataplane.bpf.xdp_choice import Surroundings, Told, vlans_of
 from ebpflb.dataplane.bpf.xdp_links import is_ours
@@ -275,6 +281,8 @@ class Devices:
             link = self._links[index]
             ipv4, ipv6 = masquerade_addresses(link, self._links, self._addresses, self._defaults)
             flags = DEVICE_POD if is_pod_device(link, self._links, self._pod_interface) else 0
+            if leads_to_a_namespace(link):
+                flags |= DEVICE_PEER
             row = self._rows.get(index)
             if self._attached.get(index, row is not None and row.made):
                 flags |= DEVICE_CLSACT

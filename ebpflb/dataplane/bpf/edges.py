@@ -59,6 +59,12 @@ def is_pod_device(link: Link, links: Mapping[int, Link], pod_interface: str) -> 
     return pod_interface in names
 
 
+def leads_to_a_namespace(link: Link) -> bool:
+    """Whether what leaves by `link` enters another network namespace, with nothing in between: a veth that is on no
+    bridge, whose other end is there."""
+    return link.kind == "veth" and link.leads_away and not link.master
+
+
 def masquerade_addresses(
     link: Link, links: Mapping[int, Link], held: Iterable[InterfaceAddress], defaults: Mapping[int, int]
 ) -> tuple[bytes, bytes]:
