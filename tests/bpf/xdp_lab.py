@@ -29,7 +29,7 @@ from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP
 from ebpflb.demo import namespaces
-from tests.bpf.loaded import UNSPEC, XDP_PASS, XDP_REDIRECT, XDP_TX, Device, Loaded, Ran
+from tests.bpf.loaded import SIZES, UNSPEC, XDP_PASS, XDP_REDIRECT, XDP_TX, Device, Loaded, Ran
 from tests.packets import ETHERNET, MAC_CLIENT, MAC_NODE, Packet, address, assert_same, assert_sound
 
 VLAN = 7
@@ -202,11 +202,11 @@ def _set_up() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def laboratory(artifact: Artifact) -> Iterator[Lab]:
+def laboratory(artifact: Artifact, sizes: Mapping[str, int] | None = None) -> Iterator[Lab]:
     """The programs and the devices; skips where this kernel's test run of XDP programs knows no devices."""
     with contextlib.ExitStack() as stack:
         namespace = stack.enter_context(devices())
-        node = Loaded(artifact, programs=("tc_ingress", "tc_egress", "xdp_ingress"))
+        node = Loaded(artifact, {**SIZES, **(sizes or {})}, programs=("tc_ingress", "tc_egress", "xdp_ingress"))
         stack.callback(node.close)
         with namespaces.inside(namespace):
             lab = Lab(node, namespace, {name: socket.if_nametoindex(name) for name in WIRES})
