@@ -7,6 +7,9 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 ARTIFACTS := artifacts
 
+# Hundreds of processes start here, on the emulated machine each for seconds, if every one has to compile our modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-pure test-properties test-root test-api test-api-versions test-vm test-vm-matrix lint bench vm clean
 
