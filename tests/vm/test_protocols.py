@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ebpflb.dataplane.bpf.artifact import load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval
 from ebpflb.dataplane.limits import limited
 from tests.box.modes import BPF, IPTABLES_LEGACY, IPTABLES_NFT, IPVS
@@ -33,6 +34,8 @@ MODES = (BPF, IPTABLES_NFT, IPTABLES_LEGACY, IPVS)
 @pytest.fixture(scope="module", params=MODES, ids=lambda mode: mode.name)
 def standing(request: pytest.FixtureRequest) -> Iterator[Small]:
     subprocess.run(["modprobe", "sctp"], check=True)
+    if request.param is BPF:
+        load_artifact(set_retval=has_set_retval())  # once, before two nodes' daemons do it at the same time
     with Small(request.param).running() as found:
         yield found
 
