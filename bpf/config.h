@@ -101,7 +101,6 @@
 #error "DEVICE_REDIRECT is not defined"
 #endif
 
-
 /* What other network namespaces' sockets count as, as bits of `settings.pod_sockets`. */
 #ifndef POD_SOCKETS_IPV4
 #error "POD_SOCKETS_IPV4 is not defined"

@@ -169,6 +169,7 @@ static inline void close_row(struct flow *flow)
 static inline void note_closing(const struct packet *packet, struct flow *flow)
 {
 	struct flow_key request = {};
+	struct flow *other;
 
 	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)) || (flow->flags & FLOW_CLOSING))
 		return;
@@ -194,7 +195,9 @@ static inline void note_closing(const struct packet *packet, struct flow *flow)
 	} else {
 		return;
 	}
-	close_row(flows.lookup(&request));
+	other = flows.lookup(&request);
+	if (other && other->port == packet->key.source_port && same_address(&other->address, &packet->key.source))
+		close_row(other); /* and not a new flow of the client's to another backend */
 }
 
 /*
@@ -352,6 +355,10 @@ static inline int complete_flow(const struct flow_key *key, struct flow *flow, c
 	other_key.protocol = key->protocol;
 	other_key.hook = HOOK_INGRESS;
 	other = flows.lookup(&other_key);
+	if (other && (other->beyond_port != key->destination_port ||
+		      (is_request ? other->client_port : other->port) != key->source_port ||
+		      !same_address(&other->beyond, &key->destination) || !same_address(&other->address, &key->source)))
+		other = 0; /* another flow has that tuple by now */
 
 	row.action = FLOW_UNDNAT;
 	row.flags = FLOW_MASQUERADE;
@@ -377,6 +384,12 @@ static inline int complete_flow(const struct flow_key *key, struct flow *flow, c
 	verdict = add_reply_row(&other_key, &row, node, now);
 	if (verdict != GO_ON)
 		return verdict;
+	if (!is_request && !other) {
+		/* A late reply of a flow that is over: its requests are another flow's now. */
+		flow->port = other_key.destination_port;
+		flow->flags &= ~FLOW_SHORT;
+		return GO_ON;
+	}
 
 	/* The frontend stays with the row, as `allocate_port` would have found it. */
 	client_port = other_key.destination_port;

@@ -306,7 +306,8 @@ _Static_assert(sizeof(struct socket_value) == 40, "struct socket_value");
  * and a network namespace to the socket path, whose sockets have no address yet.
  */
 struct affinity_key {
-	struct address client; /* CLIENT_NETNS: the cookie is in the first two words */
+	struct address
+		client; /* CLIENT_NETNS: the cookie in the first two words, whether it asked by IPv4 in the third */
 	u32 service;
 	u8 kind; /* CLIENT_… */
 	u8 pad[3];

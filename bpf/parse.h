@@ -116,7 +116,7 @@ static inline int parse_ports(void *data, void *end, struct packet *packet)
 
 static inline int parse_ipv4(void *data, void *end, struct packet *packet)
 {
-	struct iphdr *ip = data + packet->l3;
+	struct iphdr *ip = data + (packet->l3 & OFFSETS);
 	u16 fragment;
 
 	if ((void *)(ip + 1) > end)
@@ -147,8 +147,8 @@ struct extension {
 
 static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 {
-	struct ipv6hdr *ip = data + packet->l3;
-	u32 offset = packet->l3 + sizeof(*ip);
+	struct ipv6hdr *ip = data + (packet->l3 & OFFSETS);
+	u32 offset = (packet->l3 & OFFSETS) + sizeof(*ip);
 	u8 next;
 
 	if ((void *)(ip + 1) > end)
@@ -220,7 +220,7 @@ static inline void enter_error(struct packet *packet, u16 inner_header, u8 proto
 
 static inline int parse_error4(void *data, void *end, struct packet *packet)
 {
-	struct icmp_header *icmp = data + packet->l4;
+	struct icmp_header *icmp = data + (packet->l4 & OFFSETS);
 	struct iphdr *inner;
 	struct ports *ports;
 
@@ -245,7 +245,7 @@ static inline int parse_error4(void *data, void *end, struct packet *packet)
 
 static inline int parse_error6(void *data, void *end, struct packet *packet)
 {
-	struct icmp_header *icmp = data + packet->l4;
+	struct icmp_header *icmp = data + (packet->l4 & OFFSETS);
 	struct ipv6hdr *inner;
 	struct ports *ports;
 

@@ -148,6 +148,7 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 
 	client.client.word[0] = (u32)netns;
 	client.client.word[1] = (u32)(netns >> 32);
+	client.client.word[2] = is_ipv4(to); /* the families' backends differ */
 	client.kind = CLIENT_NETNS;
 	if (route->table)
 		hash = socket_hash(route->affinity ? netns : key.cookie, to, *port);

@@ -37,6 +37,33 @@ static inline int finish(struct __sk_buff *skb, int verdict)
 }
 
 /*
+ * Whether the packet begins with its IP header. Behind generic XDP the kernel copies many packets and forgets how long
+ * their link-layer header is (skb->mac_len; seen in 6.18), so that it does not show it to programs at ingress.
+ */
+static inline int is_headless(struct __sk_buff *skb)
+{
+	u8 *bytes = (void *)(long)skb->data;
+	u8 version = skb->protocol == swap16(ETH_P_IP) ? 4 : 6;
+	struct ethhdr *ethernet = (void *)bytes;
+
+	if (skb->len != skb->wire_len || (void *)(bytes + 15) > (void *)(long)skb->data_end)
+		return 0;
+	return bytes[0] >> 4 == version && (ethernet->h_proto != skb->protocol || bytes[14] >> 4 != version);
+}
+
+/* Show the header again: it is still there, before the packet. */
+static inline int restore_header(struct __sk_buff *skb)
+{
+	struct ethhdr ethernet = {};
+
+	if (bpf_skb_load_bytes_relative(skb, 0, &ethernet, sizeof(ethernet), BPF_HDR_START_MAC) ||
+	    bpf_skb_change_head(skb, sizeof(ethernet), 0) ||
+	    bpf_skb_store_bytes(skb, 0, &ethernet, sizeof(ethernet), 0))
+		return PASS;
+	return GO_ON;
+}
+
+/*
  * The headers are read in place. Only where they do not lie in the packet's linear part are they pulled there, since
  * that copies: the payload of what local sockets send is never linear, its headers always are.
  */
@@ -48,6 +75,8 @@ static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 	if (skb->vlan_present)
 		return PASS;
 	if (skb->protocol != swap16(ETH_P_IP) && skb->protocol != swap16(ETH_P_IPV6))
+		return PASS;
+	if (packet->key.hook == HOOK_INGRESS && is_headless(skb) && restore_header(skb) != GO_ON)
 		return PASS;
 	packet->l3 = sizeof(struct ethhdr);
 #pragma nounroll

@@ -63,16 +63,20 @@ class Mode(Protocol):
 
 class Bpf:
     """Socket and packet programs; with `xdp` (`native` or `generic`), also before the stack. "" says nothing of XDP,
-    and then none runs: not on a veth."""
+    and then none runs: not on a veth. `around`: from pod to pod around the stack."""
 
     dataplane = "bpf"
     variant = None
     under = ()
     ways = ("socket", "packet")
 
-    def __init__(self, xdp: str = "") -> None:
-        self.name = f"bpf-xdp-{xdp}" if xdp else "bpf"
-        self.options = ("--dataplane", "bpf", *(("--xdp", xdp) if xdp else ()))
+    def __init__(self, xdp: str = "", *, around: bool = False) -> None:
+        self.name = f"bpf-xdp-{xdp}" if xdp else "bpf-around" if around else "bpf"
+        self.options = (
+            *("--dataplane", "bpf"),
+            *(("--xdp", xdp) if xdp else ()),
+            *(("--pod-path", "redirect") if around else ()),
+        )
         self.xdp = xdp in ("native", "generic")
 
     def drops(self, say: Say, counters: Counters) -> int:
@@ -127,6 +131,7 @@ def kernel_has_ipvs() -> bool:
 
 
 BPF = Bpf()
+AROUND = Bpf(around=True)
 XDP_NATIVE, XDP_GENERIC, XDP_OFF = Bpf("native"), Bpf("generic"), Bpf("off")
 IPTABLES_NFT = Netfilter("iptables-nft", "iptables", "nft")
 IPTABLES_LEGACY = Netfilter("iptables-legacy", "iptables", "legacy")
