@@ -207,7 +207,7 @@ def status(parts: Parts | None, /, wait: float, output: str, **typed: Any) -> Re
 
 
 @root.command()
-@cli_options.looking
+@cli_options.checking
 @cli_options.output
 @click.pass_obj
 def check(parts: Parts | None, /, output: str, **typed: Any) -> Result:

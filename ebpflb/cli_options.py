@@ -133,7 +133,7 @@ _ROUTES = (
         "Whether 127.0.0.0/8 carries NodePorts.  [default: true]",
     ),
 )
-_RUN = (
+_DEVICES = (
     click.option(
         "--devices", multiple=True, metavar="PATTERN,...", help="Node devices for outside traffic.  [default: detected]"
     ),
@@ -143,6 +143,8 @@ _RUN = (
         help="Packets before the stack: in drivers that can (auto), also on veths (native), in none (generic).  "
         "[default: auto]",
     ),
+)
+_RUN = (
     click.option(
         "--min-sync-period",
         type=float,
@@ -256,10 +258,13 @@ _NODE = (
 looking = _group(_CONFIG, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that look at the kernel."""
 
+checking = _group(_CONFIG, _BPFFS, _CGROUP, *_DATAPLANE, *_DEVICES, *_LOG)
+"""Options of `check`."""
+
 routes = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_LOG)
 """Options of commands that also read the source."""
 
-daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_DATAPLANES, *_RUN, *_NODE, *_LOG)
+daemon = _group(_CONFIG, *_ROUTES, _BPFFS, _CGROUP, *_DATAPLANE, *_DATAPLANES, *_DEVICES, *_RUN, *_NODE, *_LOG)
 """Options of `run`."""
 
 status = _group(

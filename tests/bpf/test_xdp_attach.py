@@ -242,7 +242,7 @@ def test_somebody_elses_program_is_kept_until_it_goes(node: Node, mode: str) -> 
         assert node.running_on("eth0") == ((NATIVE, number),)
         assert daemon.told("eth0") == (OFF, f"somebody else's XDP program runs there (foreign, id {number})")
         (problem,) = daemon.problems()
-        assert problem.endswith("its packets are tc's")
+        assert problem.endswith("tc carries its packets")
         assert node.bits("eth0") == 0
         assert daemon.devices.audit() == 0
         assert "ebpflb_ingress" in node.namespace.filters("eth0", "ingress")
@@ -291,6 +291,40 @@ def test_a_device_that_appears_later_and_one_that_goes(node: Node) -> None:
         node.namespace.ip("link del renamed")
         daemon.until(lambda: not pin.exists(), pin.parent.iterdir)
         assert [told.device for told in daemon.devices.told()] == ["eth0"]
+
+
+def test_a_device_that_is_given_to_another_namespace_is_left_as_it_was(node: Node) -> None:
+    other = Namespace()
+    try:
+        with node.running(NATIVE) as daemon:
+            assert node.running_on("eth0")
+            node.namespace.ip(f"link set eth0 netns {other.name}")
+            daemon.until(lambda: "xdp" not in other.ip("link show eth0"), lambda: other.ip("link show eth0"))
+            assert not list((node.bpffs / pins.LINKS).iterdir())
+    finally:
+        other.remove()
+
+
+def test_a_tap_of_the_nodes_own_runs_natively_if_it_is_asked_for(node: Node) -> None:
+    node.namespace.ip("tuntap add tap0 mode tap")
+    node.namespace.ip("link set tap0 up")
+    node.namespace.ip("addr add 198.51.100.1/24 dev tap0")
+    with node.running(NATIVE) as daemon:
+        assert node.running_on("tap0") == ((NATIVE, daemon.program),)
+        assert node.bits("tap0") == BOTH
+    with node.running(AUTO):
+        assert node.running_on("tap0") == ()
+
+
+def test_a_device_whose_driver_runs_no_programs_is_named(node: Node) -> None:
+    node.namespace.ip("link add mv0 link eth0 type macvlan")
+    node.namespace.ip("addr add 198.51.100.1/24 dev mv0")
+    with node.running(NATIVE) as daemon:
+        mode, reason = daemon.told("mv0")
+        assert (mode, "not support" in reason) == (OFF, True), reason
+        assert [said for said in daemon.problems() if reason in said]
+    with node.namespace.entered():
+        assert ("mv0", OFF, "its driver runs no XDP programs", True) in survey(NATIVE, ())
 
 
 def test_a_device_that_loses_its_address_loses_xdp(node: Node) -> None:

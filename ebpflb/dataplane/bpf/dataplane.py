@@ -98,20 +98,22 @@ class BpfDataplane:
     # ---- Before anything is touched
 
     def requirements(self) -> tuple[Requirement, ...]:
-        """What this dataplane needs of the node, and what its devices offer."""
-        return (
-            *facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None),
-            *(_xdp_requirement(told) for told in self._told()),
-        )
+        """What this dataplane needs of the node, and what XDP comes to on its devices."""
+        try:
+            devices = tuple(_xdp_requirement(told) for told in self._told())
+        except ApplyError as error:
+            devices = (Requirement("XDP", False, str(error), essential=False),)
+        return (*self._needed(), *devices)
+
+    def _needed(self) -> tuple[Requirement, ...]:
+        return facts.requirements(self._bpffs, self._cgroup, compiled=self._artifact is not None)
 
     def check(self) -> None:
         """Raises Unsupported with all that is missing, and UserError for a cgroup or a pin directory that is none."""
         pins.require_place(self._bpffs)
         if self._cgroup is not None:
             cgroup_directory(self._cgroup)
-        missing = [
-            requirement for requirement in self.requirements() if requirement.essential and not requirement.found
-        ]
+        missing = [requirement for requirement in self._needed() if requirement.essential and not requirement.found]
         if missing and {requirement.name for requirement in missing} <= {"compiler", "headers"}:
             # What was compiled before needs no compiler now.
             try:

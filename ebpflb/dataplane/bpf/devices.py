@@ -135,7 +135,7 @@ class Devices:
             if is_out_of_reach(link, self._patterns)
         ]
         found += [
-            Problem(f"device {told.device}", f"no XDP: {told.reason}; its packets are tc's")
+            Problem(f"device {told.device}", f"XDP is not at work: {told.reason}; tc carries its packets")
             for told in self.told()
             if told.problem
         ]

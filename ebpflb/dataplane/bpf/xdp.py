@@ -282,7 +282,7 @@ class Xdp:
                 syscall.link_detach(fd)
         elif link is not None and is_ours(link):
             remove(self._netlink, link)
-        if link is not None and index in self._modes:
+        if link is not None:
             log.info("device %s: XDP runs no more", link.name)
         self._let_go(index)
 
@@ -338,4 +338,4 @@ class Xdp:
             return ""
         if self._able is None:
             return "nothing is sent by it: this kernel does not tell whether its other end takes frames"
-        return "nothing is sent by it before its other end has an XDP program or GRO (ethtool -K DEVICE gro on)"
+        return "nothing is sent by it before its other end has GRO (there: ethtool -K DEVICE gro on) or an XDP program"

@@ -74,10 +74,10 @@ def namespace() -> tuple[int, int]:
 
 
 def _name(program: int) -> str:
-    """The name of a program; "" if it has gone."""
+    """The name of a program; "" if it has gone. Raises PermissionError to who may not ask."""
     try:
         fd = syscall.program_by_id(program)
-    except OSError:
+    except FileNotFoundError:
         return ""
     try:
         return syscall.prog_info(fd).name

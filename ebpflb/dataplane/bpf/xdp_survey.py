@@ -30,13 +30,18 @@ def survey(mode: str, patterns: tuple[str, ...]) -> tuple[Told, ...]:
         wished = wish(link, around, mode) if is_edge(link, patterns) else Wish(OFF, told=False)
         if not wished.told:
             continue
-        if wished.mode == OFF:
-            found.append(Told(link.name, OFF, wished.reason, False))
-        elif is_ours(link):
+        try:
+            ours = is_ours(link)
+            other = foreign(link) if link.xdp and not ours else ""
+        except PermissionError:
+            ours, other = False, "an XDP program runs there; whose, root may ask"
+        if ours:
             native = dict(link.xdp).keys() == {rtnetlink.XDP_DRIVER}
             found.append(Told(link.name, NATIVE if native else GENERIC, "", False))
-        elif link.xdp:
-            found.append(Told(link.name, OFF, foreign(link), True))
+        elif wished.mode == OFF:
+            found.append(Told(link.name, OFF, wished.reason, False))
+        elif other:
+            found.append(Told(link.name, OFF, other, True))
         elif wished.mode == NATIVE and able is not None and not able.get(index, 0) & BASIC:
             found.append(Told(link.name, OFF, "its driver runs no XDP programs", mode == NATIVE))
         else:
