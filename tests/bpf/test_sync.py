@@ -11,6 +11,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -19,12 +20,14 @@ import pytest
 from ebpflb.dataplane.bpf import pins, syscall
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
-from ebpflb.dataplane.bpf.layouts import ROUTE, U32
+from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, CLIENT_NETNS, ROUTE, U32
+from ebpflb.dataplane.bpf.layouts import SIZES as SIZES_OF
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.tables import pack_frontend
 from ebpflb.errors import UserError
 from ebpflb.model import Protocol
 from ebpflb.routes import (
+    Algorithm,
     Backend,
     BackendState,
     Frontend,
@@ -39,13 +42,14 @@ from ebpflb.routes import (
     Verdict,
     cidr_order,
 )
-from tests.bpf.test_devices import Namespace
+from tests.bpf.namespaces import Namespace
 from tests.conftest import cgroup2
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 ROOMY = {"frontends": 80, "backends": 80, "slots": 80, "services": 80, "ranges": 80}
-SIDE = {"flows": 64, "sockets": 64, "fragments": 64, "sources": 16, "devices": 8}
+ROOMY |= {"owned": 80, "tables": 80}
+SIDE = {"flows": 64, "sockets": 64, "fragments": 64, "sources": 16, "devices": 8, "clients": 64}
 SIZES = Sizes(**ROOMY, **SIDE)
 BIGGER = Sizes(**{**ROOMY, "frontends": 160}, **SIDE)
 _numbers = itertools.count()
@@ -131,9 +135,28 @@ def table(count: int) -> RouteTable:
     return RouteTable(found, LOCALITY)
 
 
-def test_what_is_synced_is_what_is_held(node: Node) -> None:
+def rich(count: int) -> RouteTable:
+    """As `table`, with everything that a Service can ask for: a third hashes consistently, a third keeps clients, and
+    every cluster IP is owned."""
+    found: dict[Key, Route] = {}
+    for number in range(count):
+        found |= asking(number, hashing=number % 3 == 1, keeping=number % 3 == 2)
+    owned = {frontend.address: each.service.service for (frontend, _), each in found.items()}
+    return RouteTable(found, LOCALITY, owned=owned)
+
+
+def asking(number: int, count: int = 2, *, hashing: bool = False, keeping: bool = False) -> dict[Key, Route]:
+    algorithm = Algorithm.MAGLEV if hashing else Algorithm.RANDOM
+    return {
+        key: msgspec.structs.replace(route, algorithm=algorithm, affinity_seconds=60 if keeping else 0)
+        for key, route in rows(number, count).items()
+    }
+
+
+@pytest.mark.parametrize("kind", [table, rich])
+def test_what_is_synced_is_what_is_held(node: Node, kind: Callable[[int], RouteTable]) -> None:
     """state() == routes, read by another process from the pins; a second sync and a restart write nothing."""
-    routes = table(6)
+    routes = kind(6)
     dataplane = node.started()
     assert dataplane.state() == RouteTable()
     report = dataplane.sync(routes)
@@ -142,20 +165,24 @@ def test_what_is_synced_is_what_is_held(node: Node) -> None:
     assert node.dataplane().state() == routes
     again = dataplane.sync(routes)
     assert (again.written, again.removed, again.failed) == (0, 0, 0)
-    fresh = node.restarted().sync(RouteTable(dict(routes), LOCALITY))
+    assert node.dataplane().state().owned == routes.owned
+    restarted = node.restarted()
+    fresh = restarted.sync(RouteTable(dict(routes), LOCALITY, owned=routes.owned))
     assert (fresh.written, fresh.removed, fresh.failed) == (0, 0, 0)
+    audit = restarted.audit()
+    assert (audit.written, audit.removed, audit.failed) == (0, 0, 0)
 
 
 def test_changes_while_down_cost_the_change(node: Node) -> None:
     """One Service less and one backend more: its row, its set of three slots, one frontend; one name and one frontend
-    and two backends gone."""
+    and two backends gone, and an address' bit."""
     routes = table(4)
     node.started().sync(routes)
     gone = [key for key in routes if routes[key].service == service(3)]
     changed = routes.evolve(rows(2, 3), gone)
     dataplane = node.restarted()
     report = dataplane.sync(changed)
-    assert (report.written, report.removed, report.failed) == (1 + 3 + 1 + 2, 2, 0)
+    assert (report.written, report.removed, report.failed) == (1 + 3 + 1 + 2 + 1, 2, 0)
     assert dataplane.state() == changed
 
 
@@ -217,7 +244,47 @@ def _remove_frontend(maps: KernelMaps) -> None:
 
 
 def _foreign_frontend(maps: KernelMaps) -> None:
-    maps.put("frontends", pack_frontend(Frontend("192.0.2.1", 1, Protocol.TCP)), ROUTE.pack(*[0] * 4, 99, *[0] * 6) * 2)
+    maps.put("frontends", pack_frontend(Frontend("192.0.2.1", 1, Protocol.TCP)), ROUTE.pack(*[0] * 4, 99, *[0] * 7) * 2)
+
+
+def _disown(maps: KernelMaps) -> None:
+    keys, _ = maps.read("owned")
+    maps.remove("owned", keys[:16])
+
+
+def _own_what_is_nobodys(maps: KernelMaps) -> None:
+    maps.put("owned", bytes(16), bytes(128))
+
+
+def _know_nothing(maps: KernelMaps) -> None:
+    cells = maps.read_array("known", 0, maps.capacity["known"])
+    for at in range(len(cells) // 8):
+        if cells[at * 8 : at * 8 + 8].strip(b"\0"):
+            maps.put("known", U32.pack(at), bytes(8))
+
+
+def _know_everything(maps: KernelMaps) -> None:
+    maps.put("known", U32.pack(7), b"\xff" * 8)
+
+
+def _tear_table(maps: KernelMaps) -> None:
+    keys, values = maps.read("tables")
+    maps.put("tables", keys[:8], values[:2048][::-1])
+
+
+def _lose_table(maps: KernelMaps) -> None:
+    keys, _ = maps.read("tables")
+    maps.remove("tables", keys[:8])
+
+
+def _lose_member(maps: KernelMaps) -> None:
+    keys, _ = maps.read("members")
+    maps.remove("members", keys[:8])
+
+
+def _leave_rows_of_sets(maps: KernelMaps) -> None:
+    maps.put("tables", U32.pack(70) + U32.pack(0), bytes(2048))
+    maps.put("members", U32.pack(70) + U32.pack(1), bytes(4))
 
 
 def _move_backend(maps: KernelMaps) -> None:
@@ -244,27 +311,155 @@ def _zero_settings(maps: KernelMaps) -> None:
     maps.put("settings", U32.pack(0), bytes(64))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [_remove_frontend, _foreign_frontend, _move_backend, _lose_name, _lose_range, _lose_source, _zero_settings],
-    ids=lambda damage: damage.__name__.strip("_"),
-)
+DAMAGE = [
+    _remove_frontend,
+    _foreign_frontend,
+    _move_backend,
+    _lose_name,
+    _lose_range,
+    _lose_source,
+    _zero_settings,
+    _disown,
+    _own_what_is_nobodys,
+    _know_nothing,
+    _know_everything,
+    _tear_table,
+    _lose_table,
+    _lose_member,
+    _leave_rows_of_sets,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
 def test_audit_repairs_what_somebody_changed(node: Node, damage: Callable[[KernelMaps], None]) -> None:
     dataplane = node.started()
-    routes = table(4)
+    limited = rows(0, source_ranges=("10.0.0.0/8", "203.0.113.0/24"))
+    routes = rich(4).evolve(limited)
     dataplane.sync(routes)
-    names = ("frontends", "backends", "names", "ranges", "sources", "settings")
+    with opened(node, *DESIRED) as maps:
+        before = held(maps)
+        damage(maps)
+        assert held(maps) != before
+        report = dataplane.audit()
+        assert report.complete and report.written + report.removed
+        assert dataplane.state() == routes and dataplane.state().owned == routes.owned
+        after = held(maps)
+        for each in ("owned", "known", "sources", "settings"):
+            assert after[each] == before[each]
+        for each in ("tables", "members"):  # a Service that was lost is made anew, in other slots
+            assert len(after[each]) == len(before[each])
+    quiet = dataplane.audit()
+    assert (quiet.written, quiet.removed) == (0, 0)
+
+
+DESIRED = (
+    "frontends",
+    "backends",
+    "names",
+    "ranges",
+    "sources",
+    "settings",
+    "owned",
+    "known",
+    "tables",
+    "members",
+    "affinity",
+)
+
+
+@contextmanager
+def opened(node: Node, *names: str) -> Iterator[KernelMaps]:
+    """The pinned maps of these names."""
     descriptors = {name: syscall.obj_get(str(node.bpffs / pins.MAPS / name)) for name in names}
     try:
-        damage(KernelMaps(descriptors))
+        yield KernelMaps(descriptors)
     finally:
         for fd in descriptors.values():
             os.close(fd)
-    report = dataplane.audit()
-    assert report.complete and report.written + report.removed
-    assert dataplane.state() == routes
-    quiet = dataplane.audit()
-    assert (quiet.written, quiet.removed) == (0, 0)
+
+
+def held(maps: KernelMaps) -> dict[str, frozenset[tuple[bytes, bytes]]]:
+    """All rows by map."""
+    found = {}
+    for table in DESIRED:
+        keys, values = maps.read(table)
+        width, size = SIZES_OF[table]
+        count = len(keys) // width
+        found[table] = frozenset(
+            (keys[at * width : (at + 1) * width], values[at * size : (at + 1) * size]) for at in range(count)
+        )
+    return found
+
+
+def test_the_algorithm_of_a_live_service_changes_by_one_row(node: Node) -> None:
+    """The table is there before the row that names it, the slots stay as they are, and nothing is left of it after."""
+    plain, hashing = asking(1), asking(1, hashing=True)
+    dataplane = node.started()
+    routes = RouteTable(plain, LOCALITY)
+    dataplane.sync(routes)
+    with opened(node, "slots", "tables", "frontends") as maps:
+        slots = maps.read_array("slots", 0, 80)
+        routes = routes.evolve(hashing)
+        report = dataplane.sync(routes)
+        assert (report.written, report.removed, report.failed) == (1 + 1, 0, 0)
+        assert dataplane.state() == routes
+        assert maps.read_array("slots", 0, 80) == slots
+        report = dataplane.sync(routes.evolve(plain))
+        assert (report.written, report.removed, report.failed) == (1, 1, 0)
+        assert maps.read("tables")[0] == b"" and maps.read_array("slots", 0, 80) == slots
+
+
+def test_no_room_for_a_table_costs_its_service_alone(node: Node) -> None:
+    """It keeps its old row, is named, and has its table once there is room."""
+    dataplane = node.started(Sizes(**{**ROOMY, "tables": 2}, **SIDE))
+    routes = RouteTable({**asking(0, hashing=True), **asking(1, hashing=True), **asking(2)}, LOCALITY)
+    assert dataplane.sync(routes).complete
+    wanted = routes.evolve(asking(2, hashing=True))
+    for _ in range(2):
+        report = dataplane.sync(wanted)
+        assert report.failed == 1
+        assert {problem.subject: problem.reason for problem in report.problems} == {
+            "default/s2:http": "the map tables is full (2 entries)"
+        }
+        assert dataplane.state() == routes
+    wanted = wanted.evolve({}, list(rows(0)))
+    for _ in range(2):  # the first frees what the second takes
+        report = dataplane.sync(wanted)
+    assert report.complete and dataplane.state() == wanted
+
+
+def test_clients_are_forgotten_with_their_services_affinity(node: Node) -> None:
+    """Switched off, or gone with the Service; who keeps its clients keeps them, over a restart too."""
+    routes = RouteTable({**asking(0, keeping=True), **asking(1, keeping=True), **asking(2, keeping=True)}, LOCALITY)
+    dataplane = node.started()
+    dataplane.sync(routes)
+    ids = {row["service"]["name"]: row["id"] for row in dataplane.tables("services")}  # type: ignore[index]
+    with opened(node, "affinity") as maps:
+        for name in ids:
+            key = AFFINITY_KEY.pack((4026531840).to_bytes(8, "little"), ids[name], CLIENT_NETNS)
+            maps.put("affinity", key, AFFINITY.pack(1, 0, 0))
+    assert {row["service"]["name"] for row in dataplane.tables("affinity")} == {"s0", "s1", "s2"}  # type: ignore[index]
+    routes = routes.evolve(asking(0), list(rows(1)))
+    dataplane.sync(routes)
+    (left,) = dataplane.tables("affinity")
+    assert (left["service"], left["client"]) == (
+        {"namespace": "default", "name": "s2", "port": "http"},
+        "netns:4026531840",
+    )
+    fresh = node.restarted()
+    fresh.sync(RouteTable(dict(routes), LOCALITY))
+    assert [row["client"] for row in fresh.tables("affinity")] == ["netns:4026531840"]
+
+
+def test_what_is_left_to_a_successor_owns_nothing(node: Node) -> None:
+    """Ports of a cluster IP are refused by whoever carries it: not by us any more."""
+    dataplane = node.started()
+    dataplane.sync(rich(3))
+    assert dataplane.retire()
+    state = dataplane.state()
+    assert len(state) == 0 and len(state.owned) == 0
+    with opened(node, "known") as maps:
+        assert not maps.read_array("known", 0, maps.capacity["known"]).strip(b"\0")
 
 
 def test_audit_attaches_again_what_somebody_detached(node: Node) -> None:
