@@ -16,6 +16,8 @@ from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval
 from ebpflb.demo import namespaces
 from tests.bpf.loaded import TEST_CHECKSUM_COMPLETE, Loaded
+from tests.bpf.sock_lab import Lab as SockLab
+from tests.bpf.sock_lab import sockets_laboratory
 from tests.bpf.xdp_lab import Lab, laboratory
 
 
@@ -68,3 +70,19 @@ def lab(request: pytest.FixtureRequest, lab_once: Lab) -> Iterator[Lab]:
     with namespaces.inside(lab_once.namespace):
         lab_once.clear(request.param)
         yield lab_once
+
+
+@pytest.fixture(scope="session")
+def sock_lab_once(artifact: Artifact) -> Iterator[SockLab]:
+    """The socket programs, attached to a cgroup of their own."""
+    with sockets_laboratory(artifact) as made:
+        yield made
+
+
+@pytest.fixture
+def sock_lab(sock_lab_once: SockLab) -> Iterator[SockLab]:
+    """The socket programs with empty maps, and settings that name the node's namespace."""
+    sock_lab_once.loaded.clear()
+    sock_lab_once.put_settings()
+    yield sock_lab_once
+    sock_lab_once.close_sockets()
