@@ -1,6 +1,6 @@
 """Runs stages of the Makefile, some at once, and tells what they said as if they had run one after the other.
 
-    python -m tests.stages lint test-pure test-root test-vm     two at once, or one where there is one processor
+    python -m tests.stages lint test-pure test-box test-vm      two at once, or one where there is one processor
     python -m tests.stages --at-once 1 lint test-pure           one after the other
 
 Rules of this file: stages begin in the order in which they are named, and each is told whole, in that order: the first
