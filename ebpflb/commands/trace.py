@@ -1,12 +1,15 @@
 """`trace`: what the live tables do with a packet, step by step.
 
 Rules of this file: the tables are read from the kernel and judged by `decide`, so the answer is the same for every
-dataplane.
+dataplane. What `decide` cannot know, where a client with session affinity went before, is asked of the dataplane.
 """
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
+
+import msgspec
 
 from ebpflb.commands import NOT_A_SERVICE, NOT_FORWARDED, OK, Result
 from ebpflb.commands.patience import require_privilege
@@ -16,6 +19,7 @@ from ebpflb.errors import UserError
 from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, Item, backend_item, document, endpoint_text, service_item
 from ebpflb.parts import Parts, holder
+from ebpflb.routes import Frontend
 
 _FEW = 10
 
@@ -52,10 +56,50 @@ def trace(config: Config, parts: Parts, *, packet: Packet, form: Format) -> Resu
     require_privilege(parts)
     dataplane = holder(parts.dataplanes(config), config.dataplane)
     decision = decide(dataplane.state(), packet)
+    if decision.candidates and decision.route and decision.route.affinity_seconds:
+        decision = with_memory(decision, packet, dataplane.tables("affinity"))
     status = {Outcome.FORWARD: OK, Outcome.NOT_SERVICE: NOT_A_SERVICE}.get(decision.verdict, NOT_FORWARDED)
     if form.structured:
         return Result(document("Trace", [_item(dataplane.name, packet, decision)], form), status)
     return Result(_text(packet, decision, most=None if form is Format.WIDE else _FEW), status)
+
+
+def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> Decision:
+    """The decision once it is known where the client went before: `clients` are the items of `dump affinity`."""
+    route = decision.route
+    assert route is not None
+    frontend = str(Frontend(packet.destination, packet.port, packet.protocol))
+    for row in clients:
+        if (
+            row["client"] != packet.source
+            or row["service"] != service_item(route.service)
+            or row.get("protocol", packet.protocol.name) != packet.protocol.name
+            or row.get("frontend", frontend) != frontend
+            or _seconds_left(row, route.affinity_seconds) <= 0
+        ):
+            continue
+        kept = [
+            each
+            for each in decision.candidates
+            if endpoint_text(each.backend.address, each.backend.port) == row["backend"]
+        ]
+        if kept:
+            step = f"{packet.source} is remembered: it goes to {row['backend']}, as before"
+        else:
+            gone = row["backend"] or "where it went"
+            step = f"{packet.source} is remembered, but {gone} takes no new flows: chosen anew"
+        return msgspec.structs.replace(
+            decision, candidates=tuple(kept) or decision.candidates, reasons=(*decision.reasons, step)
+        )
+    return msgspec.structs.replace(
+        decision, reasons=(*decision.reasons, f"{packet.source} is not remembered: chosen anew, and remembered then")
+    )
+
+
+def _seconds_left(row: Item, affinity: int) -> float:
+    """How long a client is remembered for still; not every dataplane says so itself."""
+    left = row.get("secondsLeft", affinity - float(str(row.get("idleSeconds", 0))))
+    return float(str(left))
 
 
 def _item(dataplane: str, packet: Packet, decision: Decision) -> Item:

@@ -135,8 +135,8 @@ def test_few_flows_move_when_a_backend_leaves(box: Box, family: str) -> None:
         second = chosen(box, to, ports)
     assert SERVERS[0] not in second.values()
     moved = [port for port in ports if first[port] != SERVERS[0] and second[port] != first[port]]
-    # Up to 1.5 % of the places: of some 50 flows more than 5 once in 10^5.
-    assert len(moved) <= 5, moved
+    # Of these five's places 2 % move: of some 50 flows more than 8 once in 10^6.
+    assert len(moved) <= 8, moved
     web.endpoints(*SERVERS)
     with brought_to(box, "node3"):
         assert chosen(box, to, ports) == first

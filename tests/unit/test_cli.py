@@ -583,6 +583,52 @@ def test_trace_in_json(shell: Shell) -> None:
     assert len(item["steps"]) >= 3  # type: ignore[arg-type]
 
 
+WEB = {"namespace": "ns", "name": "web", "port": "p80"}
+LATELY = {"service": WEB, "protocol": "TCP", "client": "10.180.0.9", "secondsLeft": 590.0}
+
+
+@pytest.mark.parametrize(
+    ("remembered", "step", "candidates"),
+    [
+        ({**LATELY, "backend": "10.180.1.1:8080"}, "it goes to 10.180.1.1:8080, as before", 1),
+        ({**LATELY, "backend": "10.180.7.7:8080"}, "10.180.7.7:8080 takes no new flows: chosen anew", 2),
+        ({**LATELY, "backend": None}, "where it went takes no new flows: chosen anew", 2),
+        ({**LATELY, "backend": "10.180.1.1:8080", "secondsLeft": 0.0}, "10.180.0.9 is not remembered", 2),
+        ({**LATELY, "backend": "10.180.1.1:8080", "client": "10.180.0.8"}, "10.180.0.9 is not remembered", 2),
+        ({**LATELY, "backend": "10.180.1.1:8080", "protocol": "UDP"}, "10.180.0.9 is not remembered", 2),
+        ({**LATELY, "backend": "10.180.1.1:8080", "service": {**WEB, "name": "a"}}, "10.180.0.9 is not remembered", 2),
+        ({**LATELY, "backend": "10.180.1.1:8080", "frontend": "10.0.0.9:80/TCP"}, "10.180.0.9 is not remembered", 2),
+        (
+            {"service": WEB, "client": "10.180.0.9", "backend": "10.180.1.1:8080", "idleSeconds": 599.0},
+            "it goes to 10.180.1.1:8080, as before",
+            1,
+        ),
+        (
+            {"service": WEB, "client": "10.180.0.9", "backend": "10.180.1.1:8080", "idleSeconds": 601.0},
+            "10.180.0.9 is not remembered",
+            2,
+        ),
+    ],
+)
+def test_trace_of_a_client_with_session_affinity(
+    shell: Shell, remembered: dict[str, object], step: str, candidates: int
+) -> None:
+    """Whatever its dataplane says of clients, and however: it is one of these for bpf, IPVS or iptables."""
+    world = World(held=routes(*both(backends=("10.180.0.1", "10.180.1.1"), affinity_seconds=600)))
+    world.dataplane.rows["affinity"] = [remembered]
+    (item,) = shell(world, "trace", "10.180.0.9", "172.30.0.41:80", "-o", "json").items
+    steps = item["steps"]
+    assert isinstance(steps, list) and step in steps[-1], steps
+    assert len(item["candidates"]) == candidates  # type: ignore[arg-type]
+
+
+def test_trace_of_a_port_that_a_cluster_ip_does_not_have(shell: Shell) -> None:
+    world = World(held=routes(*both(), owned={"172.30.0.41": ServiceName("ns", "web")}))
+    said = shell(world, "trace", "10.180.0.9", "172.30.0.41:4711")
+    assert said.status == 6
+    assert "a cluster IP of ns/web, which has no such port: refused at once" in said.out
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -6,6 +6,7 @@ Rules of this file: it reads. Of a flow's idleness conntrack only tells when it 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import socket
 import struct
@@ -109,7 +110,8 @@ def recent(chains: Mapping[str, Item]) -> list[Item]:
             seen = _SEEN.match(line)
             if seen:
                 idle = ((now - int(seen[2])) & 0xFFFFFFFF) / hertz
-                found.append({**item, "client": seen[1], "idleSeconds": round(idle, 1)})
+                client = str(ipaddress.ip_address(seen[1]))  # of IPv6 it says every digit
+                found.append({**item, "client": client, "idleSeconds": round(idle, 1)})
     return found
 
 
