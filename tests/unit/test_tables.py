@@ -10,16 +10,18 @@ from collections.abc import Iterable
 import msgspec
 import pytest
 
-from ebpflb.dataplane.bpf import layouts
+from ebpflb.dataplane.bpf import layouts, remembered
 from ebpflb.dataplane.bpf.constants import POD_SOCKETS_IPV4, POD_SOCKETS_IPV6, SOURCE_NODE, SOURCE_POD
 from ebpflb.dataplane.bpf.inspect import Inspector
+from ebpflb.dataplane.bpf.known import known_bit
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, REQUIRED, SIZES, SOURCE_KEY, U32, check_layouts, size_of
 from ebpflb.dataplane.bpf.locality import pack_settings, pack_sources
 from ebpflb.dataplane.bpf.tables import pack_frontend, pack_name, unpack_network
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.errors import Unsupported, UserError
-from ebpflb.model import Protocol
+from ebpflb.model import Protocol, ServiceName
 from ebpflb.routes import (
+    Algorithm,
     Backend,
     BackendState,
     Frontend,
@@ -78,6 +80,12 @@ def writer(maps: FakeMaps) -> Writer:
         ("flow", layouts.FLOW),
         ("socket_key", layouts.SOCKET_KEY),
         ("socket_value", layouts.SOCKET_VALUE),
+        ("owner", layouts.OWNER),
+        ("table_key", layouts.TABLE_KEY),
+        ("member_key", layouts.MEMBER_KEY),
+        ("affinity_key", layouts.AFFINITY_KEY),
+        ("affinity", layouts.AFFINITY),
+        ("vlan_key", layouts.VLAN_KEY),
     ],
 )
 def test_packers_have_the_size_of_their_rows(name: str, packer: struct.Struct) -> None:
@@ -417,6 +425,108 @@ def test_a_flow_is_one_item_of_up_to_four_rows() -> None:
         "idleSeconds": 10.0,
         "ageSeconds": 100.0,
     }
+
+
+def test_a_flow_that_xdp_began_tells_its_source_in_one_row() -> None:
+    """It has no rows of egress: the request's tells both ends, and the reply's, where it enters, is its last use."""
+    maps = FakeMaps()
+    writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1)))))
+    client, to, pod, node = (packed(text) for text in ("203.0.113.9", "172.30.0.1", "10.180.0.1", "192.168.0.2"))
+    ports = {name: socket.htons(port) for name, port in (("client", 40000), ("to", 80), ("pod", 8080), ("node", 1500))}
+    flags = remembered.FLOW_WHOLE | remembered.FLOW_MASQUERADE
+    maps.put(
+        "flows",
+        layouts.FLOW_KEY.pack(client, to, ports["client"], ports["to"], 6, 0, 0)
+        + layouts.FLOW_KEY.pack(pod, node, ports["pod"], ports["node"], 6, 0, 0),
+        layouts.FLOW.pack(pod, ports["pod"], ports["node"], 0, flags, 0, 1, 1, 500, 500, node, ports["node"], 0)
+        + layouts.FLOW.pack(client, 0, 0, 2, flags, 0, 1, 1, 750, 500, to, ports["to"], ports["client"]),
+    )
+    (flow,) = Inspector(maps, (), lambda: 1000).tables("flows")
+    assert (flow["source"], flow["backend"]) == ("192.168.0.2:1500", "10.180.0.1:8080")
+    assert (flow["idleSeconds"], flow["ageSeconds"]) == (1.0, 2.0)
+
+
+def test_affinity_says_who_goes_where_and_for_how_long() -> None:
+    """Clients are addresses, or namespaces of sockets; a backend that has gone is null."""
+    maps = FakeMaps()
+    writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1, 2), affinity_seconds=60))))
+    for client, kind, backend, seen in (
+        (packed("203.0.113.9"), layouts.CLIENT_ADDRESS, 2, 900),
+        ((4026531840).to_bytes(16, "little"), layouts.CLIENT_NETNS, 99, 1000 - 61 * 250),
+    ):
+        key = layouts.AFFINITY_KEY.pack(client, 1, kind)
+        maps.put("affinity", key, layouts.AFFINITY.pack(backend, 0, seen % 2**64))
+    name = {"namespace": "default", "name": "web", "port": "http"}
+    assert Inspector(maps, (), lambda: 1000).tables("affinity") == [
+        {
+            "service": name,
+            "protocol": "TCP",
+            "client": "203.0.113.9",
+            "backend": "10.180.0.2:8080",
+            "idleSeconds": 0.4,
+            "secondsLeft": 59.6,
+        },
+        {
+            "service": name,
+            "protocol": "TCP",
+            "client": "netns:4026531840",
+            "backend": None,
+            "idleSeconds": 61.0,
+            "secondsLeft": 0.0,
+        },
+    ]
+
+
+def test_maglev_says_how_much_each_backend_has() -> None:
+    """By weight; one item for all frontends that share a table."""
+    maps = FakeMaps()
+    heavy = (backends(1)[0], msgspec.structs.replace(backends(2)[0], weight=3))
+    made = route(to=heavy, algorithm=Algorithm.MAGLEV)
+    writer(maps).sync(RouteTable(both(frontend(1), made) | both(frontend(2, 8080), made)))
+    (item,) = Inspector(maps, (), lambda: 0).tables("maglev")
+    assert (item["service"], item["protocol"], item["size"]) == (
+        {"namespace": "default", "name": "web", "port": "http"},
+        "TCP",
+        1021,
+    )
+    assert isinstance(item["backends"], list)
+    one, other = item["backends"]
+    assert (one["address"], one["port"], one["weight"]) == ("10.180.0.1", 8080, 1)
+    assert one["share"] == pytest.approx(0.25, abs=0.002) and other["share"] == pytest.approx(0.75, abs=0.002)
+
+
+def test_sources_say_who_may_use_a_load_balancer() -> None:
+    """Behind those that tell nodes and pods apart."""
+    maps = FakeMaps()
+    ranges = ("203.0.113.0/24", "2001:db8::/32")
+    lb = route(to=backends(1), kind=Kind.LOAD_BALANCER, source_ranges=ranges[:1])
+    rows = both(frontend(1), route(to=backends(1))) | both(frontend(2), lb) | both(frontend(3), lb)
+    writer(maps).sync(RouteTable(rows, Locality(("192.168.0.2",), ())))
+    assert Inspector(maps, (), lambda: 0).tables("sources") == [
+        {"cidr": "192.168.0.2/32", "node": True, "pod": False},
+        {
+            "cidr": "203.0.113.0/24",
+            "node": False,
+            "pod": False,
+            "mayUse": ["172.30.0.2:80/TCP", "172.30.0.3:80/TCP"],
+        },
+    ]
+
+
+def test_raw_has_every_map_that_holds_anything() -> None:
+    """Field by field: names as text, tables as positions; of arrays, what was ever used."""
+    maps = FakeMaps()
+    made = route(to=backends(1), algorithm=Algorithm.MAGLEV, affinity_seconds=60)
+    writer(maps).sync(RouteTable(both(frontend(1), made), owned={"172.30.0.1": ServiceName("default", "web")}))
+    every = {"counters", "devices", "vlans", "fragments", "sockets", "marks"}
+    for each in every - maps.tables.keys():
+        maps.tables[each], maps.capacity[each] = {}, 1
+    items = {str(item["map"]): item for item in Inspector(maps, (), lambda: 0).tables("raw")}
+    assert items["owned"]["value"] == {"namespace": "default", "name": "web"}
+    assert items["owned"]["key"] == {"word": "172.30.0.1"}
+    assert items["tables"]["value"] == {"position": [0] * 1024}
+    assert items["members"] == {"map": "members", "key": {"slots": 0, "backend": 1}, "value": 0}
+    assert items["known"]["key"] == known_bit(packed("172.30.0.1")) >> 6
 
 
 def test_every_fake_table_has_a_size() -> None:
