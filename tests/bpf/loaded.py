@@ -31,6 +31,9 @@ DNAT, SNAT, UNSNAT, UNDNAT = range(4)
 CLOSING, UNALLOCATED, MASQUERADED, DIRECT, WHOLE, SHORT = 1, 2, 4, 8, 16, 32
 
 LAYOUT = 2
+SECOND = 100
+"""Jiffies, as far as rows of tests say."""
+
 XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = range(5)
 TABLE_SIZES = (0, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
 TABLE_PART = 1024
@@ -247,7 +250,7 @@ class Loaded:
             "flow_idle": 1 << 40,
             "refresh": 1,
             "layout": LAYOUT,
-            "second": 100,
+            "second": SECOND,
             "snat_low": 32768,
             "snat_high": 60999,
         }
@@ -437,6 +440,23 @@ class Loaded:
                 )
             )
         return sorted(rows, key=lambda row: (row.action, row.source, row.sport))
+
+    def clients(self) -> dict[tuple[bytes, int, int], tuple[int, int, int]]:
+        """The rows of `affinity`: {(client, service, kind): (backend, position, seen)}."""
+        keys, values, count = syscall.lookup_all(self.maps["affinity"])
+        found = {}
+        for at in range(count):
+            client, service, kind = struct.unpack_from("=16sIB", keys, 24 * at)
+            found[client, service, kind] = struct.unpack_from("=IIQ", values, 16 * at)
+        return found
+
+    def age_clients(self, seconds: float) -> None:
+        """Every client's last new connection was so much longer ago."""
+        keys, values, count = syscall.lookup_all(self.maps["affinity"])
+        for at in range(count):
+            backend, position, seen = struct.unpack_from("=IIQ", values, 16 * at)
+            row = struct.pack("=IIQ", backend, position, seen - int(seconds * SECOND))
+            syscall.update(self.maps["affinity"], keys[24 * at : 24 * (at + 1)], row)
 
     # ---- packets
 
