@@ -4,8 +4,8 @@
  *
  * Only where it is asked for (GO_AROUND), since whatever else would see the packet in between does not: netfilter, conntrack,
  * other programs at the pods' devices. A flow goes around in both directions or in none, which is decided when it
- * begins: conntrack must not see half of it. A packet for which the way is not there now (no neighbour, a fragment) goes
- * through the stack with the same translation.
+ * begins by its devices: conntrack must not see half of it. A packet for which the way is not there now (no neighbour,
+ * a fragment) goes through the stack with the same translation.
  */
 #ifndef EBPFLB_AROUND_H
 #define EBPFLB_AROUND_H
@@ -71,6 +71,7 @@ static inline int find_way_around(struct __sk_buff *skb, const struct packet *pa
 	u32 cell = hop_number(&nothing, destination, entered);
 	struct device *device;
 	struct hop *hop;
+	long found;
 
 	if (packet->fragment != WHOLE || packet->hops <= 1 || skb->pkt_type != PACKET_FOR_US)
 		return PASS;
@@ -79,11 +80,17 @@ static inline int find_way_around(struct __sk_buff *skb, const struct packet *pa
 		return PASS;
 	if (!is_current_hop(hop, &nothing, destination, entered, now)) {
 		hop->until = 0; /* what is half written is never believed */
-		if (ask_fib(skb, packet, &packet->key.source, destination, skb->ifindex, 0, &fib))
+		found = ask_fib(skb, packet, &packet->key.source, destination, skb->ifindex, 0, &fib);
+		if (found && found != BPF_FIB_LKUP_RET_NO_NEIGH)
 			return PASS;
 		leaving = fib.ifindex;
+		if (!is_peer(leaving))
+			return PASS;
+		skb->cb[HOW] = FLOW_AROUND;
+		if (found)
+			return PASS; /* the stack asks for the neighbour; what comes later goes around */
 		device = devices.lookup(&leaving);
-		if (!device || !(device->flags & DEVICE_PEER))
+		if (!device)
 			return PASS;
 		keep_hop(hop, &fib, &nothing, destination, entered, device->mtu, now + node->refresh);
 	}

@@ -36,7 +36,7 @@ from ebpflb.dataplane.bpf.edges import (
     masquerade_addresses,
 )
 from ebpflb.dataplane.bpf.xdp import Xdp
-from ebpflb.dataplane.bpf.xdp_choice import Surroundings, Told, vlans_of
+from ebpflb.dataplane.bpf.xdp_choice import Surroundings, Told, is_way_out, vlans_of
 from ebpflb.dataplane.bpf.xdp_links import is_ours
 from ebpflb.model import Problem
 from ebpflb.rtnetlink import Netlink
@@ -277,11 +277,12 @@ class Devices:
         written = self._rows.keep_only(edges)
         if self._vlans is not None:
             written += self._vlans.replace(vlans_of(self._links, edges))
+        around = Surroundings(self._links, self._addresses, self._defaults, self._patterns, self._pod_interface)
         for index in edges:
             link = self._links[index]
             ipv4, ipv6 = masquerade_addresses(link, self._links, self._addresses, self._defaults)
             flags = DEVICE_POD if is_pod_device(link, self._links, self._pod_interface) else 0
-            if leads_to_a_namespace(link):
+            if leads_to_a_namespace(link) and not is_way_out(link, around):
                 flags |= DEVICE_PEER
             row = self._rows.get(index)
             if self._attached.get(index, row is not None and row.made):
