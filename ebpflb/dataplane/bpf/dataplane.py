@@ -17,13 +17,13 @@ from pathlib import Path
 
 from ebpflb.dataplane import Report, Requirement
 from ebpflb.dataplane.bpf import devices, facts, maglev, pins, syscall
-from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, load_artifact, read_sources, source_directory
+from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
-from ebpflb.dataplane.bpf.device_rows import Rows
+from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
 from ebpflb.dataplane.bpf.devices import Devices
 from ebpflb.dataplane.bpf.flatten import enumerators
 from ebpflb.dataplane.bpf.inspect import Inspector
-from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, REQUIRED, SIZES, check_layouts, size_of
+from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, SIZES, check_layouts
 from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.looking import read_tables
 from ebpflb.dataplane.bpf.maps import KernelMaps
@@ -360,7 +360,7 @@ class BpfDataplane:
         try:
             rows = None
             if fd is not None and syscall.map_info(fd).value_size == SIZES["devices"][1]:
-                rows = Rows(fd, _device_layout())
+                rows = Rows(fd, device_layout())
             return devices.installed(rows, remove=remove)
         except OSError as error:
             raise ApplyError("devices", "", error.errno or 0, f"devices cannot be read: {error.strerror}") from error
@@ -407,16 +407,6 @@ def _spare_ports(maps: KernelMaps, low: int, high: int) -> None:
 def _with_problem(report: Report, reason: str) -> Report:
     problems = (*report.problems, Problem(NODE, reason))
     return Report(report.written, report.removed, report.failed + 1, report.seconds, problems)
-
-
-def _device_layout() -> Layout:
-    """The layout of a `devices` row, which the pins are read by where nothing has been compiled."""
-    members = []
-    at = 0
-    for name, width in REQUIRED["device"]:
-        members.append(Field(name, at, width, 0, ""))
-        at += width
-    return Layout("device", size_of("device"), tuple(members))
 
 
 def _counter_names() -> tuple[str, ...]:

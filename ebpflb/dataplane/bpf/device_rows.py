@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ebpflb.dataplane.bpf import syscall
-from ebpflb.dataplane.bpf.artifact import Layout
+from ebpflb.dataplane.bpf.artifact import Field, Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT
-from ebpflb.dataplane.bpf.layouts import U32, VLAN_KEY
+from ebpflb.dataplane.bpf.layouts import REQUIRED, U32, VLAN_KEY, size_of
 
 
 class Row(NamedTuple):
@@ -29,6 +29,16 @@ class Row(NamedTuple):
     def made(self) -> bool:
         """Whether we made the device's clsact."""
         return bool(self.flags & DEVICE_CLSACT)
+
+
+def device_layout() -> Layout:
+    """The layout of a `devices` row, which the pins are read by where nothing has been compiled."""
+    members = []
+    at = 0
+    for name, width in REQUIRED["device"]:
+        members.append(Field(name, at, width, 0, ""))
+        at += width
+    return Layout("device", size_of("device"), tuple(members))
 
 
 class Rows:
