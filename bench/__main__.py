@@ -19,6 +19,7 @@ from bench.daemon import daemon
 from bench.decoding import decoding
 from bench.iptables import iptables
 from bench.lab import CHECKOUT, Lab, ahead, lab
+from bench.maglev import tables
 from bench.paths import paths
 from bench.plane import plane
 from bench.programs import programs
@@ -26,7 +27,7 @@ from bench.report import TARGETS, Figure, Report, table
 from ebpflb.errors import EbpflbError
 from tests.api import binaries
 
-GROUPS = ("programs", "plane", "daemon", "decode", "api", "beside", "iptables", "paths")
+GROUPS = ("programs", "plane", "daemon", "decode", "maglev", "api", "beside", "iptables", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -70,6 +71,7 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
             ),
             "daemon": lambda here: daemon(here, (sizes[0], sizes[-1]), 2 if quick else 4, 20 if quick else 200, say),
             "decode": lambda here: decoding(here, 2 if quick else 5, say),
+            "maglev": lambda here: tables(2 if quick else 10, say),
             "api": lambda here: api(
                 here,
                 (sizes[0], sizes[-1]),
