@@ -14,25 +14,43 @@ from ebpflb.routes import RouteTable
 from tests.maps import FakeMaps, WatchedMaps
 from tests.tables import FACTS, interpret, left_over, tables
 
+Held = tuple[frozenset[bytes], frozenset[bytes]]
+"""The keys of frontends and owned addresses."""
+
+
+def held(maps: FakeMaps) -> Held:
+    return frozenset(maps.tables["frontends"]), frozenset(maps.tables["owned"])
+
 
 class Watch:
     """Looks at the maps after every row: each frontend leads to what it led to before the sync, or to what it leads
-    to after it, which is found by the same sync on maps of its own."""
+    to after it, which is found by the same sync on maps of its own. No port is refused because its address is owned
+    before its row has come, or is still owned after it went."""
 
     def __init__(self, capacity: dict[str, int] | None = None) -> None:
         self.maps = WatchedMaps(self.look, capacity)
         self.allowed: dict[tuple[bytes, int], list[object]] = {}
+        self.before: Held = (frozenset(), frozenset())
+        self.after: Held = (frozenset(), frozenset())
         self.looks = 0
 
     def look(self, maps: FakeMaps) -> None:
         self.looks += 1
         for key, leads_to in interpret(maps).items():
             assert leads_to in self.allowed.get(key, []), f"{key!r} leads to neither the old nor the new"
+        frontends, owned = held(maps)
+        for (wanted, stays), what in (
+            ((self.after[0], self.before[1]), "yet"),
+            ((self.before[0], self.after[1]), "still"),
+        ):
+            refused = [key for key in wanted - frontends if key[:16] in owned - stays]
+            assert not refused, f"{refused[0]!r} is refused, though it is {what} to be served"
 
     def sync(self, writer: Writer, routes: RouteTable) -> None:
         fresh = FakeMaps()
         assert Writer(fresh, FACTS, time.monotonic).sync(routes).complete
         before, after = interpret(self.maps), interpret(fresh)
+        self.before, self.after = held(self.maps), held(fresh)
         self.allowed = {key: [one[key] for one in (before, after) if key in one] for key in {*before, *after}}
         assert writer.sync(routes).complete
         assert interpret(self.maps) == after

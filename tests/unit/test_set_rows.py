@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Mapping
 
 import msgspec
 import pytest
 
 from ebpflb.dataplane.bpf.affinity_rows import forget_clients
 from ebpflb.dataplane.bpf.known import Known, known_bit
-from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, ROUTE, TABLE_KEY, U32, U64
+from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, ROUTE, SIZES, TABLE_KEY, U32, U64
 from ebpflb.dataplane.bpf.tables import pack_frontend
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.model import Protocol, ServiceName
@@ -137,25 +139,88 @@ def test_no_room_for_a_table_costs_its_service_alone() -> None:
     assert report.complete and node.state() == wanted and left_over(maps) == []
 
 
+class Stubborn(FakeMaps):
+    """Refuses to write to some maps, or to remove from them."""
+
+    puts: tuple[str, ...] = ()
+    removals: tuple[str, ...] = ()
+
+    def put(self, table: str, keys: bytes, values: bytes) -> Mapping[int, int]:
+        if table in self.puts:
+            return dict.fromkeys(range(len(keys) // SIZES[table][0]), errno.ENOMEM)
+        return super().put(table, keys, values)
+
+    def remove(self, table: str, keys: bytes) -> Mapping[int, int]:
+        if table in self.removals:
+            return dict.fromkeys(range(len(keys) // SIZES[table][0]), errno.EAGAIN)
+        return super().remove(table, keys)
+
+
+@pytest.mark.parametrize(
+    ("refused", "more"),
+    [
+        ("tables", {"algorithm": Algorithm.MAGLEV}),
+        ("members", {"affinity_seconds": 60}),
+    ],
+)
+def test_a_row_comes_only_with_what_it_needs(refused: str, more: dict[str, object]) -> None:
+    """The kernel has no memory just now: the frontend keeps its old row, and the next sync brings the new one."""
+    maps = Stubborn()
+    node = writer(maps)
+    routes = RouteTable(service(1, backends(1, 2)))
+    node.sync(routes)
+    before = interpret(maps)
+    maps.puts = (refused,)
+    wanted = routes.evolve(service(1, backends(1, 2), **more))
+    report = node.sync(wanted)
+    assert [problem.subject for problem in report.problems] == ["default/s1:http"]
+    assert interpret(maps) == before
+    maps.puts = ()
+    assert node.sync(wanted).complete and node.state() == wanted
+    interpret(maps)
+    assert left_over(maps) == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_no_row_comes_without_its_addresses_bit(number: int) -> None:
+    """A frontend's or an owner's: nobody would look for it. Who has the bit already is not concerned."""
+    maps = Stubborn()
+    node = writer(maps)
+    routes = RouteTable(service(1, backends(1)))
+    node.sync(routes)
+    maps.puts = ("known",)
+    here = f"172.30.0.{number}"
+    wanted = routes.evolve(service(number, backends(1, 2)), owned={here: ServiceName("default", f"s{number}")})
+    assert node.sync(wanted).failed == (0 if number == 1 else 2)
+    interpret(maps)
+    maps.puts = ()
+    assert node.sync(wanted).complete and node.state() == wanted and node.state().owned == wanted.owned
+    assert left_over(maps) == []
+
+
+def test_what_is_left_of_a_table_is_not_forgotten_with_a_set_that_came_to_nothing() -> None:
+    maps = Stubborn({"slots": 4, "ranges": 1})
+    node = writer(maps)
+    node.sync(RouteTable(hashing(1, backends(1, 2, 3, 4))))
+    maps.removals = ("tables",)
+    assert node.sync(RouteTable()).failed
+    limited = hashing(2, backends(5, 6, 7, 8), source_ranges=("10.0.0.0/8", "203.0.113.0/24"))
+    assert {problem.subject for problem in node.sync(RouteTable(limited)).problems} == {"default/s2:http", "node"}
+    maps.removals = ()
+    node.sync(RouteTable(limited))
+    assert maps.tables["tables"] == {}
+
+
 def test_what_is_left_of_a_table_is_not_removed_from_under_a_new_set() -> None:
     """The slots of a set that went are taken again while its parts could not be removed."""
-
-    class Stubborn(FakeMaps):
-        refuses = False
-
-        def remove(self, table: str, keys: bytes) -> dict[int, int]:
-            if self.refuses and table in ("tables", "members"):
-                return dict.fromkeys(range(len(keys) // 8), 11)
-            return dict(super().remove(table, keys))
-
     maps = Stubborn({"slots": 4})
     node = writer(maps)
     node.sync(RouteTable(hashing(1, backends(1, 2, 3, 4), affinity_seconds=60)))
-    maps.refuses = True
+    maps.removals = ("tables", "members")
     assert node.sync(RouteTable()).failed
     wanted = RouteTable(hashing(2, backends(5, 6, 7, 8), affinity_seconds=60))
     node.sync(wanted)
-    maps.refuses = False
+    maps.removals = ()
     assert node.sync(wanted).complete
     interpret(maps)
     assert node.state() == wanted and left_over(maps) == []
