@@ -42,7 +42,7 @@ def wished(device: Link, mode: str, *texts: str, default: bool = False, patterns
     ("device", "auto", "native", "generic"),
     [
         pytest.param(link("eth0"), NATIVE, NATIVE, GENERIC, id="hardware"),
-        pytest.param(link("bond0", kind="bond"), NATIVE, NATIVE, GENERIC, id="bond"),
+        pytest.param(link("bond0", kind="bond"), OFF, OFF, GENERIC, id="bond"),
         pytest.param(link("eth0", kind="veth"), OFF, NATIVE, GENERIC, id="veth"),
         pytest.param(link("tap0", kind="tun"), OFF, NATIVE, GENERIC, id="tap"),
         pytest.param(link("mv0", kind="macvlan"), OFF, NATIVE, GENERIC, id="macvlan"),

@@ -4,12 +4,14 @@ Rules of this file: links, addresses and routes in, a wish for each device out. 
 which outside traffic comes: those that hold an address of this node's network or a default route, and those that
 --devices names. Never for what other devices carry anyhow (VLANs, overlays, a bridge's ports) nor for pods' devices.
 
-    auto      hardware, hypervisors' devices and bonds: native where the driver takes it, else not at all
+    auto      hardware and hypervisors' devices: native where the driver takes it, else not at all
     native    also veths and taps, if they are the node's own devices; where the driver refuses it, not at all
     generic   as native, before the stack instead of in the driver; every device takes it
 
-`auto` never falls to generic, which for most is slower than tc, and never takes a veth or a tap: what comes from
-another namespace or a virtual machine by these may have a checksum that nobody has computed, and XDP cannot tell.
+A bond's driver takes a program too, and runs it on the bond's ports, which have no addresses, routes or rows: native is
+nothing for bonds. `auto` never falls to generic, which for most is slower than tc, and never takes a veth or a tap:
+what comes from another namespace or a virtual machine by these may have a checksum that nobody has computed, and XDP
+cannot tell.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ _PORTS = ("bridge", "openvswitch")
 _OVERLAYS = frozenset(("vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "bareudp", "l2tp", "batadv"))
 WIRES = {"veth": "veth", "tun": "tap", "netkit": "netkit"}
 """Kinds whose other end is a namespace or a virtual machine, and how they are called."""
-_OWN = ("", "bond")
 _HOST_BITS = {4: 32, 6: 128}
 
 
@@ -81,7 +82,9 @@ def wish(link: Link, around: Surroundings, mode: str) -> Wish:
         return Wish(OFF, "holds neither an address of the node's network nor a default route", told=not wire)
     if mode == OFF:
         return Wish(OFF, "--xdp off")
-    if mode == AUTO and link.kind not in _OWN:
+    if link.kind == "bond" and mode != GENERIC:
+        return Wish(OFF, "a bond: in its driver, programs run on its ports")
+    if mode == AUTO and link.kind:
         what = WIRES.get(link.kind, f"device of kind {link.kind}")
         why = ": checksums of what comes by it may be still to be computed" if wire else ""
         return Wish(OFF, f"auto takes no {what}{why}")
