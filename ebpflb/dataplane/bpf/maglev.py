@@ -28,6 +28,7 @@ _MANY = 50
 _FREE = 0xFFFF
 _MODULE = "ebpflb.dataplane.bpf._maglev"
 _RECORD = struct.Struct("=16sHH")
+_REST = struct.Struct("=HH")
 
 
 def size_code(backends: int, cap: int) -> int:
@@ -53,21 +54,27 @@ def positions(backends: Sequence[Backend], code: int) -> bytes:
     the same ones are left out on every node.
     """
     size = SIZES[code]
-    backends = backends[:MOST_BACKENDS]
-    weighed = any([backend.weight for backend in backends])
-    records = b"".join(
-        [
-            _RECORD.pack(pack_address(backend.address), htons(backend.port), backend.weight if weighed else 1)
-            for backend in backends
-        ]
-    )
+    records = _records(backends[:MOST_BACKENDS])
     fill = _compiled()
     if fill is None:
         return filled_slowly(records, size)
     places = ctypes.create_string_buffer(2 << size.bit_length())
-    if fill(records, len(backends), size, places):
+    if fill(records, len(records) // _RECORD.size, size, places):
         raise MemoryError("no memory for a table of consistent hashing")
     return places.raw[: 2 * size]
+
+
+def _records(backends: Sequence[Backend]) -> bytes:
+    """What goes to the fill. Most backends differ from their neighbour in the address alone."""
+    weighed = any([backend.weight for backend in backends])
+    records = []
+    rest, port, weight = b"", -1, -1
+    for backend in backends:
+        if backend.port != port or backend.weight != weight:
+            port, weight = backend.port, backend.weight
+            rest = _REST.pack(htons(port), weight if weighed else 1)
+        records.append(pack_address(backend.address) + rest)
+    return b"".join(records)
 
 
 def missing() -> str:
