@@ -232,9 +232,7 @@ class Loaded:
             fd = self.maps[name]
             keys, _, count = syscall.lookup_all(fd)
             syscall.delete_batch(fd, keys, count)
-        for cell in self._known:
-            syscall.update(self.maps["known"], struct.pack("=I", cell), bytes(8))
-        self._known = {}
+        self.forget_known()
         free = self.packer("backends").pack(state=BACKEND_FREE)
         for index in range(self._next_backend):
             syscall.update(self.maps["backends"], struct.pack("=I", index), free)
@@ -291,6 +289,12 @@ class Loaded:
         cell, bit = known_place(packed_address)
         self._known[cell] = self._known.get(cell, 0) | 1 << bit
         syscall.update(self.maps["known"], struct.pack("=I", cell), struct.pack("=Q", self._known[cell]))
+
+    def forget_known(self) -> None:
+        """As if there were rows of no address."""
+        for cell in self._known:
+            syscall.update(self.maps["known"], struct.pack("=I", cell), bytes(8))
+        self._known = {}
 
     def put_owned(self, role: str, family: int) -> None:
         """A cluster IP, whose ports without a frontend are refused."""
