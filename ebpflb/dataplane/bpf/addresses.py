@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from ebpflb.dataplane.bpf.known import Known, known_bit
 from ebpflb.dataplane.bpf.layouts import OWNER, U64
-from ebpflb.dataplane.bpf.owned import Owned, OwnedChange, pack_owner, unpack_owned
+from ebpflb.dataplane.bpf.owned import Owned, OwnedChange, unpack_owned
 from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
 from ebpflb.dataplane.bpf.tables import ADDRESS_BYTES, NAME_LIMIT, pack_address
@@ -25,6 +25,7 @@ class Addresses:
         self._pen = pen
         self._known = Known()
         self._owned = Owned()
+        self._announced: dict[bytes, int] = {}  # the bits of rows that are about to come, by key
         self._mending = False
         self._change = OwnedChange()
         self.retry: set[Address] = set()
@@ -84,13 +85,13 @@ class Addresses:
 
     def announce(self, keys: Iterable[bytes], tally: Tally) -> dict[bytes, int]:
         """Rows of these keys, which begin with an address, are about to come. Those that must not, with errno."""
-        bits = {key: known_bit(key) for key in keys}
+        self._announced = bits = {key: known_bit(key) for key in keys}
         refused = self._put_cells(self._known.needed(bits.values()), tally)
         return {key: refused[bit >> 6] for key, bit in bits.items() if bit >> 6 in refused} if refused else {}
 
     def came(self, key: bytes) -> None:
-        """There is a row of this key where there was none."""
-        self._known.add(known_bit(key))
+        """There is a row of this key where there was none, as announced."""
+        self._known.add(self._announced[key])
 
     def went(self, key: bytes) -> None:
         """There is no row of this key any more."""
@@ -98,26 +99,20 @@ class Addresses:
 
     def end(self, tally: Tally) -> None:
         """Owners come, and bits go that stand for nothing."""
-        rows: dict[bytes, bytes] = {}
-        puts = {pack_address(address): (address, owner) for address, owner in self._change.puts.items()}
-        for key, (_, owner) in puts.items():
-            row = pack_owner(owner)
-            assert row is not None  # as `prepare` found
-            rows[key] = row
-        errors = self.announce([key for key, (address, _) in puts.items() if address not in self._owned.held], tally)
-        for key in errors:
-            del rows[key]
-        refused = {key: ("known", error) for key, error in errors.items()}
+        puts = {pack_address(address): (address, *put) for address, put in self._change.puts.items()}
+        new = [key for key, (address, _, _) in puts.items() if address not in self._owned.held]
+        refused = {key: ("known", error) for key, error in self.announce(new, tally).items()}
+        rows = {key: row for key, (_, _, row) in puts.items() if key not in refused}
         refused |= {key: ("owned", error) for key, error in self._pen.put("owned", rows, tally).items()}
-        for key, (address, owner) in puts.items():
+        for key, (address, owner, _) in puts.items():
             if key not in refused:
                 if address not in self._owned.held:
-                    self._known.add(known_bit(key))
+                    self.came(key)
                 self._owned.held[address] = owner
             else:
                 self.retry.add(address)
                 tally.refuse(_text(owner), self._pen.words(*refused[key]))
-        self._change = OwnedChange()
+        self._change, self._announced = OwnedChange(), {}
         self._pen.left(self._put_cells(self._known.surplus(), tally), "known", tally)
         self._known.settle()
 

@@ -37,12 +37,13 @@ def unpack_owned(keys: bytes, values: bytes) -> dict[Address, ServiceName]:
 
 
 class OwnedChange:
-    """What one sync is to write: `puts` and `removals` by address, and Services whose names no row can hold."""
+    """What one sync is to write: `puts`, each with its row, and `removals` by address, and Services whose names no row
+    can hold."""
 
     __slots__ = ("puts", "refused", "removals")
 
     def __init__(self) -> None:
-        self.puts: dict[Address, ServiceName] = {}
+        self.puts: dict[Address, tuple[ServiceName, bytes]] = {}
         self.removals: list[Address] = []
         self.refused: dict[Address, ServiceName] = {}
 
@@ -58,14 +59,16 @@ class Owned:
         change = OwnedChange()
         for address in addresses:
             owner, held = want.get(address), self.held.get(address)
-            if owner is not None and pack_owner(owner) is None:
+            if owner == held:
+                continue
+            row = pack_owner(owner) if owner is not None else None
+            if owner is not None and row is not None:
+                change.puts[address] = (owner, row)
+                continue
+            if owner is not None:
                 change.refused[address] = owner
-                owner = None
-            if owner is None:
-                if held is not None:
-                    change.removals.append(address)
-            elif owner != held:
-                change.puts[address] = owner
+            if held is not None:
+                change.removals.append(address)
         return change
 
     def rows(self) -> dict[bytes, bytes | None]:
