@@ -523,7 +523,7 @@ def test_raw_has_every_map_that_holds_anything() -> None:
         maps.tables[each], maps.capacity[each] = {}, 1
     items = {str(item["map"]): item for item in Inspector(maps, (), lambda: 0).tables("raw")}
     assert items["owned"]["value"] == {"namespace": "default", "name": "web"}
-    assert items["owned"]["key"] == {"word": "172.30.0.1"}
+    assert items["owned"]["key"] == "172.30.0.1"
     assert items["tables"]["value"] == {"position": [0] * 1024}
     assert items["members"] == {"map": "members", "key": {"slots": 0, "backend": 1}, "value": 0}
     assert items["known"]["key"] == known_bit(packed("172.30.0.1")) >> 6

@@ -293,6 +293,8 @@ def fields(type: str, row: bytes) -> object:
     order; padding is left out."""
     if type not in REQUIRED:
         return int.from_bytes(row, "little")
+    if type == "address":
+        return unpack_address(row)
     found: Item = {}
     at = 0
     for name, width in REQUIRED[type]:
