@@ -183,12 +183,16 @@ def standing_xdp(request: pytest.FixtureRequest) -> Iterator[Box]:
 @pytest.fixture
 def xdp(standing_xdp: Box, on_failure: OnFailure) -> Iterator[Box]:
     """That box. Its nodes know the link-layer addresses around them: what must wait for one is the stack's to send."""
-    for family in ("ipv4", "ipv6"):
-        for node in standing_xdp.cluster.nodes:
-            for other in ({*standing_xdp.cluster.nodes} | {"outside"}) - {node}:
-                to = standing_xdp.direct(node, family)
-                assert isinstance(standing_xdp.clients.ask(standing_xdp.place(other), to, "UDP"), Answer)
+    know_each_other(standing_xdp)
     yield from tidied(standing_xdp, on_failure)
+
+
+def know_each_other(box: Box) -> None:
+    """Let each node and the outside client hear from each node, in both families."""
+    for family in ("ipv4", "ipv6"):
+        for node in box.cluster.nodes:
+            for other in ({*box.cluster.nodes} | {"outside"}) - {node}:
+                assert isinstance(box.clients.ask(box.place(other), box.direct(node, family), "UDP"), Answer)
 
 
 def tidied(box: Box, on_failure: OnFailure) -> Iterator[Box]:
