@@ -72,8 +72,8 @@ struct packet {
 	u8 tcp_flags;
 	u8 unsummed; /* UDP without a checksum (IPv4 only) */
 	u8 hops;     /* TTL or hop limit, as it came */
-	u32 length;  /* from the IP header up; set by parse_plain only */
 	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
+	u32 length;  /* from the IP header up; set by parse_plain only */
 	u16 inner_l3;
 	u16 inner_l4;
 };
@@ -100,7 +100,7 @@ static inline int parse_ports(void *data, void *end, struct packet *packet)
 	if (packet->key.protocol == IPPROTO_TCP) {
 		u8 *flags = data + l4 + 13;
 
-		if ((void *)(flags + 1) > end)
+		if ((void *)(flags + 5) > end) /* with the checksum, or it could not be translated */
 			return TOO_SHORT;
 		packet->tcp_flags = *flags;
 	}
