@@ -1,0 +1,201 @@
+"""Frames that end too early or lie about their lengths, through XDP and tc.
+
+Rules of this file: whatever is no sound packet of a flow is passed, dropped by a verdict of its row, or translated in
+nothing but addresses, ports, sums and the hop; `Judge` of fuzz.py says so of tc's frames, `wrong` here of XDP's.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ebpflb.routes import Masquerade
+from tests.bpf.loaded import DROP, REJECT, SHOT, UNSPEC, XDP_DROP, XDP_PASS, XDP_TX, To
+from tests.bpf.xdp_lab import Lab, on_wire, sport_of
+from tests.packets import ETHERNET, Packet, assert_same, icmp_error
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
+
+both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
+REMOTE = To((("remote", 8080),), masquerade=Masquerade.ALWAYS)
+
+
+def put_services(lab: Lab) -> None:
+    for protocol in ("tcp", "udp", "sctp"):
+        lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+        lab.node.put_frontend("lb", 81, protocol, lab.family, REJECT)
+        lab.node.put_frontend("lb", 82, protocol, lab.family, DROP)
+    lab.node.put_owned("vip", lab.family)
+
+
+def can_run(frame: bytes) -> bool:
+    """Whether a test run takes it: the kernel wants a whole Ethernet header, and for tc a whole IP header that was
+    announced."""
+    return len(frame) > ETHERNET + (40 if frame[12:14] == b"\x86\xdd" else 20)
+
+
+@both_protocols
+@pytest.mark.parametrize("established", (False, True), ids=("new", "established"))
+def test_a_frame_cut_off_at_every_length(lab: Lab, protocol: str, established: bool) -> None:
+    """XDP touches none that lacks a byte of its headers; behind those it is the sender's business."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, protocol, payload=b"payload")
+    if established:
+        lab.sent(whole.but(flags="S").frame(lab.family))
+    frame = whole.frame(lab.family)
+    headers = ETHERNET + (20 if lab.family == 4 else 40) + (18 if protocol == "tcp" else 8)
+    for length in range(ETHERNET, len(frame)):
+        ran = lab.xdp(frame[:length])
+        if length < headers:
+            assert ran.verdict == XDP_PASS, length
+        if ran.verdict == XDP_PASS:
+            assert_same(ran.frame, frame[:length], f"{length} bytes")
+            continue
+        assert ran.verdict == XDP_TX
+        inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+        assert_same(ran.frame, on_wire(inside, lab.family, "up0", "remote")[:length], f"{length} bytes")
+
+
+def corpus(lab: Lab) -> dict[str, bytes]:
+    """One of each kind that is told apart."""
+    made = {
+        "tcp": Packet("outside", 40000, "lb", 80, payload=b"payload"),
+        "udp": Packet("outside", 40000, "lb", 80, "udp", payload=b"payload"),
+        "sctp": Packet("outside", 40000, "lb", 80, "sctp"),
+        "echo": Packet("outside", 0, "lb", 80, "echo"),
+        "refused-tcp": Packet("outside", 40000, "lb", 81, tcp_options=(("MSS", 1460),)),
+        "refused-udp": Packet("outside", 40000, "lb", 81, "udp", payload=b"payload"),
+        "undefined": Packet("outside", 40000, "vip", 7, "udp"),
+        "dropped": Packet("outside", 40000, "lb", 82, "udp"),
+        "fragment": Packet("outside", 40000, "lb", 80, "udp", payload=bytes(64), fragment=(0, True)),
+        "later-fragment": Packet("outside", 40000, "lb", 80, "udp", payload=bytes(64), fragment=(64, False)),
+        "tagged": Packet("outside", 40000, "lb", 80, vlan=7),
+    }
+    if lab.family == 4:
+        made["options"] = Packet("outside", 40000, "lb", 80, options=8)
+    else:
+        made["extensions"] = Packet("outside", 40000, "lb", 80, extensions=("hop", "dest", "route"))
+    frames = {name: packet.frame(lab.family) for name, packet in made.items()}
+    about = Packet("uplink", 40000, "remote", 8080, "udp")
+    for kind in ("too-big", "unreachable", "exceeded"):
+        frames[kind] = icmp_error(kind, "router", "uplink", about, lab.family)
+    return frames
+
+
+def test_every_kind_of_packet_cut_off_at_every_length(lab: Lab) -> None:
+    """No verdict but those that rows speak of, and what is passed is as it came."""
+    put_services(lab)
+    for name, frame in corpus(lab).items():
+        for length in range(ETHERNET, len(frame) + 1):
+            piece = frame[:length]
+            ran = lab.xdp(piece)
+            assert ran.verdict in (XDP_PASS, XDP_TX, XDP_DROP), (name, length)
+            assert ran.verdict != XDP_DROP or name == "dropped", (name, length)
+            assert ran.verdict != XDP_TX or name in ("tcp", "udp"), (name, length)
+            assert len(ran.frame) == length
+            if ran.verdict == XDP_PASS:
+                assert_same(ran.frame, piece, f"{name}, {length} bytes")
+            if not can_run(piece):
+                continue
+            by_tc = lab.tc("tc_ingress", piece, "up0")
+            refused = name.startswith("refused") or name == "undefined"
+            assert by_tc.verdict == UNSPEC or refused or (name in ("dropped", "sctp") and by_tc.verdict == SHOT), (
+                name, length, by_tc.verdict,
+            )  # fmt: skip
+            if by_tc.verdict == UNSPEC and by_tc.frame != piece:
+                assert len(by_tc.frame) == length
+    assert lab.node.counters()["PACKET_TOO_SHORT"] > 0
+
+
+@both_protocols
+@pytest.mark.parametrize("lie", ("none", "less-than-headers", "less", "more", "most"))
+def test_a_length_field_that_lies(lab: Lab, protocol: str, lie: str) -> None:
+    """IPv4's total length, IPv6's payload length. The frame is translated in its own bytes and no others, whatever its
+    header says; or passed up to who drops it. A long frame does not get past an MTU by calling itself short."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, protocol, payload=b"payload")
+    lab.sent(whole.frame(lab.family))
+    sound = whole.frame(lab.family)
+    at = ETHERNET + (2 if lab.family == 4 else 4)
+    said = int.from_bytes(sound[at : at + 2])
+    value = {"none": 0, "less-than-headers": 21 if lab.family == 4 else 1, "less": said - 3, "more": said + 9,
+             "most": 0xFFFF}[lie]  # fmt: skip
+    frame = sound[:at] + value.to_bytes(2) + sound[at + 2 :]
+    ran = lab.xdp(frame)
+    assert len(ran.frame) == len(frame)
+    if ran.verdict == XDP_PASS:
+        assert_same(ran.frame, frame)
+    else:
+        assert ran.verdict == XDP_TX
+        inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+        wanted = on_wire(inside, lab.family, "up0", "remote")
+        wanted = wanted[:at] + value.to_bytes(2) + wanted[at + 2 :]
+        assert_same(ran.frame, wanted)
+    if lie == "most":
+        assert ran.verdict == XDP_PASS, "longer than any MTU"
+    by_tc = lab.entered(frame)
+    assert len(by_tc) == len(frame)
+
+    long = whole.but(payload=bytes(1600)).frame(lab.family)
+    lab.passed_up(long[:at] + (100).to_bytes(2) + long[at + 2 :])
+
+
+@pytest.mark.parametrize("offset", (0, 1, 4, 15))
+def test_a_data_offset_that_lies(lab: Lab, offset: int) -> None:
+    """TCP's: nobody here reads what it speaks of."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, payload=b"payload")
+    sound = whole.frame(lab.family)
+    at = ETHERNET + (20 if lab.family == 4 else 40) + 12
+    frame = sound[:at] + bytes([offset << 4]) + sound[at + 1 :]
+    ran = lab.xdp(frame)
+    assert ran.verdict == XDP_TX
+    inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+    wanted = on_wire(inside, lab.family, "up0", "remote")
+    assert_same(ran.frame, wanted[:at] + bytes([offset << 4]) + wanted[at + 1 :])
+
+
+@pytest.mark.parametrize("length", (0, 7, 8, 0xFFFF))
+def test_a_datagrams_own_length_that_lies(lab: Lab, length: int) -> None:
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, "udp", payload=b"payload")
+    sound = whole.frame(lab.family)
+    at = ETHERNET + (20 if lab.family == 4 else 40) + 4
+    frame = sound[:at] + length.to_bytes(2) + sound[at + 2 :]
+    ran = lab.xdp(frame)
+    assert ran.verdict == XDP_TX
+    inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+    wanted = on_wire(inside, lab.family, "up0", "remote")
+    assert_same(ran.frame, wanted[:at] + length.to_bytes(2) + wanted[at + 2 :])
+
+
+@pytest.mark.parametrize("lab", (4,), indirect=True)
+@pytest.mark.parametrize("words", (6, 10, 15))
+def test_an_ipv4_header_length_beyond_the_frame(lab: Lab, words: int) -> None:
+    put_services(lab)
+    frame = Packet("outside", 40000, "lb", 80, "udp").frame(4)
+    frame = frame[:ETHERNET] + bytes([0x40 | words]) + frame[ETHERNET + 1 :]
+    lab.passed_up(frame)
+    assert_same(lab.entered(frame), frame)
+
+
+@pytest.mark.parametrize("lab", (6,), indirect=True)
+@pytest.mark.parametrize("length", (0, 1, 20, 255))
+def test_an_extension_header_beyond_the_frame(lab: Lab, length: int) -> None:
+    put_services(lab)
+    frame = Packet("outside", 40000, "lb", 80, "udp", extensions=("dest",)).frame(6)
+    at = ETHERNET + 40 + 1
+    frame = frame[:at] + bytes([length]) + frame[at + 1 :]
+    lab.passed_up(frame)
+    ran = lab.tc("tc_ingress", frame, "up0")
+    assert ran.verdict == UNSPEC and len(ran.frame) == len(frame)
+
+
+def test_padding_behind_a_short_packet_stays(lab: Lab) -> None:
+    """Ethernet's shortest frame is 60 bytes."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, "udp")
+    frame = whole.frame(lab.family)
+    padding = b"\xaa" * max(60 - len(frame), 6)
+    out = lab.sent(frame + padding)
+    inside = whole.but(source="uplink", sport=sport_of(out), destination="remote", dport=8080)
+    assert_same(out, on_wire(inside, lab.family, "up0", "remote") + padding)
