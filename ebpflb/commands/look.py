@@ -20,6 +20,7 @@ from ebpflb.output import (
     Format,
     Item,
     document,
+    endpoint_text,
     frontend_item,
     items_table,
     render,
@@ -64,7 +65,23 @@ def dump(config: Config, parts: Parts, *, what: str, service: ServiceName | None
             return Result(document("Route", route_items(rows), form))
         return Result(routes_table(rows, wide=form is Format.WIDE))
     items: Sequence[Item] = dataplane.tables(what)
-    return Result(render(_KINDS[what], _of_service(items, service), form))
+    found = _of_service(items, service)
+    if what == "maglev" and not form.structured:
+        found = _by_backend(found)
+    return Result(render(_KINDS[what], found, form))
+
+
+def _by_backend(items: Sequence[Item]) -> Sequence[Item]:
+    """Tables of consistent hashing for people: a line for each backend of each."""
+    lines = []
+    for item in items:
+        backends = item["backends"]
+        assert isinstance(backends, (list, tuple))
+        for backend in backends:
+            place = endpoint_text(backend["address"], backend["port"])
+            line = {"backend": place, "weight": backend["weight"], "share": f"{backend['share']:.1%}"}
+            lines.append({name: value for name, value in item.items() if name != "backends"} | line)
+    return lines
 
 
 def _of_service(items: Sequence[Item], service: ServiceName | None) -> Sequence[Item]:

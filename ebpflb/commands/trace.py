@@ -19,9 +19,11 @@ from ebpflb.errors import UserError
 from ebpflb.model import Address, Protocol
 from ebpflb.output import Format, Item, backend_item, document, endpoint_text, service_item
 from ebpflb.parts import Parts, holder
-from ebpflb.routes import Frontend
+from ebpflb.routes import Frontend, Scope
 
 _FEW = 10
+_NETNS = "netns:"
+"""How a client begins in `dump affinity` that is no address but a network namespace."""
 
 
 def parse_packet(source: str, target: str, interface: str = "") -> Packet:
@@ -69,14 +71,16 @@ def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> 
     route = decision.route
     assert route is not None
     frontend = str(Frontend(packet.destination, packet.port, packet.protocol))
-    for row in clients:
-        if (
-            row["client"] != packet.source
-            or row["service"] != service_item(route.service)
-            or row.get("protocol", packet.protocol.name) != packet.protocol.name
-            or row.get("frontend", frontend) != frontend
-            or _seconds_left(row, route.affinity_seconds) <= 0
-        ):
+    rows = [
+        row
+        for row in clients
+        if row["service"] == service_item(route.service)
+        and row.get("protocol", packet.protocol.name) == packet.protocol.name
+        and row.get("frontend", frontend) == frontend
+        and _seconds_left(row, route.affinity_seconds) > 0
+    ]
+    for row in rows:
+        if row["client"] != packet.source:
             continue
         kept = [
             each
@@ -91,9 +95,10 @@ def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> 
         return msgspec.structs.replace(
             decision, candidates=tuple(kept) or decision.candidates, reasons=(*decision.reasons, step)
         )
-    return msgspec.structs.replace(
-        decision, reasons=(*decision.reasons, f"{packet.source} is not remembered: chosen anew, and remembered then")
-    )
+    step = f"{packet.source} is not remembered: chosen anew, and remembered then"
+    if decision.scope is Scope.INTERNAL and any(str(row["client"]).startswith(_NETNS) for row in rows):
+        step += " (but for its sockets, remembered by their network namespace: see `ebpflb dump affinity`)"
+    return msgspec.structs.replace(decision, reasons=(*decision.reasons, step))
 
 
 def _seconds_left(row: Item, affinity: int) -> float:

@@ -622,6 +622,35 @@ def test_trace_of_a_client_with_session_affinity(
     assert len(item["candidates"]) == candidates  # type: ignore[arg-type]
 
 
+def test_trace_of_a_pod_whose_sockets_are_remembered(shell: Shell) -> None:
+    """They are another client than the pod's address, and nothing here tells which pod's they are."""
+    found = routes(
+        *both(backends=("10.180.0.1", "10.180.1.1"), affinity_seconds=600),
+        locality=Locality(pod_cidrs=("10.180.0.0/24",)),
+    )
+    world = World(held=found)
+    world.dataplane.rows["affinity"] = [{**LATELY, "client": "netns:4711", "backend": "10.180.1.1:8080"}]
+    assert "by their network namespace" in shell(world, "trace", "10.180.0.9", "172.30.0.41:80").out
+    assert "by their network namespace" not in shell(world, "trace", "203.0.113.9", "172.30.0.41:80").out
+
+
+def test_dump_of_consistent_hashing_is_a_line_for_each_backend(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    shares = [
+        {"address": "10.180.0.1", "port": 8080, "weight": 1, "share": 0.3337},
+        {"address": "fd00::1", "port": 8080, "weight": 2, "share": 0.6663},
+    ]
+    item = {"service": WEB, "protocol": "TCP", "size": 1021, "backends": shares, "id": 3}
+    world.dataplane.rows["maglev"] = [item]
+    lines = [line.split() for line in shell(world, "dump", "maglev").out.splitlines()]
+    assert lines == [
+        ["SERVICE", "PROTOCOL", "SIZE", "ID", "BACKEND", "WEIGHT", "SHARE"],
+        ["ns/web:p80", "TCP", "1021", "3", "10.180.0.1:8080", "1", "33.4%"],
+        ["ns/web:p80", "TCP", "1021", "3", "[fd00::1]:8080", "2", "66.6%"],
+    ]
+    assert shell(world, "dump", "maglev", "-o", "json").items == [item]
+
+
 def test_trace_of_a_port_that_a_cluster_ip_does_not_have(shell: Shell) -> None:
     world = World(held=routes(*both(), owned={"172.30.0.41": ServiceName("ns", "web")}))
     said = shell(world, "trace", "10.180.0.9", "172.30.0.41:4711")
