@@ -123,8 +123,9 @@ def run(
 def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **typed: Any) -> Result:
     """What the kernel holds now, read back; changes nothing.
 
-    WHAT: routes (default), services, backends, flows, affinity, sources, maglev, counters, traffic (with
-    --service-metrics), raw (every map, every field). Exit status: 0, 4 if nothing is programmed.
+    WHAT: routes (default), services, backends, flows, counters, traffic (with --service-metrics), raw (every map, every
+    field); affinity (which client goes where, and for how long still), sources (who counts as this node, who as a pod),
+    maglev (each backend's share of its Service's table). Exit status: 0, 4 if nothing is programmed.
     """
     from ebpflb.commands.look import WHATS
     from ebpflb.commands.look import dump as act
