@@ -101,6 +101,11 @@ def test_it_has_iptables_of_either_variant_for_nodes_without_bpf(image: Image) -
                 assert (image.directory / f"usr/sbin/{family}-{variant}{tool}").exists(), (family, variant, tool)
 
 
+def test_tables_of_consistent_hashing_are_filled_by_compiled_code(image: Image) -> None:
+    package = "opt/ebpflb/lib/python3.*/site-packages/ebpflb/dataplane/bpf"
+    assert len(list(image.directory.glob(f"{package}/_maglev*.so"))) == 1
+
+
 def test_it_has_no_toolchain_and_nothing_of_its_making(image: Image) -> None:
     for name in ("gcc", "clang", "pip", "pip3", "make", "curl"):
         assert not any((image.directory / place / name).exists() for place in ("usr/bin", "opt/ebpflb/bin")), name
