@@ -41,6 +41,16 @@ static inline int same_address(const struct address *a, const struct address *b)
 	       a->word[3] == b->word[3];
 }
 
+/*
+ * A number whose upper bits are spread evenly over addresses: two multiplications that do not wait for each other. Those
+ * that differ in their last 16 bits alone never share the upper 16.
+ */
+static inline u64 spread(const struct address *address)
+{
+	return ((u64)address->word[1] << 32 | address->word[0]) * 0xd6e8feb86659fd93 +
+	       ((u64)address->word[3] << 32 | address->word[2]) * 0x9e3779b97f4a7c15;
+}
+
 /* 127.0.0.0/8 or ::1: addresses that mean another machine in every network namespace. */
 static inline int is_loopback(const struct address *address)
 {

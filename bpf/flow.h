@@ -24,12 +24,7 @@
 /* The number of a mark: any even spread will do, since a clash costs a lookup only. */
 static inline u32 mark_number(u32 kind, const struct address *address, u16 port)
 {
-	u32 hash = (kind << 16 | port) * 0x9e3779b1;
-
-	hash = (hash ^ address->word[0] ^ address->word[2]) * 0x85ebca6b;
-	hash = (hash ^ address->word[1] ^ hash >> 15) * 0xc2b2ae35;
-	hash = (hash ^ address->word[3] ^ hash >> 13) * 0x27d4eb2f;
-	return (hash ^ hash >> 16) % (MARK_CELLS * 8);
+	return (u32)((spread(address) + (u64)(kind << 16 | port) * 0xbf58476d1ce4e5b9) >> MARK_SHIFT);
 }
 
 static inline void set_mark(u32 kind, const struct address *address, u16 port)

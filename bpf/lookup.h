@@ -45,11 +45,11 @@ static inline struct settings *node_settings(void)
 /* Whether `frontends` or `owned` may have rows of an address; most packets are to others, and this is all they cost. */
 static inline int is_known(const struct address *address)
 {
-	u32 hash = (address->word[0] ^ address->word[1] ^ address->word[2] ^ address->word[3]) * 0x9e3779b1;
-	u32 cell = hash >> 18;
+	u32 number = (u32)(spread(address) >> KNOWN_SHIFT);
+	u32 cell = number / 64;
 	struct known *known_row = known.lookup(&cell);
 
-	return !known_row || (known_row->bits >> (hash >> 12 & 63) & 1);
+	return !known_row || (known_row->bits >> (number % 64) & 1);
 }
 
 static inline struct frontend *find_frontend(const struct address *address, u16 port, u8 protocol)

@@ -112,6 +112,7 @@ struct known {
 _Static_assert(sizeof(struct known) == 8, "struct known");
 
 #define KNOWN_CELLS 16384
+#define KNOWN_SHIFT (64 - 14 - 6) /* the upper bits of an address' spread that name a bit */
 
 /*
  * A part of the table by which consistent hashing (Maglev, NSDI 2016) finds a slot: positions among the active slots
@@ -234,6 +235,20 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define FLOW_SHORT 32      /* ingress: the rows of egress have not been written */
 #define FLOW_AROUND 64     /* DNAT, UNDNAT: from one pod to another around the stack */
 
+/*
+ * Where XDP sends a flow's packets to: what the FIB has said for them, believed for a second. Who writes it sets `until`
+ * to zero before and to its new value after; who reads it believes a copy only if `until` is still the same.
+ */
+struct way {
+	u32 until;    /* the low word of jiffies; 0: nothing is known */
+	u32 entered;  /* the device that the packets come by */
+	u32 device;   /* the one that they leave by */
+	u8 frame[12]; /* Ethernet: destination, source */
+	u8 mac[6];    /* of the device that the packets come by */
+	u16 mtu;
+};
+_Static_assert(sizeof(struct way) == 32, "struct way");
+
 struct flow {
 	struct address address; /* what the rewritten side becomes */
 	u16 port;
@@ -252,9 +267,10 @@ struct flow {
 	struct address beyond;
 	u16 beyond_port;
 	u16 client_port;
-	u32 beyond_pad;
+	struct way way; /* rows of ingress */
+	u32 way_pad;
 };
-_Static_assert(sizeof(struct flow) == 72, "struct flow");
+_Static_assert(sizeof(struct flow) == 104, "struct flow");
 
 /* The ports of a fragmented datagram, learnt from its first fragment, at one hook. */
 struct fragment_key {
@@ -306,8 +322,7 @@ _Static_assert(sizeof(struct socket_value) == 40, "struct socket_value");
  * and a network namespace to the socket path, whose sockets have no address yet.
  */
 struct affinity_key {
-	struct address
-		client; /* CLIENT_NETNS: the cookie in the first two words, whether it asked by IPv4 in the third */
+	struct address client; /* CLIENT_NETNS: the cookie is in the first two words */
 	u32 service;
 	u8 kind; /* CLIENT_… */
 	u8 pad[3];
@@ -353,6 +368,7 @@ struct mark {
 _Static_assert(sizeof(struct mark) == 8, "struct mark");
 
 #define MARK_CELLS 65536
+#define MARK_SHIFT (64 - 16 - 3) /* the upper bits of a number that name a mark */
 
 #define MARK_ENTERS 1 /* rows of ingress, by the destination's address */
 #define MARK_FROM 2   /* rows UNDNAT, by the source */

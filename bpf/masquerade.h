@@ -131,8 +131,8 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
  * where there is no room.
  */
 static inline int begin_short_flow(void *context, const struct packet *packet, const struct choice *chosen,
-				   const struct address *address, const struct settings *node, u64 now,
-				   struct flow_key *to)
+				   const struct address *address, const struct way *way, const struct settings *node,
+				   u64 now, struct flow_key *to)
 {
 	struct flow_key reply = {};
 	struct flow row = {};
@@ -166,6 +166,7 @@ static inline int begin_short_flow(void *context, const struct packet *packet, c
 	row.beyond = reply.destination;
 	row.beyond_port = reply.destination_port;
 	row.client_port = 0;
+	row.way = *way;
 	set_mark(MARK_ENTERS, &packet->key.destination, 0);
 	if (flows.update((struct flow_key *)&packet->key, &row)) {
 		count(PACKET_NO_ROOM);

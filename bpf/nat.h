@@ -212,8 +212,8 @@ static inline u16 mended(u16 checksum, u64 change, u8 protocol)
 static inline int rewrite_in_place(void *data, void *end, const struct packet *packet, const struct flow_key *to)
 {
 	const struct flow_key *from = &packet->key;
-	u64 change = addresses_change(from, to);
 	u8 protocol = from->protocol;
+	u64 change;
 	u32 l3 = packet->l3 & OFFSETS, l4 = packet->l4 & OFFSETS;
 	struct ports *ports = data + l4;
 	u16 *checksum = data + l4 + (protocol == IPPROTO_TCP ? 16 : 6);
@@ -225,6 +225,8 @@ static inline int rewrite_in_place(void *data, void *end, const struct packet *p
 
 		if ((void *)(ip + 1) > end)
 			return PASS;
+		change = word_change(from->source.word[3], to->source.word[3]) +
+			 word_change(from->destination.word[3], to->destination.word[3]);
 		ip->check = changed_checksum(ip->check, change + word_change(1, 0)); /* the TTL: a word's lower byte */
 		ip->ttl -= 1;
 		ip->saddr = to->source.word[3];
@@ -234,6 +236,7 @@ static inline int rewrite_in_place(void *data, void *end, const struct packet *p
 
 		if ((void *)(ip + 1) > end)
 			return PASS;
+		change = addresses_change(from, to);
 		ip->hop_limit -= 1;
 		__builtin_memcpy(&ip->saddr, &to->source, 16);
 		__builtin_memcpy(&ip->daddr, &to->destination, 16);

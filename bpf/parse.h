@@ -83,6 +83,17 @@ struct ports {
 	u16 destination;
 };
 
+/* Whether a frame is for the device of this row; of one without an address, all are. */
+static inline int is_addressed(const struct ethhdr *ethernet, const struct device *device)
+{
+	const u8 *own = device->mac, *there = ethernet->h_dest;
+
+	if (!(own[0] | own[1] | own[2] | own[3] | own[4] | own[5]))
+		return 1;
+	return own[0] == there[0] && own[1] == there[1] && own[2] == there[2] && own[3] == there[3] &&
+	       own[4] == there[4] && own[5] == there[5];
+}
+
 static inline int has_ports(u8 protocol)
 {
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP;

@@ -27,6 +27,8 @@
 #include "around.h"
 #include "reject.h"
 
+#define PACKET_OVERHEARD 3 /* skb->pkt_type: PACKET_OTHERHOST */
+
 static inline int finish(struct __sk_buff *skb, int verdict)
 {
 	if (verdict == DISCARD)
@@ -64,6 +66,23 @@ static inline int restore_header(struct __sk_buff *skb)
 }
 
 /*
+ * Whether the frame was only overheard: it is another machine's, or another device's behind this one (macvlan), whose own
+ * hooks it meets then.
+ */
+static inline int is_anothers(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data;
+	struct ethhdr *ethernet = data;
+	u32 ifindex = skb->ifindex;
+	struct device *device;
+
+	if (skb->pkt_type != PACKET_OVERHEARD || (void *)(ethernet + 1) > (void *)(long)skb->data_end)
+		return 0;
+	device = devices.lookup(&ifindex);
+	return device && !is_addressed(ethernet, device);
+}
+
+/*
  * The headers are read in place. Only where they do not lie in the packet's linear part are they pulled there, since
  * that copies: the payload of what local sockets send is never linear, its headers always are.
  */
@@ -76,8 +95,12 @@ static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 		return PASS;
 	if (skb->protocol != swap16(ETH_P_IP) && skb->protocol != swap16(ETH_P_IPV6))
 		return PASS;
-	if (packet->key.hook == HOOK_INGRESS && is_headless(skb) && restore_header(skb) != GO_ON)
-		return PASS;
+	if (packet->key.hook == HOOK_INGRESS) {
+		if (is_headless(skb) && restore_header(skb) != GO_ON)
+			return PASS;
+		if (is_anothers(skb))
+			return PASS;
+	}
 	packet->l3 = sizeof(struct ethhdr);
 #pragma nounroll
 	for (int pulled = 0; pulled < 2; pulled++) {

@@ -22,7 +22,7 @@
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"
-#include "hop.h"
+#include "way.h"
 
 #define VLAN_ID 0x0fff
 
@@ -82,10 +82,10 @@ static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct 
 	return PASS;
 }
 
-/* Ask the FIB, and keep in the cell what it says; GO_ON, or PASS, counted. */
-static inline int find_hop(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-			   const struct address *source, const struct address *destination, const struct settings *node,
-			   u64 now, struct hop *hop)
+/* What the FIB says; GO_ON, or PASS, counted. */
+static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
+			  const struct address *source, const struct address *destination, const struct settings *node,
+			  u64 now, struct way *way)
 {
 	struct bpf_fib_lookup fib = {};
 	struct device *device;
@@ -107,7 +107,7 @@ static inline int find_hop(struct xdp_md *ctx, const struct packet *packet, cons
 	device = devices.lookup(&under);
 	if (!device)
 		return PASS;
-	__builtin_memcpy(hop->mac, device->mac, 6);
+	__builtin_memcpy(way->mac, device->mac, 6);
 	may = device->flags & DEVICE_XDP;
 	leaving = fib.ifindex;
 	device = devices.lookup(&leaving);
@@ -119,42 +119,62 @@ static inline int find_hop(struct xdp_md *ctx, const struct packet *packet, cons
 		return PASS;
 	}
 	mtu = device->mtu;
-	/* Since 5.13 it says the way's own MTU where it was given a length. */
-	if (fib.tot_len != length && fib.tot_len < mtu)
+	/* Since 5.13 it says the way's own MTU; before, that it carries this length, and a longer packet asks again. */
+	if (fib.tot_len < mtu)
 		mtu = fib.tot_len;
-	keep_hop(hop, &fib, source, destination, entered, mtu, now + node->refresh);
+	way->entered = entered;
+	way->device = leaving;
+	way->mtu = (u16)mtu;
+	__builtin_memcpy(way->frame, fib.dmac, 6);
+	__builtin_memcpy(way->frame + 6, fib.smac, 6);
+	way->until = (u32)(now + node->refresh) ?: 1;
 	return GO_ON;
 }
 
-/* The hop of a packet to `destination`; none where it is to be passed up. */
-static inline struct hop *next_hop(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-				   const struct address *source, const struct address *destination,
-				   const struct settings *node, u64 now)
+/*
+ * The way of a packet to `destination`, by what the flow's row keeps (`kept`; null where there is no row yet) or by the
+ * FIB; PASS, counted, where XDP has none or the packet does not fit it.
+ */
+static inline int find_way(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
+			   const struct address *source, const struct address *destination, const struct settings *node,
+			   u64 now, struct way *kept, struct way *way)
 {
-	u32 cell = hop_number(source, destination, entry->device);
-	struct hop *hop = hops.lookup(&cell);
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
 	struct ethhdr *ethernet = data;
 
-	if (!hop || (void *)(ethernet + 1) > end)
-		return 0;
+	if ((void *)(ethernet + 1) > end)
+		return PASS;
 	if (packet->hops <= 1) {
 		count(XDP_NO_HOPS);
-		return 0;
+		return PASS;
 	}
-	if (!is_current_hop(hop, source, destination, entry->device, now)) {
-		hop->until = 0; /* what is half written is never believed */
-		if (find_hop(ctx, packet, entry, source, destination, node, now, hop) != GO_ON)
-			return 0;
+	if (!kept || !recall_way(kept, packet->length, entry->device, now, way)) {
+		if (ask_way(ctx, packet, entry, source, destination, node, now, way) != GO_ON)
+			return PASS;
+		if (kept)
+			keep_way(kept, way);
 	}
-	if (packet->length > hop->mtu) {
+	if (packet->length > way->mtu) {
 		count(XDP_TOO_LONG);
-		return 0;
+		return PASS;
 	}
-	if (!same_mac(ethernet->h_dest, hop->mac))
-		return 0; /* flooded by a switch, or another device's behind this one */
-	return hop;
+	if (!is_for(ethernet, way))
+		return PASS; /* see is_for_us */
+	return GO_ON;
+}
+
+/* Whether the frame is for the device that it came by, and not flooded by a switch or another device's behind it. */
+static inline int is_for_us(struct xdp_md *ctx, const struct entry *entry)
+{
+	void *data = (void *)(long)ctx->data;
+	struct ethhdr *ethernet = data;
+	u32 under = entry->under;
+	struct device *device = devices.lookup(&under);
+
+	if (!device || (void *)(ethernet + 1) > (void *)(long)ctx->data_end)
+		return 0;
+	return is_addressed(ethernet, device);
 }
 
 /*
@@ -162,34 +182,36 @@ static inline struct hop *next_hop(struct xdp_md *ctx, const struct packet *pack
  * again, or local backends would get less than their share.
  */
 static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const struct entry *entry,
-			   const struct settings *node, u64 now, struct hop **hop, struct flow_key *to)
+			   const struct settings *node, u64 now, struct way *way, struct flow_key *to)
 {
 	struct address address = {};
 	struct choice chosen = {};
 	struct device *device;
 	u32 leaving;
-	int verdict = admit(packet, entry->device, node, now, &chosen);
+	int verdict;
 
+	if (!is_for_us(ctx, entry))
+		return PASS;
+	verdict = admit(packet, entry->device, node, now, &chosen);
 	if (verdict == DISCARD)
 		count(XDP_DROPPED);
 	if (verdict != GO_ON)
 		return verdict == DISCARD ? DISCARD : PASS;
 
-	if (chosen.how & FLOW_MASQUERADE)
-		*hop = next_hop(ctx, packet, entry, &address, &chosen.backend->address, node, now);
-	if (*hop) {
-		leaving = (*hop)->device;
+	if ((chosen.how & FLOW_MASQUERADE) &&
+	    find_way(ctx, packet, entry, &address, &chosen.backend->address, node, now, 0, way) == GO_ON) {
+		leaving = way->device;
 		device = devices.lookup(&leaving);
 		if (device)
 			address = packet->version == 4 ? device->ipv4 : device->ipv6;
 	}
-	if (!*hop || is_zero(&address)) {
+	if (is_zero(&address)) {
 		verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.how, node, now, to);
 		if (verdict == GO_ON)
 			count(PACKET_FORWARDED);
 		return verdict == DISCARD ? DISCARD : PASS;
 	}
-	verdict = begin_short_flow(ctx, packet, &chosen, &address, node, now, to);
+	verdict = begin_short_flow(ctx, packet, &chosen, &address, way, node, now, to);
 	if (verdict != GO_ON)
 		return verdict;
 	count(XDP_FORWARDED);
@@ -199,7 +221,7 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 
 /* Give the frame its new tuple and send it on; or pass it up, untouched, where it is not for this device. */
 static inline int send(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-		       const struct flow_key *to, const struct hop *hop, u32 service)
+		       const struct flow_key *to, const struct way *way, u32 service)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -209,12 +231,12 @@ static inline int send(struct xdp_md *ctx, const struct packet *packet, const st
 		return XDP_PASS;
 	if (rewrite_in_place(data, end, packet, to) != GO_ON)
 		return XDP_PASS;
-	__builtin_memcpy(ethernet, hop->frame, 12);
+	write_macs(ethernet, way);
 	count(XDP_SENT);
 	count_traffic(service, 0, 1, (u64)(end - data));
-	if (hop->device == entry->device)
+	if (way->device == entry->device)
 		return XDP_TX;
-	return bpf_redirect(hop->device, 0);
+	return bpf_redirect(way->device, 0);
 }
 
 int xdp_ingress(struct xdp_md *ctx)
@@ -225,7 +247,7 @@ int xdp_ingress(struct xdp_md *ctx)
 	struct settings *node;
 	struct flow_key to;
 	struct flow *flow;
-	struct hop *hop = 0;
+	struct way way = {};
 	u32 service;
 	int verdict, stale = 0;
 	u64 now;
@@ -249,16 +271,18 @@ int xdp_ingress(struct xdp_md *ctx)
 		if (!(flow->flags & FLOW_WHOLE))
 			return XDP_PASS;
 		if (flow->action == FLOW_DNAT)
-			hop = next_hop(ctx, &packet, &entry, &anywhere, &flow->address, node, now);
+			verdict =
+				find_way(ctx, &packet, &entry, &anywhere, &flow->address, node, now, &flow->way, &way);
 		else
-			hop = next_hop(ctx, &packet, &entry, &flow->beyond, &flow->address, node, now);
-		if (!hop)
+			verdict = find_way(ctx, &packet, &entry, &flow->beyond, &flow->address, node, now, &flow->way,
+					   &way);
+		if (verdict != GO_ON)
 			return XDP_PASS;
 		service = flow->service;
 		use_flow(&packet, flow, node, now);
 		wholly_translated(&packet.key, flow, &to);
 	} else {
-		verdict = new_flow(ctx, &packet, &entry, node, now, &hop, &to);
+		verdict = new_flow(ctx, &packet, &entry, node, now, &way, &to);
 		if (verdict == DISCARD) {
 			if (stale)
 				flows.delete(&packet.key); /* or what follows would still be led by it */
@@ -270,5 +294,5 @@ int xdp_ingress(struct xdp_md *ctx)
 			count(FLOW_STALE);
 		service = 0;
 	}
-	return send(ctx, &packet, &entry, &to, hop, service);
+	return send(ctx, &packet, &entry, &to, &way, service);
 }

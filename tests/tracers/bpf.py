@@ -99,10 +99,8 @@ class Tracer:
 
 def bit_of(address: bytes) -> int:
     """The number of an address' bit in `known`, 64 to a cell: as `is_known` of bpf/lookup.h has it."""
-    first, second, third, fourth = struct.unpack("=4I", address[:16])
-    hash = (first ^ second ^ third ^ fourth) * 0x9E3779B1 % 2**32
-    cell, bit = hash >> 18, hash >> 12 & 63
-    return int(cell * 64 + bit)
+    first, second = struct.unpack("=2Q", address[:16])
+    return int((first * 0xD6E8FEB86659FD93 + second * 0x9E3779B97F4A7C15) % 2**64 >> 44)
 
 
 def is_known(known: Rows, address: bytes) -> bool:

@@ -87,7 +87,8 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("beyond", 16),
         ("beyond_port", 2),
         ("client_port", 2),
-        ("beyond_pad", 4),
+        ("way", 32),
+        ("way_pad", 4),
     ),
     "fragment_key": (("source", 16), ("destination", 16), ("id", 4), ("protocol", 1), ("hook", 1), ("pad", 2)),
     "fragment": (("source_port", 2), ("destination_port", 2)),
@@ -137,7 +138,7 @@ SOURCE_KEY = struct.Struct("=I16s")
 RANGE_KEY = struct.Struct("=II16s")
 SETTINGS = struct.Struct("=QQQIIHHI16sBBB5x")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
-FLOW = struct.Struct("=16sHHBBHIIQQ16sHH4x")
+FLOW = struct.Struct("=16sHHBBHIIQQ16sHH36x")
 SOCKET_KEY = struct.Struct("=Q16sHBB4x")
 SOCKET_VALUE = struct.Struct("=16sH2xII4xQ")
 OWNER = struct.Struct("=64s64s")
