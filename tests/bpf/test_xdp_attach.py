@@ -341,13 +341,26 @@ def test_a_device_whose_driver_runs_no_programs_is_named(node: Node) -> None:
             assert ("mv0", OFF, "its driver runs no XDP programs", True) in survey(NATIVE, ())
 
 
-def test_a_device_that_loses_its_address_loses_xdp(node: Node) -> None:
+def test_a_device_that_loses_its_address_keeps_xdp_until_the_next_start(node: Node) -> None:
+    """Many drivers drop the carrier when a program comes or goes, at which a network manager may take the address."""
     with node.running(GENERIC) as daemon:
         node.namespace.ip("addr del 192.0.2.1/24 dev eth0")
-        daemon.until(lambda: not node.running_on("eth0"), lambda: node.running_on("eth0"))
+        assert daemon.devices.handle()
+        assert daemon.devices.audit() == 0
+        assert node.running_on("eth0") == ((GENERIC, daemon.program),)
+    with node.running(GENERIC) as daemon:
+        assert node.running_on("eth0") == ()
         assert node.bits("eth0") == 0
         node.namespace.ip("addr add 192.0.2.9/24 dev eth0")
         daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
+
+
+def test_a_device_that_joins_a_bridge_loses_xdp_at_once(node: Node) -> None:
+    with node.running(GENERIC) as daemon:
+        node.namespace.ip("link add br0 type bridge")
+        node.namespace.ip("link set eth0 master br0")
+        daemon.until(lambda: not node.running_on("eth0"), lambda: node.running_on("eth0"))
+        assert node.bits("eth0") == 0
 
 
 def test_patterns_name_devices_without_an_address_and_leave_others_out(node: Node) -> None:

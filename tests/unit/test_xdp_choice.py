@@ -85,6 +85,14 @@ def test_addresses_of_the_link_alone_say_nothing() -> None:
     assert wish(device, around(device, addresses=(address("fe80::1/64", scope=LINK_LOCAL),)), NATIVE).mode == OFF
 
 
+def test_what_runs_is_not_ended_by_the_loss_of_an_address() -> None:
+    device = link("eth0")
+    assert wish(device, around(device), AUTO, runs=True) == Wish(NATIVE)
+    assert wish(device, around(device, patterns=("ens*",)), AUTO, runs=True).mode == OFF
+    port = link("eth0", slave="bridge", master=9)
+    assert wish(port, around(port), AUTO, runs=True).mode == OFF
+
+
 def test_an_address_on_a_vlan_is_its_parents() -> None:
     parent, vlan = link("eth0", 2), link("eth0.7", 3, kind="vlan", parent=2)
     both = around(parent, vlan, addresses=(address("192.0.2.1/24", 3),))

@@ -1,6 +1,6 @@
 """The pin directory: where maps, programs and links live on between daemons, and how all of it is removed again.
 
-    <bpffs>/maps/<name>   <bpffs>/programs/<C function>   <bpffs>/links/<C function>
+    <bpffs>/maps/<name>   <bpffs>/programs/<C function>   <bpffs>/links/<C function>, xdp-<index of the device>
 
 Rules of this file: only what bears our names is ever removed, whatever directory we are given. A pin is replaced by a
 rename, so that its name always leads to a whole object. The file system itself is mounted where it plainly should be,

@@ -103,7 +103,9 @@ class Xdp:
     def plan(self, edges: Iterable[int], around: Surroundings) -> None:
         """What each of the edges is to run from now on. Raises OSError."""
         self._around = around
-        self._wishes = {index: wish(around.links[index], around, self._mode) for index in edges}
+        self._wishes = {
+            index: wish(around.links[index], around, self._mode, runs=index in self._modes) for index in edges
+        }
         self._look()
 
     def _look(self) -> None:
@@ -135,7 +137,7 @@ class Xdp:
         return sends(None, link, driver)
 
     def release(self) -> int:
-        """Detach where nothing of ours is to run any more; from how many. Raises OSError."""
+        """Detach where nothing of ours is to run any more; from how many."""
         gone = {index for index in self._links if not self._wants(index)}
         if self._to_compare:
             gone.update(index for index in self._pinned() if not self._wants(index))
@@ -143,7 +145,10 @@ class Xdp:
             index for index, link in self._around.links.items() if link.xdp and not self._wants(index) and is_ours(link)
         )
         for index in gone:
-            self._detach(index)
+            try:
+                self._detach(index)
+            except OSError as error:
+                log.warning("XDP on device number %d cannot be detached: %s", index, error.strerror)
         return len(gone)
 
     def attach(self) -> int:

@@ -64,8 +64,12 @@ class Surroundings:
     pod_interface: str = ""
 
 
-def wish(link: Link, around: Surroundings, mode: str) -> Wish:
-    """What `link`, an edge, is to run; `mode` is that of --xdp."""
+def wish(link: Link, around: Surroundings, mode: str, *, runs: bool = False) -> Wish:
+    """What `link`, an edge, is to run; `mode` is that of --xdp.
+
+    `runs`: it runs already, and does not stop for the lack of an address: drivers may drop the carrier for a moment
+    when a program comes or goes, at which some network managers take addresses away, at which the program would go…
+    """
     if link.slave_kind in _PORTS:
         return Wish(OFF, f"a port of {_name(link.master, around)}", told=False)
     if is_pod_device(link, around.links, around.pod_interface):
@@ -78,7 +82,7 @@ def wish(link: Link, around: Surroundings, mode: str) -> Wish:
     wire = link.kind in WIRES
     if around.patterns and not named:
         return Wish(OFF, "not named by --devices", told=not wire)
-    if not named and not is_way_out(link, around):
+    if not (named or runs or is_way_out(link, around)):
         return Wish(OFF, "holds neither an address of the node's network nor a default route", told=not wire)
     if mode == OFF:
         return Wish(OFF, "--xdp off")
