@@ -17,19 +17,19 @@ from bench.api import Effort, api
 from bench.beside import beside
 from bench.daemon import daemon
 from bench.decoding import decoding
+from bench.edges import edges
 from bench.frames import Effort as Repeats
 from bench.iptables import iptables
 from bench.lab import CHECKOUT, Lab, ahead, lab
 from bench.maglev import tables
 from bench.paths import paths
 from bench.plane import plane
-from bench.programs import programs
 from bench.report import TARGETS, Figure, Report, table
 from bench.xdp import xdp
 from ebpflb.errors import EbpflbError
 from tests.api import binaries
 
-GROUPS = ("xdp", "programs", "plane", "daemon", "decode", "maglev", "api", "beside", "iptables", "paths")
+GROUPS = ("xdp", "edges", "plane", "daemon", "decode", "maglev", "api", "beside", "iptables", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -66,14 +66,10 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
     """The figures of the groups asked for."""
     with lab() as place, ahead(0):
         sizes = (10, 1000) if quick else (10, 1000, 10000)
+        repeats = Repeats(3, 20_000) if quick else Repeats(15, 100_000)
         runs: dict[str, Callable[[Lab], Iterator[Figure]]] = {
-            "xdp": lambda here: xdp(
-                here,
-                (10, sizes[-1], 10 * sizes[-1]),
-                Repeats(3, 20_000) if quick else Repeats(15, 100_000),
-                say,
-            ),
-            "programs": lambda here: programs(here, sizes, 100_000 if quick else 1_000_000, say),
+            "xdp": lambda here: xdp(here, (10, sizes[-1], 10 * sizes[-1]), repeats, say),
+            "edges": lambda here: edges(here, (10, sizes[-1]), repeats, say),
             "plane": lambda here: plane(
                 here, sizes[1:], (sizes[0], sizes[-1]), 2 if quick else 5, 100 if quick else 1000, say
             ),

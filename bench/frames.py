@@ -29,6 +29,9 @@ from ebpflb.errors import EbpflbError
 from ebpflb.routes import packed
 
 XDP_PASS, XDP_TX = 2, 3
+Check = Callable[[syscall.TestRun, int], None]
+"""Sees the last packet of a batch and its flow's number; raises EbpflbError where it is not right."""
+
 NEIGHBOUR = bytes((2, 0, 0, 0, 0, 0xFE))
 KINDS = {"tcp4": (4, TCP), "tcp6": (6, TCP), "udp4": (4, UDP)}
 _ATTACH = XDP_HOOKS["xdp_ingress"].attach_type
@@ -70,9 +73,12 @@ class Bench(NamedTuple):
     device: Device
     version: int
     protocol: int
+    xdp: bool = True
 
     def context(self, size: int) -> bytes:
-        """A `struct xdp_md`: the packet came by the device."""
+        """A `struct xdp_md` or `struct __sk_buff`: the packet passes the device."""
+        if not self.xdp:
+            return struct.pack("=40xI148x", self.device.number)
         return struct.pack("=IIIIII", 0, size, 0, self.device.number, 0, 0)
 
     def frame(self, between: Tuple, flags: int = ACK) -> bytes:
@@ -112,6 +118,8 @@ class Bench(NamedTuple):
             "service": lambda: where.vary_destination(numbers.service(0, self.version)),
             "stranger": lambda: where.vary_destination(numbers.stranger(0, self.version)),
             "backend": lambda: where.vary_source(numbers.backend(0, self.version)),
+            "to backend": lambda: where.vary_destination(numbers.backend(0, self.version)),
+            "to client": lambda: where.vary_destination(numbers.client(0, self.version)),
             "port": lambda: where.vary_ports(BACKEND_PORT, FIRST),
         }
         there = self.frame(between, flags)
@@ -123,25 +131,24 @@ def turned(between: Tuple) -> Tuple:
     return Tuple(between.destination, between.destination_port, between.source, between.source_port)
 
 
-def is_sent(between: Tuple, bench: Bench, varies: bool) -> Callable[[syscall.TestRun], None]:
-    """A check that a packet was sent on; with this very tuple, where it does not vary."""
-    expected = bench.sent(between)
+def is_sent(bench: Bench, expected: Callable[[int], Tuple] | None) -> Check:
+    """A check that a packet was sent on; with the tuple that a flow with this number gets, where that is known."""
+    return becomes(bench, XDP_TX, NEIGHBOUR + bench.device.mac, expected)
+
+
+def becomes(bench: Bench, verdict: int, macs: bytes, expected: Callable[[int], Tuple] | None) -> Check:
+    """A check of a packet's verdict, its Ethernet addresses and its tuple."""
     where = offsets(bench.version, bench.protocol)
 
-    def check(run: syscall.TestRun) -> None:
-        same = run.data[:14] == expected[:14] and (
-            varies or run.data[where.source : where.ports + 4] == expected[where.source : where.ports + 4]
-        )
-        if run.verdict != XDP_TX or not same:
-            raise EbpflbError(f"a packet was not sent on as it should be: verdict {run.verdict}, {run.data.hex()}")
+    def check(run: syscall.TestRun, flow: int) -> None:
+        right = run.verdict == verdict and run.data[:12] == macs
+        if right and expected:
+            there = frame(macs, expected(flow), bench.protocol)
+            right = run.data[where.source : where.ports + 4] == there[where.source : where.ports + 4]
+        if not right:
+            raise EbpflbError(f"flow {flow}: a packet became something else, verdict {run.verdict}: {run.data.hex()}")
 
     return check
-
-
-def is_passed(run: syscall.TestRun) -> None:
-    """A check that the packet went up."""
-    if run.verdict != XDP_PASS:
-        raise EbpflbError(f"a packet that is nobody's has verdict {run.verdict}")
 
 
 class Scenario(NamedTuple):
@@ -151,7 +158,7 @@ class Scenario(NamedTuple):
     program: int
     packet: Packet
     flows: int
-    check: Callable[[syscall.TestRun], None]
+    check: Check
     fresh: bool = False
 
 

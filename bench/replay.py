@@ -119,12 +119,13 @@ def _before(xdp: bool, packet: Packet, flows: int, state: int, programs: int) ->
 
 
 class Replay:
-    """A program with a packet before it. Close it."""
+    """A program with a packet before it. `flow` is the number of the last run's flow. Close it."""
 
     def __init__(self, program: int, type: int, packet: Packet, flows: int = 1, attach_type: int = 0) -> None:
         """`program` is a descriptor; visits `flows` flows in turn."""
         self.packet = packet
         self._flows = flows
+        self.flow = 0
         self._open: list[int] = []
         try:
             self._state = self._keep(syscall.map_create(_ARRAY, 4, 16, 1, name="bench_state"))
@@ -150,10 +151,12 @@ class Replay:
         """The next run is of the flow `flow`; of fresh ones, that with number `serial`."""
         before = (flow - _STRIDE) % self._flows
         syscall.update(self._state, bytes(4), struct.pack("=Qq", before, serial - 1))
+        self.flow = before
 
     def run(self, repeat: int) -> tuple[syscall.TestRun, float]:
         """The last packet of `repeat`, and the nanoseconds for each."""
         result, spent = _timed(self._program, self.packet, repeat)
+        self.flow = (self.flow + repeat * _STRIDE) % self._flows
         if result.verdict == FAILED:
             raise EbpflbError("a packet of the benchmark is shorter than what is written into it")
         return result, spent
@@ -161,6 +164,8 @@ class Replay:
 
 class Bare:
     """A program that leaves a packet as it is."""
+
+    flow = 0
 
     def __init__(self, program: int, packet: Packet) -> None:
         self._program, self._packet = program, packet
@@ -177,12 +182,13 @@ def _timed(program: int, packet: Packet, repeat: int) -> tuple[syscall.TestRun, 
 
 
 class Variant(NamedTuple):
-    """What is measured: `check` sees the last packet of each batch and raises EbpflbError where it is not right."""
+    """What is measured. `check` sees the last packet of each batch and its flow's number, and raises EbpflbError where
+    it is not right."""
 
     name: str
     replay: Replay | Bare
     repeat: int
-    check: Callable[[syscall.TestRun], None] = lambda run: None
+    check: Callable[[syscall.TestRun, int], None] = lambda run, flow: None
 
 
 def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
@@ -191,7 +197,7 @@ def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
     for number in range(rounds):
         for variant in variants if number % 2 == 0 else reversed(variants):
             result, spent = variant.replay.run(variant.repeat)
-            variant.check(result)
+            variant.check(result, variant.replay.flow)
             samples[variant.name].append(spent)
     return samples
 

@@ -51,7 +51,8 @@ def frame(macs: bytes, between: Tuple, protocol: int, flags: int = ACK, hops: in
         head = ports + struct.pack("!HH", 8 + 12, 0) + bytes(12)
         at = 6
     pseudo = addresses + (struct.pack("!HH", protocol, len(head)) if four else struct.pack("!II", len(head), protocol))
-    transport = head[:at] + struct.pack("!H", summed(pseudo + head)) + head[at + 2 :]
+    checksum = summed(pseudo + head) or (0xFFFF if protocol == UDP else 0)
+    transport = head[:at] + struct.pack("!H", checksum) + head[at + 2 :]
     if four:
         start = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(transport), 1, 0, hops, protocol, 0)
         start = start[:10] + struct.pack("!H", summed(start + addresses))

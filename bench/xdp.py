@@ -12,13 +12,15 @@ from contextlib import ExitStack
 from bench import world as numbers
 from bench.frames import (
     KINDS,
+    NEIGHBOUR,
+    XDP_PASS,
     XDP_TX,
     Bench,
     Effort,
     Measured,
     Scenario,
+    becomes,
     empty_program,
-    is_passed,
     is_sent,
     take,
     turned,
@@ -43,12 +45,11 @@ def established(bench: Bench, flows: int, name: str) -> list[Scenario]:
         bench.begin(flow, flow)
     bench.world.ports(FIRST, LAST)
     program = bench.world.programs["xdp_ingress"]
-    request, forwarded = bench.request(0, 0), bench.forwarded(0, 0)
-    there = bench.packet(request, ["client", "service"])
-    back = bench.packet(turned(forwarded), ["backend", "port"])
+    there = bench.packet(bench.request(0, 0), ["client", "service"])
+    back = bench.packet(turned(bench.forwarded(0, 0)), ["backend", "port"])
     return [
-        Scenario(f"{name} request", program, there, flows, is_sent(forwarded, bench, flows > 1)),
-        Scenario(f"{name} reply", program, back, flows, is_sent(turned(request), bench, flows > 1)),
+        Scenario(f"{name} request", program, there, flows, is_sent(bench, lambda flow: bench.forwarded(flow, flow))),
+        Scenario(f"{name} reply", program, back, flows, is_sent(bench, lambda flow: turned(bench.request(flow, flow)))),
     ]
 
 
@@ -56,16 +57,22 @@ def new(bench: Bench, services: int, name: str) -> Scenario:
     """Packets which begin flows, to each of the first `services` Services in turn."""
     vary = ["client!", "service"] if services > 1 else ["client!"]
     packet = bench.packet(bench.request(0, 0), vary, SYN)
-    check = is_sent(bench.forwarded(0, 0), bench, True)
-    return Scenario(name, bench.world.programs["xdp_ingress"], packet, services, check, fresh=True)
+    program = bench.world.programs["xdp_ingress"]
+    return Scenario(name, program, packet, services, is_sent(bench, None), fresh=True)
 
 
 def nobodys(bench: Bench, strangers: int, name: str) -> Scenario:
     """Packets to addresses that have no Service."""
     source = numbers.client(0, bench.version)
     between = Tuple(source, CLIENT_PORT, numbers.stranger(0, bench.version), SERVICE_PORT)
-    packet = bench.packet(between, ["stranger"])
-    return Scenario(name, bench.world.programs["xdp_ingress"], packet, strangers, is_passed)
+    packet = bench.packet(between, ["client", "stranger"])
+
+    def whither(flow: int) -> Tuple:
+        source, stranger = numbers.client(flow, bench.version), numbers.stranger(flow, bench.version)
+        return between._replace(source=source, destination=stranger)
+
+    check = becomes(bench, XDP_PASS, bench.device.mac + NEIGHBOUR, whither)
+    return Scenario(name, bench.world.programs["xdp_ingress"], packet, strangers, check)
 
 
 def hot(bench: Bench, name: str) -> list[Scenario]:
@@ -74,7 +81,7 @@ def hot(bench: Bench, name: str) -> list[Scenario]:
         bench.begin(FAR + flow, 0)
     bench.world.ports(FIRST, LAST)
     packet = bench.packet(bench.request(FAR, 0), ["hot"])
-    check = is_sent(bench.forwarded(0, 0), bench, True)
+    check = is_sent(bench, lambda flow: bench.forwarded(FAR + flow, 0))
     return [Scenario(name, bench.world.programs["xdp_ingress"], packet, HOT_FLOWS, check)]
 
 
