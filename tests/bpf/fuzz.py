@@ -23,17 +23,23 @@ _TEST_RUN = 10
 _NUMBER = {"x86_64": 321, "aarch64": 280}
 _UNPACK = struct.Struct("=III").unpack_from
 _PACK = struct.Struct("=II").pack_into
+_INDEX = struct.Struct("=I")
 
 
 class Runner:
-    """One program and its buffers: put a frame into `frame`, call `run`, look at `out`."""
+    """One program and its buffers: put a frame into `frame`, call `run`, look at `out`. `device` is the index of the
+    one that packets pass, 0 for none; `xdp` for a program of that type, which always has one."""
 
-    def __init__(self, program: int) -> None:
+    def __init__(self, program: int, device: int = 0, *, xdp: bool = False) -> None:
         self._in = (ctypes.c_ubyte * ROOM)()
         self._out = (ctypes.c_ubyte * ROOM)()
+        self._context = bytearray(24 if xdp else 192)
+        _INDEX.pack_into(self._context, 12 if xdp else 40, device)  # ingress_ifindex; __sk_buff.ifindex
+        self._ends = xdp
+        context = (ctypes.c_ubyte * len(self._context)).from_buffer(self._context)
         self._attributes = ctypes.create_string_buffer(80)
         struct.pack_into(
-            "=IIIIQQII",
+            "=IIIIQQIIIIQ",
             self._attributes,
             0,
             program,
@@ -44,6 +50,9 @@ class Runner:
             ctypes.addressof(self._out),
             1,
             0,
+            len(self._context) if device else 0,
+            0,
+            ctypes.addressof(context) if device else 0,
         )
         self.frame = memoryview(self._in).cast("B")
         self.out = memoryview(self._out).cast("B")
@@ -53,10 +62,18 @@ class Runner:
         self._call.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
         self._call.restype = ctypes.c_long
 
+    def passed(self, frame: bytes) -> tuple[int, bytes]:
+        """Pass a frame; the verdict, and what it has become."""
+        self.frame[: len(frame)] = frame
+        verdict, length = self.run(len(frame))
+        return verdict, bytes(self.out[:length])
+
     def run(self, length: int) -> tuple[int, int]:
         """Pass the first `length` bytes of `frame`; returns the verdict and the length of what is in `out`, or
         (REFUSED, 0) where the kernel builds no test packet, because it is too short for the header it announces."""
         _PACK(self._attributes, 8, length, ROOM)
+        if self._ends:
+            _INDEX.pack_into(self._context, 4, length)  # data_end
         if self._call(self._number, _TEST_RUN, self._pointer, 80) < 0:
             number = ctypes.get_errno()
             if number == errno.EINVAL and length < ETHERNET + 40 and bytes(self.frame[12:14]) in _IP:

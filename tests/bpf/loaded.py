@@ -141,9 +141,9 @@ class FlowRow:
 
 def known_place(packed_address: bytes) -> tuple[int, int]:
     """The cell and the bit by which programs know that there may be rows of an address; as bpf/lookup.h says it."""
-    word0, word1, word2, word3 = struct.unpack("<4I", packed_address)
-    hash = ((word0 ^ word1 ^ word2 ^ word3) * 0x9E3779B1) & 0xFFFFFFFF
-    return hash >> 18, hash >> 12 & 63
+    low, high = struct.unpack("<2Q", packed_address)
+    spread = (low * 0xD6E8FEB86659FD93 + high * 0x9E3779B97F4A7C15) & (1 << 64) - 1
+    return spread >> 50, spread >> 44 & 63
 
 
 class Packer:
@@ -179,9 +179,16 @@ class Packer:
 
 
 class Loaded:
-    """The programs and their maps. `put_*` write rows, `ingress` and `egress` pass one packet."""
+    """The programs and their maps. `put_*` write rows, `ingress` and `egress` pass one packet. `shared` are maps of
+    another one's that these programs use, too."""
 
-    def __init__(self, artifact: Artifact, sizes: Mapping[str, int] = SIZES, programs: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        sizes: Mapping[str, int] = SIZES,
+        programs: Iterable[str] = (),
+        shared: Mapping[str, int] | None = None,
+    ) -> None:
         self.artifact = artifact
         self.maps: dict[str, int] = {}
         self.programs: dict[str, int] = {}
@@ -191,6 +198,9 @@ class Loaded:
         self.flags = 0
         try:
             for name, spec in artifact.maps.items():
+                if shared and name in shared:
+                    self.maps[name] = os.dup(shared[name])
+                    continue
                 self.maps[name] = syscall.map_create(
                     spec.type, spec.key.size, spec.value.size, sizes.get(name, spec.max_entries), spec.flags, name
                 )
@@ -226,12 +236,16 @@ class Loaded:
         self._next_ranges = 1
         self._backends: dict[tuple[str, int, int, int], int] = {}
 
-    def clear(self) -> None:
-        """As new: no rows, no flows, counters at zero as `counters` sees them; settings of `put_settings`."""
-        for name in EMPTIED:
+    def forget(self, *names: str) -> None:
+        """Remove all rows of these maps."""
+        for name in names:
             fd = self.maps[name]
             keys, _, count = syscall.lookup_all(fd)
             syscall.delete_batch(fd, keys, count)
+
+    def clear(self) -> None:
+        """As new: no rows, no flows, counters at zero as `counters` sees them; settings of `put_settings`."""
+        self.forget(*EMPTIED)
         self.forget_known()
         free = self.packer("backends").pack(state=BACKEND_FREE)
         for index in range(self._next_backend):
@@ -260,7 +274,8 @@ class Loaded:
         syscall.update(self.maps["settings"], struct.pack("=I", 0), bytes(self.artifact.maps["settings"].value.size))
 
     def put_device(self, device: Device, family: int, ifindex: int = 1) -> None:
-        """The device that the next packets pass; test runs happen on the loopback device, which has index 1."""
+        """The device that the next packets pass; test runs happen on the loopback device, which has index 1. Its
+        address is of one family, or of both where that is 0."""
         if ifindex == 1 and self._device == (device, family):
             return
         row: dict[str, int | bytes] = {
@@ -268,8 +283,9 @@ class Loaded:
             "mtu": device.mtu,
             "mac": bytes.fromhex(device.mac.replace(":", "")),
         }
-        if device.masquerade:
-            row["ipv4" if family == 4 else "ipv6"] = packed(address(device.masquerade, family))
+        for each in (4, 6):
+            if device.masquerade and family in (0, each):
+                row[f"ipv{each}"] = packed(address(device.masquerade, each))
         syscall.update(self.maps["devices"], struct.pack("=I", ifindex), self.packer("devices").pack(**row))
         if ifindex == 1:
             self._device = (device, family)
