@@ -24,7 +24,7 @@ HOUR = 3600 * 1000  # jiffies, at most
 
 
 def _maps(node: Loaded) -> KernelMaps:
-    return KernelMaps({name: node.maps[name] for name in ("frontends", "flows", "settings")})
+    return KernelMaps({name: node.maps[name] for name in ("frontends", "owned", "known", "flows", "settings")})
 
 
 def _nodeport(node: Loaded, protocol: str, family: int) -> Packet:
