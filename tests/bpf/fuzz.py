@@ -229,26 +229,16 @@ class Judge:
 INTERESTING = (0x00, 0x01, 0x04, 0x05, 0x06, 0x11, 0x2C, 0x3A, 0x3C, 0x40, 0x45, 0x4F, 0x60, 0x7F, 0x80, 0x84, 0xFF)
 
 
-def fuzz(
-    runners: Sequence[tuple[bool, Runner]],
-    corpus: Sequence[bytes],
-    judge: Judge,
-    count: int,
-    seed: int,
-    fail: Callable[[str], None],
-) -> dict[int, int]:
-    """`count` packets, each a mutation of one in `corpus` or random bytes, through a random one of `runners` (ingress
-    or not, program). Calls `fail` with a description of the first wrong outcome; returns the number of each verdict."""
-    bits = random.Random(seed).getrandbits
-    noise = random.Random(seed + 1).randbytes(1 << 20)
-    verdicts = {UNSPEC: 0, SHOT: 0, REDIRECT: 0, REFUSED: 0}
+def mutated(frame: memoryview, corpus: Sequence[bytes], count: int, chance: random.Random) -> Iterator[int]:
+    """`count` packets, each a mutation of one in `corpus` or random bytes, written into `frame` one after the other;
+    the length of each."""
+    bits = chance.getrandbits
+    noise = chance.randbytes(1 << 20)
     size = len(corpus)
-    for number in range(count):
+    for _ in range(count):
         dice = bits(64)
-        ingress, runner = runners[dice & 1]
-        frame = runner.frame
-        kind = dice >> 1 & 15
-        dice >>= 5
+        kind = dice & 15
+        dice >>= 4
         if kind < 13:
             base = corpus[(dice & 0xFFFF) % size]
             dice >>= 16
@@ -271,6 +261,25 @@ def fuzz(
                 frame[12:15] = b"\x08\x00\x45"
             elif kind == 15:
                 frame[12:15] = b"\x86\xdd\x60"
+        yield length
+
+
+def fuzz(
+    runners: Sequence[tuple[bool, Runner]],
+    corpus: Sequence[bytes],
+    judge: Judge,
+    count: int,
+    seed: int,
+    fail: Callable[[str], None],
+) -> dict[int, int]:
+    """`count` packets of `mutated`, each through a random one of `runners` (ingress or not, program). Calls `fail` with
+    a description of the first wrong outcome; returns the number of each verdict."""
+    verdicts = {UNSPEC: 0, SHOT: 0, REDIRECT: 0, REFUSED: 0}
+    chance = random.Random(seed)
+    frame = memoryview(bytearray(ROOM))
+    for number, length in enumerate(mutated(frame, corpus, count, chance)):
+        ingress, runner = runners[chance.getrandbits(1)]
+        runner.frame[:length] = frame[:length]
         verdict, written = runner.run(length)
         if verdict == UNSPEC and written == length and runner.out[:length] == frame[:length]:
             verdicts[UNSPEC] += 1
