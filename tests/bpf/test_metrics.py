@@ -15,7 +15,7 @@ from ebpflb.metrics import Metrics
 from ebpflb.observer import Attempt
 from ebpflb.overview import counting
 from ebpflb.routes import RouteTable
-from tests.bpf.test_devices import Namespace
+from tests.bpf.namespaces import Namespace
 from tests.bpf.test_sync import SIZES, Node, carried, table
 from tests.conftest import cgroup2
 from tests.fakes import FakeClock

@@ -16,7 +16,7 @@ import pytest
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.model import Protocol
 from ebpflb.routes import Backend, Frontend, Key, Kind, Locality, Route, RouteTable, Scope, ServicePortName, Verdict
-from tests.bpf.test_devices import Namespace
+from tests.bpf.namespaces import Namespace
 from tests.bpf.test_sync import Node
 from tests.conftest import cgroup2
 
