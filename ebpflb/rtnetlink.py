@@ -59,8 +59,8 @@ class Link(NamedTuple):
     """A network device. `kind` is its driver's word ("" for hardware), `slave_kind` its master's ("bridge", "bond", …,
     "" without one); `master` is the master's index or 0; `type` is ARPHRD_…; `flags` are IFF_…; `mtu` in bytes; `mac`
     is its own link-layer address. `parent` is the index of the device that it lies on, or of a veth's peer; 0 for none
-    and for one in another network namespace, where `leads_away` is set. `vlan` is a VLAN's id where its tag is 802.1Q's, else 0. `xdp` are the ids
-    of the XDP programs that run on it, by XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE."""
+    and for one in another network namespace, where `leads_away` is set. `vlan` is a VLAN's id where its tag is
+    802.1Q's, else 0. `xdp` are the ids of the XDP programs that run on it, by XDP_DRIVER, XDP_GENERIC, XDP_HARDWARE."""
 
     ifindex: int
     name: str
