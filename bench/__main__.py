@@ -21,6 +21,7 @@ from bench.edges import edges
 from bench.frames import Effort as Repeats
 from bench.iptables import iptables
 from bench.lab import CHECKOUT, Lab, ahead, lab
+from bench.live import live
 from bench.maglev import tables
 from bench.paths import paths
 from bench.plane import plane
@@ -29,7 +30,7 @@ from bench.xdp import xdp
 from ebpflb.errors import EbpflbError
 from tests.api import binaries
 
-GROUPS = ("xdp", "edges", "plane", "daemon", "decode", "maglev", "api", "beside", "iptables", "paths")
+GROUPS = ("xdp", "live", "edges", "plane", "daemon", "decode", "maglev", "api", "beside", "iptables", "paths")
 
 
 def machine() -> dict[str, str]:
@@ -69,6 +70,7 @@ def measure(groups: list[str], quick: bool, say: Callable[[str], None]) -> Itera
         repeats = Repeats(3, 20_000) if quick else Repeats(15, 100_000)
         runs: dict[str, Callable[[Lab], Iterator[Figure]]] = {
             "xdp": lambda here: xdp(here, (10, sizes[-1], 10 * sizes[-1]), repeats, say),
+            "live": lambda here: live(here, 10 if quick else 200, say),
             "edges": lambda here: edges(here, (10, sizes[-1]), repeats, say),
             "plane": lambda here: plane(
                 here, sizes[1:], (sizes[0], sizes[-1]), 2 if quick else 5, 100 if quick else 1000, say

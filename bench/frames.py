@@ -56,12 +56,11 @@ def wire(lab: Lab) -> Iterator[Device]:
             ],
         )
         namespaces.sysctl(place, {"ipv4/ip_forward": 1, "ipv6/conf/all/forwarding": 1})
-        said = subprocess.run(
-            ["ip", "-n", place, "-j", "link", "show", "wan"], capture_output=True, text=True, check=True
-        )
-        link = json.loads(said.stdout)[0]
+        said = subprocess.run(["ip", "-n", place, "-j", "link", "show"], capture_output=True, text=True, check=True)
+        links = {link["ifname"]: link for link in json.loads(said.stdout)}
+        mac = bytes.fromhex(links["wan"]["address"].replace(":", ""))
         with namespaces.inside(place):
-            yield Device(link["ifindex"], bytes.fromhex(link["address"].replace(":", "")))
+            yield Device(links["wan"]["ifindex"], mac, links["beyond"]["ifindex"])
     finally:
         namespaces.delete(place)
 

@@ -119,7 +119,7 @@ def _before(xdp: bool, packet: Packet, flows: int, state: int, programs: int) ->
 
 
 class Replay:
-    """A program with a packet before it. `flow` is the number of the last run's flow. Close it."""
+    """A program with a packet before it. `program` is both, `flow` the number of the last run's flow. Close it."""
 
     def __init__(self, program: int, type: int, packet: Packet, flows: int = 1, attach_type: int = 0) -> None:
         """`program` is a descriptor; visits `flows` flows in turn."""
@@ -131,7 +131,7 @@ class Replay:
             self._state = self._keep(syscall.map_create(_ARRAY, 4, 16, 1, name="bench_state"))
             programs = self._keep(syscall.map_create(_PROGRAM_ARRAY, 4, 4, 1, name="bench_programs"))
             code = _before(type == PROG_TYPE_XDP, packet, flows, self._state, programs)
-            self._program = self._keep(syscall.prog_load(type, code, "bench", attach_type))
+            self.program = self._keep(syscall.prog_load(type, code, "bench", attach_type))
             syscall.update(programs, bytes(4), struct.pack("=I", program))
         except BaseException:
             self.close()
@@ -155,7 +155,7 @@ class Replay:
 
     def run(self, repeat: int) -> tuple[syscall.TestRun, float]:
         """The last packet of `repeat`, and the nanoseconds for each."""
-        result, spent = _timed(self._program, self.packet, repeat)
+        result, spent = _timed(self.program, self.packet, repeat)
         self.flow = (self.flow + repeat * _STRIDE) % self._flows
         if result.verdict == FAILED:
             raise EbpflbError("a packet of the benchmark is shorter than what is written into it")

@@ -45,9 +45,23 @@ TARGETS: dict[str, Target] = {
     "socket.rr": Target(least=0.99),
     "packet.crr": Target(least=0.93, aim="1.02 by redirect"),
     "packet.rr": Target(least=0.95),
-    "program.established.10": Target(most=4.0, aim="3"),
-    "program.established.1000": Target(most=4.0, aim="3"),
-    "program.established.10000": Target(most=4.0, aim="3"),
+    **{
+        f"{hook}.established.{kind}.{leg}.{flows}": Target(most=3.5 if hook == "xdp" else 4.0, aim="3")
+        for hook, legs in (
+            ("xdp", ("request", "reply")),
+            ("tc", ("request-in", "request-out", "reply-in", "reply-out")),
+        )
+        for kind in ("tcp4", "tcp6", "udp4")
+        for leg in legs
+        for flows in (10, 10000)
+    },
+    **{f"xdp.new.{kind}.10000": Target(most=15.0, aim="13") for kind in ("tcp4", "tcp6", "udp4")},
+    **{f"xdp.not-ours.{kind}": Target(most=2.5, aim="2.2") for kind in ("tcp4", "tcp6", "udp4")},
+    **{f"xdp.uniform.established.{kind}": Target(most=1.15, aim="1.06") for kind in ("tcp4", "tcp6", "udp4")},
+    **{f"xdp.uniform.new.{kind}": Target(most=1.3, aim="1.17") for kind in ("tcp4", "tcp6", "udp4")},
+    "xdp.hot.established": Target(most=1.05, aim="1.02"),
+    "xdp.hot.new": Target(most=1.05, aim="1.02"),
+    **{f"live.{kind}": Target(least=0.70, aim="0.78") for kind in ("tcp4", "tcp6", "udp4")},
     "cold.10000": Target(most=0.6, aim="0.35"),
     "change.10.p50": Target(most=1.0, aim="0.3"),
     "change.10.p99": Target(most=5.0, aim="2"),

@@ -65,10 +65,11 @@ def _numbered(first: Mapping[int, str], number: int, family: int) -> bytes:
 
 
 class Device(NamedTuple):
-    """The device that packets come by and leave by."""
+    """The device that packets come by and leave by, and the other end of its wire."""
 
     number: int
     mac: bytes
+    peer: int
     mtu: int = 1500
 
 

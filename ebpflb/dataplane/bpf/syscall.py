@@ -576,6 +576,10 @@ def prog_info(fd: int) -> ProgramInfo:
     return ProgramInfo(type_, id_, tag.hex(), name, ids, translated // 8)
 
 
+TEST_LIVE_FRAMES = 1 << 1
+"""Flag of `prog_test_run` for XDP (5.18): frames are really sent and passed up. Nothing comes back; `room` must be 0."""
+
+
 def prog_test_run(
     fd: int,
     data: bytes = b"",
@@ -600,9 +604,9 @@ def prog_test_run(
         repeat,
         0,
         len(context),
-        len(context),
+        0 if flags & TEST_LIVE_FRAMES else len(context),
         _pointer(context) if context else 0,
-        ctypes.addressof(context_out) if context else 0,
+        ctypes.addressof(context_out) if context and not flags & TEST_LIVE_FRAMES else 0,
         flags,
         0,
         0,
