@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bpf.loaded import REDIRECT, UNSPEC, To
-from tests.bpf.xdp_lab import Lab
+from tests.bpf.xdp_lab import WIRES, Lab
 from tests.packets import ETHERNET, Packet, assert_same, assert_sound, icmp_error, parse
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -18,7 +18,7 @@ both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
 
 def refused(lab: Lab, packet: Packet, device: str = "up0") -> bytes:
     """XDP passes the packet up, tc answers it; the answer."""
-    frame = packet.frame(lab.family)
+    frame = bytes.fromhex(WIRES[device].mac.replace(":", "")) + packet.frame(lab.family)[6:]
     lab.passed_up(frame)
     ran = lab.tc("tc_ingress", frame, device)
     assert ran.verdict == REDIRECT, (ran.verdict, lab.node.counters())
