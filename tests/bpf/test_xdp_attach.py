@@ -24,6 +24,7 @@ from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, PROG_TYP
 from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
 from ebpflb.dataplane.bpf.devices import Devices, installed
 from ebpflb.dataplane.bpf.facts import filesystem_of, has_xdp_frags
+from ebpflb.dataplane.bpf.layouts import U32, VLAN_KEY
 from ebpflb.dataplane.bpf.xdp import Xdp
 from ebpflb.dataplane.bpf.xdp_choice import AUTO, GENERIC, NATIVE, OFF
 from ebpflb.dataplane.bpf.xdp_features import Features
@@ -353,6 +354,26 @@ def test_a_device_that_loses_its_address_keeps_xdp_until_the_next_start(node: No
         assert node.bits("eth0") == 0
         node.namespace.ip("addr add 192.0.2.9/24 dev eth0")
         daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
+
+
+def test_a_device_with_vlans_shows_their_tags_to_xdp_or_runs_none(node: Node) -> None:
+    """Tags that the device takes off are invisible: a VLAN's frame would be taken for its parent's."""
+    made = ["ip", "-n", node.namespace.name, "link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"]
+    with node.running(GENERIC) as daemon:
+        if subprocess.run(made, stderr=subprocess.DEVNULL, check=False).returncode:
+            pytest.skip("this kernel has no VLANs")
+        daemon.until(lambda: not node.running_on("eth0"), lambda: node.running_on("eth0"))
+        assert "rxvlan off" in daemon.told("eth0")[1]
+        assert daemon.told("eth0.7") == (OFF, "a VLAN of eth0, where its frames are met")
+        subprocess.run(
+            ["ip", "netns", "exec", node.namespace.name, "ethtool", "-K", "eth0", "rxvlan", "off"], check=True
+        )
+        daemon.until(lambda: bool(node.running_on("eth0")), lambda: daemon.told("eth0"))
+        key = VLAN_KEY.pack(node.link("eth0").ifindex, 7)
+        assert syscall.lookup(node.vlans, key, 4) == U32.pack(node.link("eth0.7").ifindex)
+        assert node.bits("eth0.7") == 0
+        node.namespace.ip("link del eth0.7")
+        daemon.until(lambda: syscall.lookup(node.vlans, key, 4) is None, lambda: syscall.lookup(node.vlans, key, 4))
 
 
 def test_a_device_that_joins_a_bridge_loses_xdp_at_once(node: Node) -> None:

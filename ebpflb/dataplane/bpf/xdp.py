@@ -21,7 +21,7 @@ from pathlib import Path
 from ebpflb import rtnetlink
 from ebpflb.dataplane.bpf import pins, syscall
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
-from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, wish
+from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, carries_vlans, wish
 from ebpflb.dataplane.bpf.xdp_features import Features, sends
 from ebpflb.dataplane.bpf.xdp_links import find, foreign, is_ours, namespace, remove, runs_on
 from ebpflb.errors import EbpflbError
@@ -160,12 +160,17 @@ class Xdp:
                 self._refusals.pop(index, None)
                 continue
             link = self._around.links[index]
-            cause = (wished.mode, link.mtu, link.flags, link.xdp, self._able and self._able.get(index))
+            strips = self._strips(link)
+            cause = (wished.mode, link.mtu, link.flags, link.xdp, self._able and self._able.get(index), strips)
             if index not in self._modes and self._refusals.get(index, (None, ""))[0] == cause:
                 continue
             try:
+                if strips:
+                    raise Unwilling(f"VLAN tags are gone before XDP sees them (ethtool -K {link.name} rxvlan off)")
                 changed += self._keep(link, wished.mode)
             except Unwilling as refusal:
+                if index in self._links or is_ours(link):
+                    self._detach(index)
                 self._let_go(index)
                 self._refusals[index] = (cause, str(refusal))
             except OSError as error:
@@ -181,6 +186,12 @@ class Xdp:
         return changed
 
     # ---- One device
+
+    def _strips(self, link: Link) -> bool:
+        """Whether frames of a device's VLANs would be taken for its own."""
+        if self._features is None or not carries_vlans(link, self._around):
+            return False
+        return self._features.strips_tags(link.name)
 
     def _pin(self, index: int) -> Path:
         return self._directory / f"{_PIN}{index}"

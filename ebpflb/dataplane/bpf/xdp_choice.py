@@ -109,6 +109,11 @@ def is_way_out(link: Link, around: Surroundings) -> bool:
     )
 
 
+def carries_vlans(link: Link, around: Surroundings) -> bool:
+    """Whether VLAN devices lie on `link`."""
+    return any(each.kind == "vlan" and each.parent == link.ifindex for each in around.links.values())
+
+
 def vlans_of(links: Mapping[int, Link], edges: Iterable[int]) -> dict[tuple[int, int], int]:
     """VLAN devices by parent and id: frames with that tag which enter by the parent are theirs."""
     found = {}

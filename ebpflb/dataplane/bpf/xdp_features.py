@@ -21,7 +21,9 @@ _GENERIC = 16
 _CONTROLLER, _GET_FAMILY = 16, 3
 _DEV_GET = 1
 _DEVICE, _FEATURES = 1, 3
-_SIOCETHTOOL, _GDRVINFO, _DRVINFO_BYTES = 0x8946, 3, 196
+_SIOCETHTOOL = 0x8946
+_GDRVINFO, _DRVINFO_BYTES = 3, 196
+_GFLAGS, _FLAG_RXVLAN = 0x25, 1 << 8
 _SENDERS = frozenset(("i40e", "ice", "ixgbe", "mlx5_core", "virtio_net", "tun"))
 """Drivers that take redirected frames as soon as they run a program themselves, in every kernel since 5.10."""
 
@@ -71,14 +73,22 @@ class Features:
 
     def driver(self, name: str) -> str:
         """The driver of a device, as ethtool says it; "" if it does not."""
-        room = ctypes.create_string_buffer(struct.pack("=I", _GDRVINFO), _DRVINFO_BYTES)
+        return text(self._ethtool(name, _GDRVINFO, _DRVINFO_BYTES)[4:36])
+
+    def strips_tags(self, name: str) -> bool:
+        """Whether a device takes VLAN tags off frames before programs see them (ethtool's rx-vlan-offload)."""
+        return bool(number(self._ethtool(name, _GFLAGS, 8)[4:8]) & _FLAG_RXVLAN)
+
+    def _ethtool(self, name: str, command: int, size: int) -> bytes:
+        """What ethtool's ioctl answers, zeros if nothing."""
+        room = ctypes.create_string_buffer(struct.pack("=I", command), size)
         # struct ifreq: the name, and where the command is.
         request = struct.pack("@16sP16x", name.encode()[:15], ctypes.addressof(room))
         try:
             fcntl.ioctl(self._ioctl.fileno(), _SIOCETHTOOL, request)
         except OSError:
-            return ""
-        return text(room.raw[4:36])
+            return bytes(size)
+        return room.raw
 
 
 def sends(features: int | None, link: Link, driver: str) -> bool:
