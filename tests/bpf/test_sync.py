@@ -410,7 +410,7 @@ def test_the_algorithm_of_a_live_service_changes_by_one_row(node: Node) -> None:
 
 
 def test_no_room_for_a_table_costs_its_service_alone(node: Node) -> None:
-    """It keeps its old row, is named, and has its table once there is room."""
+    """It chooses at random, is named, and has its table once there is room."""
     dataplane = node.started(Sizes(**{**ROOMY, "tables": 2}, **SIDE))
     routes = RouteTable({**asking(0, hashing=True), **asking(1, hashing=True), **asking(2)}, LOCALITY)
     assert dataplane.sync(routes).complete
@@ -419,7 +419,7 @@ def test_no_room_for_a_table_costs_its_service_alone(node: Node) -> None:
         report = dataplane.sync(wanted)
         assert report.failed == 1
         assert {problem.subject: problem.reason for problem in report.problems} == {
-            "default/s2:http": "the map tables is full (2 entries)"
+            "default/s2:http": "the map tables is full (2 entries): its backends are chosen at random"
         }
         assert dataplane.state() == routes
     wanted = wanted.evolve({}, list(rows(0)))

@@ -118,19 +118,18 @@ def test_a_draining_backend_is_in_no_table() -> None:
     assert len(maps.tables["slots"]) == 3
 
 
-def test_no_room_for_a_table_costs_its_service_alone() -> None:
-    """It keeps what it had, a retry writes nothing, and it comes when there is room."""
+def test_no_room_for_a_table_costs_its_service_nothing_but_that() -> None:
+    """It has the backends that it should have, at random; a retry writes nothing, and its table comes with room."""
     maps = FakeMaps({"tables": 2})
     node = writer(maps)
     routes = RouteTable({**hashing(1, backends(1)), **hashing(2, backends(2)), **service(3, backends(3))})
     assert node.sync(routes).complete
-    before = interpret(maps)
     wanted = routes.evolve(hashing(3, backends(3, 4)))
     report = node.sync(wanted)
     assert [(problem.subject, problem.reason) for problem in report.problems] == [
-        ("default/s3:http", "the map tables is full (2 entries)")
+        ("default/s3:http", "the map tables is full (2 entries): its backends are chosen at random")
     ]
-    assert interpret(maps) == before
+    assert node.state() == routes.evolve(service(3, backends(3, 4)))
     writes = maps.writes
     assert node.sync(wanted).failed == 1 and maps.writes == writes
     wanted = wanted.evolve({}, list(hashing(1, ())))
@@ -196,6 +195,19 @@ def test_no_row_comes_without_its_addresses_bit(number: int) -> None:
     maps.puts = ()
     assert node.sync(wanted).complete and node.state() == wanted and node.state().owned == wanted.owned
     assert left_over(maps) == []
+
+
+def test_where_tables_are_full_a_backend_that_left_is_left_at_once() -> None:
+    """Old table and new one do not fit together: meanwhile the others are chosen at random, and by the next sync from
+    a table again."""
+    maps = FakeMaps({"tables": 1})
+    node = writer(maps)
+    routes = RouteTable(hashing(1, backends(1, 2, 3)))
+    assert node.sync(routes).complete
+    wanted = routes.evolve(hashing(1, backends(1, 3)))
+    assert node.sync(wanted).failed == 1
+    assert node.state() == RouteTable(service(1, backends(1, 3)))
+    assert node.sync(wanted).complete and node.state() == wanted and left_over(maps) == []
 
 
 def test_what_is_left_of_a_table_is_not_forgotten_with_a_set_that_came_to_nothing() -> None:

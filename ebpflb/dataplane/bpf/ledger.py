@@ -18,6 +18,8 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 
+import msgspec
+
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
 from ebpflb.dataplane.bpf.layouts import ROUTE
 from ebpflb.dataplane.bpf.reading import Reading
@@ -236,28 +238,53 @@ class Ledger:
                     change.removals.append(frontend)
             else:
                 wanted.append((frontend, internal, external))
-        room = self._capacity["frontends"] - len(self.held) + len(change.removals)
+        capacity = self._capacity["frontends"]
+        room = capacity - len(self.held) + len(change.removals)
         for frontend, internal, external in wanted:
             held = self.held.get(frontend)
-            fresh: list[_Made] = []
-            try:
-                if held is None and room <= 0:
-                    raise Exhausted("frontends", self._capacity["frontends"])
-                protocol = frontend.protocol
-                row = self._row(internal, external, protocol, change, fresh)
-            except (Exhausted, Refused, struct.error, OSError, OverflowError) as error:
-                for made in reversed(fresh):
-                    self._forget(made, change)
-                route = internal or external
-                assert route is not None  # one without either is a removal
-                change.refused.append((frontend, route.service, str(error)))
+            if held is None and room <= 0:
+                self._refuse(frontend, internal or external, change, str(Exhausted("frontends", capacity)))
                 continue
-            if row != held:
+            row = self._planned(frontend, internal, external, change)
+            if row is not None and row != held:
                 change.puts[frontend] = row
                 self._hold(row)
                 if held is None:
                     room -= 1
         return change
+
+    def _planned(
+        self, frontend: Frontend, internal: Route | None, external: Route | None, change: Change
+    ) -> bytes | None:
+        """A frontend's row; None for one that cannot be had. Where there is no room for its table it chooses at random,
+        or it would keep backends that have gone, or have none at all; it counts among the refused."""
+        row, error = self._attempt(frontend, internal, external, change)
+        if error is None:
+            return row
+        reason = str(error)
+        if isinstance(error, Exhausted) and error.what == "tables":
+            plain = _at_random(internal)
+            row, _ = self._attempt(frontend, plain, plain if external is internal else _at_random(external), change)
+            reason += ": its backends are chosen at random" if row is not None else ""
+        self._refuse(frontend, internal or external, change, reason)
+        return row
+
+    def _attempt(
+        self, frontend: Frontend, internal: Route | None, external: Route | None, change: Change
+    ) -> tuple[bytes | None, Exception | None]:
+        """A frontend's row, or why there cannot be one; nothing is left of the attempt then."""
+        fresh: list[_Made] = []
+        try:
+            return self._row(internal, external, frontend.protocol, change, fresh), None
+        except (Exhausted, Refused, struct.error, OSError, OverflowError) as error:
+            for made in reversed(fresh):
+                self._forget(made, change)
+            return None, error
+
+    @staticmethod
+    def _refuse(frontend: Frontend, route: Route | None, change: Change, reason: str) -> None:
+        assert route is not None  # a frontend without any is a removal
+        change.refused.append((frontend, route.service, reason))
 
     def _row(
         self,
@@ -582,3 +609,9 @@ class Ledger:
         else:
             del self.stale_ranges[id]
             self._range_ids.give(id)
+
+
+def _at_random(route: Route | None) -> Route | None:
+    if route is None or route.algorithm is not Algorithm.MAGLEV:
+        return route
+    return msgspec.structs.replace(route, algorithm=Algorithm.RANDOM)

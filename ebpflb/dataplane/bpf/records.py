@@ -87,7 +87,7 @@ class Ranges:
 class Change:
     """What one sync is to write, before the frontends' rows: rows by id. `sets` are the new slot ranges, `tables` and
     `members` those that get such rows, by their first slot. `puts` are frontends' rows, `removals` frontends that go,
-    `refused` those that cannot be had, each with service and reason."""
+    `refused` those that cannot be had as wanted, each with service and reason."""
 
     __slots__ = ("backends", "members", "names", "puts", "ranges", "refused", "removals", "sets", "tables")
 
