@@ -289,7 +289,8 @@ class Devices:
                 flags |= DEVICE_CLSACT
             if self._xdp is not None:
                 flags |= self._xdp.bits(index, row.flags if row else 0)
-            mac = link.mac if len(link.mac) == 6 else bytes(6)
+            # What a bridge's port takes is for the bridge or another port, and our business all the same.
+            mac = link.mac if len(link.mac) == 6 and not link.slave_kind else bytes(6)
             try:
                 written += self._rows.put(index, Row(ipv4, ipv6, flags, link.mtu, mac))
             except OSError as error:
