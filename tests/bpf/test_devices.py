@@ -179,6 +179,19 @@ def test_rows_follow_mtu_and_mac(namespace: Namespace, loaded: Loaded) -> None:
         until(devices, lambda: loaded.rows().get(index) == wanted, lambda: loaded.rows().get(index))
 
 
+def test_a_bridges_port_has_frames_for_anybody(namespace: Namespace, loaded: Loaded) -> None:
+    """What is for the bridge, and for whoever is behind its other ports: the row names no address of its own."""
+    namespace.ip("link add cni0 type bridge")
+    namespace.ip("link add pod1 type veth peer name pod1-in")
+    namespace.ip("link set pod1 master cni0")
+    with running(namespace, loaded):
+        rows = {name: loaded.rows().get(namespace.index(name)) for name in ("pod1", "pod1-in")}
+        assert {name: row and row.mac for name, row in rows.items()} == {
+            "pod1": bytes(6),
+            "pod1-in": namespace.mac("pod1-in"),
+        }
+
+
 def test_a_veth_into_another_namespace_is_marked_unless_it_is_on_a_bridge(namespace: Namespace, loaded: Loaded) -> None:
     other = Namespace()
     try:
