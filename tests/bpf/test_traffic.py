@@ -6,6 +6,7 @@ with what was sent.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval
 from ebpflb.routes import Masquerade
 from tests.bpf.loaded import UNSPEC, UPLINK, Loaded, To
+from tests.bpf.xdp_lab import Lab, laboratory, sport_of, uplinks
 from tests.packets import Packet
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -100,6 +102,52 @@ def test_each_service_has_its_own_count(node: Loaded, family: int) -> None:
         passed(node, "ingress", Packet("outside", sport, "node", 30081, "udp"), family)
     passed(node, "ingress", Packet("outside", 40002, "node", 30082, "udp"), family)
     assert {id: cells[:2] for id, cells in carried(node).items()} == {web: (2, 2), dns: (1, 1)}
+
+
+# ---- With XDP before tc
+
+
+@pytest.fixture(scope="module")
+def lab_once(counting: Artifact) -> Iterator[Lab]:
+    with laboratory(counting) as made:
+        yield made
+
+
+@pytest.mark.parametrize("protocol", ("tcp", "udp"))
+def test_what_xdp_sends_counts_like_all_else(lab: Lab, protocol: str) -> None:
+    """Requests and replies, each once; the connection once."""
+    to = To((("remote", 8080),), masquerade=Masquerade.ALWAYS)
+    service = lab.node.put_frontend("lb", 80, protocol, lab.family, to)
+    request = Packet("outside", 40000, "lb", 80, protocol, payload=b"hello")
+    frame = request.frame(lab.family)
+    inside = request.but(source="uplink", sport=sport_of(lab.sent(frame)), destination="remote", dport=8080)
+    assert carried(lab.node) == {service: (1, 1, len(frame))}
+    reply = inside.reply().frame(lab.family)
+    lab.sent(reply)
+    lab.sent(frame)
+    assert carried(lab.node) == {service: (1, 3, 2 * len(frame) + len(reply))}
+
+
+@pytest.mark.parametrize("protocol", ("tcp", "udp"))
+@pytest.mark.parametrize("masquerade", (Masquerade.NEVER, Masquerade.ALWAYS))
+def test_what_xdp_passes_up_is_counted_by_tc(lab: Lab, protocol: str, masquerade: Masquerade) -> None:
+    """XDP has chosen, and the connection is counted once."""
+    lab.put_device("pod0", dataclasses.replace(uplinks()["pod0"], masquerade="uplink"))
+    service = lab.node.put_frontend("lb", 80, protocol, lab.family, To((("local", 8080),), masquerade=masquerade))
+    frame = Packet("outside", 40000, "lb", 80, protocol, payload=b"hello").frame(lab.family)
+    lab.by_both(frame, by="pod0")
+    assert carried(lab.node) == {service: (1, 1, len(frame))}
+    lab.by_both(frame, by="pod0")
+    assert carried(lab.node) == {service: (1, 2, 2 * len(frame))}
+
+
+def test_a_flow_that_is_begun_anew_counts_again(lab: Lab) -> None:
+    """Whoever carries it."""
+    service = lab.node.put_frontend("lb", 80, "tcp", lab.family, To((("remote", 8080),), masquerade=Masquerade.ALWAYS))
+    request = Packet("outside", 40000, "lb", 80)
+    for flags in ("S", "FA", "S"):
+        lab.sent(request.but(flags=flags).frame(lab.family))
+    assert carried(lab.node)[service][:2] == (2, 3)
 
 
 def test_nobodys_packets_count_for_nobody(node: Loaded) -> None:

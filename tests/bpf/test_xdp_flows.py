@@ -17,7 +17,7 @@ from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.demo import namespaces
 from ebpflb.routes import Masquerade
 from tests.bpf.loaded import CLOSING, DNAT, SHORT, SNAT, UNDNAT, UNSNAT, XDP_DROP, XDP_TX, To
-from tests.bpf.xdp_lab import Lab, laboratory, on_wire, sport_of
+from tests.bpf.xdp_lab import WIRES, Lab, laboratory, on_wire, sport_of
 from tests.packets import Packet, address, assert_same, icmp_error, packed, parse
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -251,6 +251,103 @@ def test_use_is_written_down_for_both_directions(lab: Lab) -> None:
     lab.sent(request.frame(lab.family))
     lab.sent(inside.reply().frame(lab.family))
     assert all(row.seen > 0 for row in lab.node.flows())
+
+
+@both_protocols
+def test_a_stale_flow_that_goes_on_by_tc_is_counted_once(lab: Lab, protocol: str) -> None:
+    """Its next backend is on this node."""
+    lab.node.put_settings(flow_idle=1000)
+    service = lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+    request = Packet("outside", 40000, "lb", 80, protocol)
+    lab.sent(request.frame(lab.family))
+    lab.sent(request.but(flags="FA").frame(lab.family))
+    age(lab, DNAT, UNSNAT)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, To((("local", 8080),)), service=service)
+    out = parse(lab.by_both(request.frame(lab.family), by="pod0"))
+    assert out and out.destination == packed("local", lab.family)
+    counters = lab.node.counters()
+    assert counters["FLOW_STALE"] == 1 and counters["PACKET_FORWARDED"] == 1
+
+
+# ---- Ways
+
+
+def forget_ways(lab: Lab) -> None:
+    """What the FIB has said is no longer believed, as after a second."""
+    fd = lab.node.maps["flows"]
+    value, key_size = lab.node.packer("flows"), lab.node.packer("flows", key=True).layout.size
+    way = value.layout.field("way")
+    until = next(each for each in way.fields if each.name == "until")
+    keys, values, count = syscall.lookup_all(fd)
+    size, at_until = value.layout.size, way.offset + until.offset
+    for at in range(count):
+        row = bytearray(values[at * size : (at + 1) * size])
+        row[at_until : at_until + until.bytes] = bytes(until.bytes)
+        syscall.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
+
+
+@both_protocols
+def test_a_way_that_changes(lab: Lab, protocol: str) -> None:
+    """A backend is routed another way: both directions follow, with the tuple that they have, within a second."""
+    lab.node.put_settings(refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, ELSEWHERE)
+    request = Packet("outside", 40000, "lb", 80, protocol)
+    inside = inside_of(request, lab.sent(request.frame(lab.family)))
+    there = address("remote2", lab.family)
+    mac = WIRES["up1"].behind["faraway"]
+    try:
+        namespaces.ip(lab.namespace, [
+            f"neigh add {there} lladdr {mac} dev up1 nud permanent",
+            f"route replace {there} dev up1",
+        ])  # fmt: skip
+        more = request.but(flags="A").frame(lab.family)
+        lab.sent(more)
+        forget_ways(lab)
+        out = lab.sent(more, by="up1")
+        assert_same(out, on_wire(inside.but(flags="A"), lab.family, "up1", "faraway"))
+        lab.sent(more, by="up1")
+        reply = inside.reply().frame(lab.family)
+        by_up1 = bytes.fromhex(WIRES["up1"].mac.replace(":", "")) + reply[6:]
+        assert_same(lab.sent(by_up1, "up1", "up0"), on_wire(request.reply(), lab.family, "up0", "outside"))
+        lab.node.drop_device(lab.index["up1"])
+        forget_ways(lab)
+        lab.passed_up(more)
+    finally:
+        namespaces.ip(lab.namespace, [f"route replace {there} dev up0", f"neigh del {there} dev up1"])
+
+
+@both_protocols
+def test_a_neighbour_that_moves(lab: Lab, protocol: str) -> None:
+    lab.node.put_settings(refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, ELSEWHERE)
+    frame = Packet("outside", 40000, "lb", 80, protocol).frame(lab.family)
+    lab.sent(frame)
+    there = address("remote2", lab.family)
+    old = WIRES["up0"].behind["remote2"]
+    try:
+        namespaces.ip(lab.namespace, [f"neigh replace {there} lladdr 02:00:00:00:99:99 dev up0 nud permanent"])
+        forget_ways(lab)
+        assert lab.sent(frame)[:6] == bytes.fromhex("020000009999")
+        namespaces.ip(lab.namespace, [f"neigh del {there} dev up0"])
+        forget_ways(lab)
+        lab.passed_up(frame)
+    finally:
+        namespaces.ip(lab.namespace, [f"neigh replace {there} lladdr {old} dev up0 nud permanent"])
+
+
+def test_a_connection_that_enters_by_another_device(lab: Lab) -> None:
+    """Asymmetric routing outside: its packets come by the other uplink now, and the answers go as the FIB says."""
+    lab.node.put_settings(refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, "tcp", lab.family, REMOTE)
+    request = Packet("outside", 40000, "lb", 80)
+    inside = inside_of(request, lab.sent(request.frame(lab.family)))
+    more = request.but(flags="A")
+    by_up1 = bytes.fromhex(WIRES["up1"].mac.replace(":", "")) + more.frame(lab.family)[6:]
+    for _ in range(2):
+        assert_same(lab.sent(by_up1, "up1", "up0"), on_wire(inside.but(flags="A"), lab.family, "up0", "remote"))
+        assert_same(lab.sent(more.frame(lab.family)), on_wire(inside.but(flags="A"), lab.family, "up0", "remote"))
+    lab.passed_up(by_up1, "up0")
+    lab.passed_up(more.frame(lab.family), "up1")
 
 
 # ---- What an old flow leaves behind
