@@ -16,9 +16,9 @@ cannot tell.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ebpflb.dataplane.bpf.edges import is_pod_device
@@ -52,16 +52,28 @@ class Told(NamedTuple):
     problem: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a wish depends on beside the device: all links and addresses of the namespace, the devices of default routes
-    by IP version, the patterns of --devices, and the pods' interface as in `routes.Locality`."""
+    by IP version, the patterns of --devices, and the pods' interface as in `routes.Locality`. Of these, `vlans` are the
+    VLAN devices and `held` the global addresses of each device."""
 
     links: Mapping[int, Link]
     addresses: tuple[InterfaceAddress, ...] = ()
     defaults: Mapping[int, int] | None = None
     patterns: tuple[str, ...] = ()
     pod_interface: str = ""
+    vlans: tuple[Link, ...] = dataclasses.field(init=False)
+    held: Mapping[int, tuple[InterfaceAddress, ...]] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        # A node has hundreds of pods' devices, and each is asked about: what is looked for is put in order once.
+        found: dict[int, list[InterfaceAddress]] = {}
+        for address in self.addresses:
+            if address.scope == SCOPE_GLOBAL:
+                found.setdefault(address.ifindex, []).append(address)
+        object.__setattr__(self, "held", {index: tuple(addresses) for index, addresses in found.items()})
+        object.__setattr__(self, "vlans", tuple(link for link in self.links.values() if link.kind == "vlan"))
 
 
 def wish(link: Link, around: Surroundings, mode: str, *, runs: bool = False) -> Wish:
@@ -99,19 +111,19 @@ def is_way_out(link: Link, around: Surroundings) -> bool:
     """Whether outside traffic comes by `link`, as far as its addresses tell: those of its VLANs are its own. A veth's
     or tap's address must be of a network: that of one host is how some CNIs number the node's end of a pod's wire."""
     own = {link.ifindex}
-    own.update(each.ifindex for each in around.links.values() if each.kind == "vlan" and each.parent == link.ifindex)
+    own.update(each.ifindex for each in around.vlans if each.parent == link.ifindex)
     if own.intersection((around.defaults or {}).values()):
         return True
     return any(
-        address.scope == SCOPE_GLOBAL and (link.kind not in WIRES or address.bits < _HOST_BITS[address.version])
-        for address in around.addresses
-        if address.ifindex in own
+        link.kind not in WIRES or address.bits < _HOST_BITS[address.version]
+        for index in own
+        for address in around.held.get(index, ())
     )
 
 
 def carries_vlans(link: Link, around: Surroundings) -> bool:
     """Whether VLAN devices lie on `link`."""
-    return any(each.kind == "vlan" and each.parent == link.ifindex for each in around.links.values())
+    return any(each.parent == link.ifindex for each in around.vlans)
 
 
 def vlans_of(links: Mapping[int, Link], edges: Iterable[int]) -> dict[tuple[int, int], int]:
