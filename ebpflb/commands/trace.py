@@ -1,7 +1,8 @@
 """`trace`: what the live tables do with a packet, step by step.
 
 Rules of this file: the tables are read from the kernel and judged by `decide`, so the answer is the same for every
-dataplane. What `decide` cannot know, where a client with session affinity went before, is asked of the dataplane.
+dataplane. What `decide` cannot know is added: which algorithms the dataplane has, and where a client with session
+affinity went before, which is asked of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 from ebpflb.commands import NOT_A_SERVICE, NOT_FORWARDED, OK, Result
 from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
+from ebpflb.dataplane.limits import ALGORITHMS
 from ebpflb.decide import Candidate, Decision, Outcome, Packet, decide
 from ebpflb.errors import UserError
 from ebpflb.model import Address, Protocol
@@ -57,13 +59,24 @@ def trace(config: Config, parts: Parts, *, packet: Packet, form: Format) -> Resu
     """What the live tables do with `packet`."""
     require_privilege(parts)
     dataplane = holder(parts.dataplanes(config), config.dataplane)
-    decision = decide(dataplane.state(), packet)
+    decision = _as_can_be_done(decide(dataplane.state(), packet), dataplane.name)
     if decision.candidates and decision.route and decision.route.affinity_seconds:
         decision = with_memory(decision, packet, dataplane.tables("affinity"))
     status = {Outcome.FORWARD: OK, Outcome.NOT_SERVICE: NOT_A_SERVICE}.get(decision.verdict, NOT_FORWARDED)
     if form.structured:
         return Result(document("Trace", [_item(dataplane.name, packet, decision)], form), status)
     return Result(_text(packet, decision, most=None if form is Format.WIDE else _FEW), status)
+
+
+def _as_can_be_done(decision: Decision, dataplane: str) -> Decision:
+    """With a word about an algorithm that the route asks for and the dataplane does not have."""
+    if decision.route is None or len(decision.candidates) < 2:
+        return decision
+    asked = decision.route.algorithm.label
+    if asked in ALGORITHMS.get(dataplane, (asked,)):
+        return decision
+    step = f"{dataplane} does not do {asked}: one of them is chosen at random"
+    return msgspec.structs.replace(decision, reasons=(*decision.reasons, step))
 
 
 def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> Decision:

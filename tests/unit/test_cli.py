@@ -30,7 +30,7 @@ from ebpflb.model import Problem, ProxyOptions, ServiceName
 from ebpflb.observer import Attempt, Observers
 from ebpflb.parts import NoAttendants, Parts
 from ebpflb.problems import Found
-from ebpflb.routes import Kind, Locality, Masquerade, RouteTable, Scope, Verdict
+from ebpflb.routes import Algorithm, Kind, Locality, Masquerade, RouteTable, Scope, Verdict
 from ebpflb.source import Condition, Event, SourceState
 from tests.fakes import FakeDataplane, FakeSource, World, both, routes, row
 
@@ -573,6 +573,23 @@ def test_trace_by_interface(shell: Shell) -> None:
     world = World(held=routes(*TRACED.ordered(), locality=Locality(pod_interface="veth*")))
     assert "scope INTERNAL" in shell(world, "trace", "10.9.9.9", "172.30.0.41:80", "--interface", "veth12").out
     assert "scope EXTERNAL" in shell(world, "trace", "10.9.9.9", "172.30.0.41:80", "--interface", "eth0").out
+
+
+@pytest.mark.parametrize(
+    ("dataplane", "algorithm", "told"),
+    [("bpf", "MAGLEV", False), ("bpf", "ROUND_ROBIN", True), ("iptables", "MAGLEV", True), ("ipvs", "MAGLEV", False)],
+)
+def test_trace_says_where_a_dataplane_does_not_choose_as_asked(
+    shell: Shell, dataplane: str, algorithm: str, told: bool
+) -> None:
+    held = routes(*both(backends=("10.180.0.1", "10.180.1.1"), algorithm=Algorithm[algorithm]))
+    world = World()
+    world.dataplane = FakeDataplane(held, name=dataplane)
+    said = shell(world, "trace", "10.180.0.9", "172.30.0.41:80")
+    assert said.status == 0
+    asked = Algorithm[algorithm].label
+    assert f"chosen by {asked}" in said.out
+    assert (f"{dataplane} does not do {asked}: one of them is chosen at random" in said.out) is told
 
 
 def test_trace_in_json(shell: Shell) -> None:
