@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Layout, source_directory
-from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_POD, DEVICE_REDIRECT, DEVICE_XDP
+from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_POD, DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
+from ebpflb.dataplane.bpf.facts import has_xdp_frags
 from ebpflb.model import Protocol
 from ebpflb.routes import BackendState, Masquerade, Scope, Verdict, packed, packed_network, unpacked
 from tests.packets import MAC_NODE, address
@@ -206,8 +207,9 @@ class Loaded:
                 )
             for name in programs or artifact.programs:
                 program = artifact.programs[name]
+                frags = syscall.F_XDP_HAS_FRAGS if program.type == PROG_TYPE_XDP and has_xdp_frags() else 0
                 self.programs[name] = syscall.prog_load(
-                    program.type, program.patched(self.maps), program.kernel_name, program.attach_type
+                    program.type, program.patched(self.maps), program.kernel_name, program.attach_type, flags=frags
                 )
         except BaseException:
             self.close()

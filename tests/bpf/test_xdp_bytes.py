@@ -6,6 +6,8 @@ nothing but addresses, ports, sums and the hop; `Judge` of fuzz.py says so of tc
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from ebpflb.routes import Masquerade
@@ -199,3 +201,26 @@ def test_padding_behind_a_short_packet_stays(lab: Lab) -> None:
     out = lab.sent(frame + padding)
     inside = whole.but(source="uplink", sport=sport_of(out), destination="remote", dport=8080)
     assert_same(out, on_wire(inside, lab.family, "up0", "remote") + padding)
+
+
+@both_protocols
+def test_a_frame_in_several_buffers(lab: Lab, protocol: str) -> None:
+    """As jumbo frames come: what is not in the first buffer cannot be read; where that holds all headers, the frame is
+    sent, and where it does not, passed up whole."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, protocol, payload=bytes(range(256)) * 4)
+    frame = whole.frame(lab.family)
+    headers = ETHERNET + (20 if lab.family == 4 else 40) + (18 if protocol == "tcp" else 8)
+    for linear in (*range(ETHERNET, headers + 9), len(frame) - 1):
+        try:
+            ran = lab.xdp(frame, linear=linear)
+        except OSError as error:
+            assert error.errno == errno.EINVAL
+            pytest.skip("this kernel's test run makes no frames of several buffers")
+        if linear < headers:
+            assert ran.verdict == XDP_PASS
+            assert_same(ran.frame, frame, f"{linear} bytes in the first buffer")
+            continue
+        assert ran.verdict == XDP_TX, linear
+        inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+        assert_same(ran.frame, on_wire(inside, lab.family, "up0", "remote"), f"{linear} bytes in the first buffer")

@@ -106,9 +106,9 @@ class Lab:
 
     # ---- One program
 
-    def xdp(self, frame: bytes, device: str = "up0") -> Ran:
-        """A frame that enters by a device."""
-        context = struct.pack("=6I", 0, len(frame), 0, self.index[device], 0, 0)
+    def xdp(self, frame: bytes, device: str = "up0", linear: int = 0) -> Ran:
+        """A frame that enters by a device; with `linear` only so much of it lies in its first buffer."""
+        context = struct.pack("=6I", 0, linear or len(frame), 0, self.index[device], 0, 0)
         return self.node.run("xdp_ingress", frame, context)
 
     def tc(self, program: str, frame: bytes, device: str) -> Ran:
