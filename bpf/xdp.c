@@ -182,7 +182,8 @@ static inline int is_for_us(struct xdp_md *ctx, const struct entry *entry)
  * again, or local backends would get less than their share.
  */
 static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const struct entry *entry,
-			   const struct settings *node, u64 now, struct way *way, struct flow_key *to)
+			   const struct settings *node, u64 now, int stale, struct way *way, struct flow_key *to,
+			   u32 *service)
 {
 	struct address address = {};
 	struct choice chosen = {};
@@ -207,15 +208,22 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 	}
 	if (is_zero(&address)) {
 		verdict = begin_flow(packet, chosen.route, chosen.backend, chosen.id, chosen.how, node, now, to);
-		if (verdict == GO_ON)
-			count(PACKET_FORWARDED);
-		return verdict == DISCARD ? DISCARD : PASS;
+		if (verdict != GO_ON)
+			return DISCARD;
+		count(PACKET_FORWARDED);
+		count_traffic(chosen.route->service, 1, 0, 0); /* tc sees a packet of a known flow */
+		if (stale)
+			count(FLOW_STALE);
+		return PASS;
 	}
 	verdict = begin_short_flow(ctx, packet, &chosen, &address, way, node, now, to);
 	if (verdict != GO_ON)
 		return verdict;
 	count(XDP_FORWARDED);
-	count_traffic(chosen.route->service, 1, 0, 0);
+	if (stale)
+		count(FLOW_STALE);
+	*service = chosen.route->service;
+	count_traffic(*service, 1, 0, 0);
 	return GO_ON;
 }
 
@@ -248,7 +256,7 @@ int xdp_ingress(struct xdp_md *ctx)
 	struct flow_key to;
 	struct flow *flow;
 	struct way way = {};
-	u32 service;
+	u32 service = 0;
 	int verdict, stale = 0;
 	u64 now;
 
@@ -282,17 +290,14 @@ int xdp_ingress(struct xdp_md *ctx)
 		use_flow(&packet, flow, node, now);
 		wholly_translated(&packet.key, flow, &to);
 	} else {
-		verdict = new_flow(ctx, &packet, &entry, node, now, &way, &to);
+		verdict = new_flow(ctx, &packet, &entry, node, now, stale, &way, &to, &service);
 		if (verdict == DISCARD) {
 			if (stale)
 				flows.delete(&packet.key); /* or what follows would still be led by it */
 			return XDP_DROP;
 		}
 		if (verdict != GO_ON)
-			return XDP_PASS; /* tc sees to what is stale */
-		if (stale)
-			count(FLOW_STALE);
-		service = 0;
+			return XDP_PASS; /* tc sees to what is stale, unless it has been begun anew */
 	}
 	return send(ctx, &packet, &entry, &to, &way, service);
 }
