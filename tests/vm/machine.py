@@ -38,6 +38,8 @@ from tests.vm.kernels import DEFAULT, MATRIX, Kernel, Missing, fetch
 CHECKOUT = Path(__file__).resolve().parents[2]
 ARTIFACTS = CHECKOUT / "artifacts"
 LOGS = ARTIFACTS / "vm"
+CACHE = LOGS / "cache"
+"""Where what is compiled in a machine stays, by kernel and source: it takes a minute in there."""
 BIN = Path(__file__).resolve().with_name("bin")
 OLD_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 NEW_VIRTIOFSD = Path("/usr/libexec/virtiofsd")  # in no PATH; vng looks there, too
@@ -154,8 +156,7 @@ def _private_home() -> Iterator[Path]:
 
 def _variables(kernel: Kernel) -> list[str]:
     ours = {key: value for key, value in os.environ.items() if key.startswith("EBPFLB_")}
-    # Compiling takes half a minute in there; the cache goes by kernel and source.
-    ours |= {"EBPFLB_VM": kernel.name, "EBPFLB_PACE": str(PACE), "EBPFLB_CACHE": str(LOGS / "cache")}
+    ours |= {"EBPFLB_VM": kernel.name, "EBPFLB_PACE": str(PACE), "EBPFLB_CACHE": str(CACHE)}
     return [f"{key}={value}" for key, value in ours.items()]
 
 

@@ -17,8 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ebpflb.dataplane.bpf.artifact import load_artifact
 from tests.vm.kernels import DEFAULT, MATRIX, Kernel, Missing, fetch
-from tests.vm.machine import ARTIFACTS, CHECKOUT, run
+from tests.vm.machine import ARTIFACTS, CACHE, CHECKOUT, run
 
 PYTHON = CHECKOUT / ".venv" / "bin" / "python"
 STAGE_SECONDS = 30 * 60  # far more than it takes on a machine that does nothing else
@@ -57,7 +58,11 @@ def main(arguments: list[str]) -> int:
     status = 0
     for name in names:
         try:
-            status |= _on(fetch(name), runs, seconds)
+            kernel = fetch(name)
+            if not asked.matrix:
+                # As its daemons would; in seconds instead of minutes. The matrix shows that it can be done in there.
+                load_artifact(cache=CACHE, set_retval=True, release=kernel.release)
+            status |= _on(kernel, runs, seconds)
         except Missing as error:
             print(f"vm: {error}", file=sys.stderr)
             status = 1

@@ -183,11 +183,12 @@ def load_artifact(
     go_around: bool = False,
     sources: tuple[str, ...] = SOURCES,
     directory: Path | None = None,
+    release: str = "",
 ) -> Artifact:
     """The compiled `sources` of `directory` (ours by default), from `cache` (default: `cache_directory()`) or fresh.
 
-    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. Raises Unsupported where nothing can be
-    compiled, with the reason.
+    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. `release`: that of the kernel for which the
+    cache is to have it (default: this one). Raises Unsupported where nothing can be compiled, with the reason.
     """
     directory = directory or source_directory()
     cache = cache or cache_directory()
@@ -196,7 +197,7 @@ def load_artifact(
         sources,
         definitions(sizes or Sizes(), set_retval=set_retval, count_traffic=count_traffic, go_around=go_around),
     )
-    path = cache / f"{_key(request)}.artifact"
+    path = cache / f"{_key(request, release or os.uname().release)}.artifact"
     installed = compiler_version()
     cached = _read(path)
     if cached is not None and (not installed or cached.compiler == installed):
@@ -206,7 +207,7 @@ def load_artifact(
     return artifact
 
 
-def _key(request: Request) -> str:
+def _key(request: Request, release: str) -> str:
     """Hash of everything that decides what the compiler makes."""
     directory = Path(request.directory)
     digest = hashlib.sha256()
@@ -217,7 +218,7 @@ def _key(request: Request) -> str:
         digest.update(data)
 
     files = read_sources(directory)
-    add(f"{_FORMAT} {os.uname().release} {os.uname().machine}")
+    add(f"{_FORMAT} {release} {os.uname().machine}")
     add(repr(sorted(request.definitions.items())))
     for source in request.sources:
         if source not in files:
