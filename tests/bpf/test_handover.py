@@ -14,7 +14,8 @@ from ebpflb.dataplane.bpf.retiring import flows_kept, leave
 from ebpflb.dataplane.bpf.succeeding import spare_ports
 from ebpflb.model import Protocol
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import SHOT, UNSNAT, UNSPEC, UPLINK, Loaded, To
+from tests.bpf.loaded import SHOT, UNSNAT, UNSPEC, UPLINK, XDP_DROP, Loaded, To
+from tests.bpf.xdp_lab import Lab, on_wire, sport_of
 from tests.packets import Packet, address, assert_same, parse
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -204,3 +205,59 @@ def test_a_port_that_a_client_uses_again_is_the_successors_from_the_syn_on(node:
     leave(_maps(node))
     for flags in ("S", "A", "PA"):
         _enters(node, request.but(flags=flags), request.but(flags=flags), family)
+
+
+# ---- With XDP before tc
+
+
+def _sent_by_xdp(lab: Lab, protocol: str) -> tuple[Packet, Packet]:
+    """A request that XDP has sent, and what its backend sees."""
+    request = _nodeport(lab.node, protocol, lab.family)
+    out = lab.sent(request.frame(lab.family))
+    return request, request.but(source="uplink", sport=sport_of(out), destination="remote", dport=8080)
+
+
+def test_xdp_gives_out_no_port_that_conntrack_masquerades_by(lab: Lab) -> None:
+    lab.node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001)
+    assert spare_ports(_maps(lab.node), _conntracks(lab.family, 45000), 45000, 45001) == 1
+    request, inside = _sent_by_xdp(lab, "tcp")
+    assert inside.sport == 45001
+    assert lab.xdp(request.but(sport=40001).frame(lab.family)).verdict == XDP_DROP
+    lab.passed_up(Packet("remote", 8080, "uplink", 45000, flags="SA").frame(lab.family))
+
+
+def test_a_connection_that_another_dataplane_began_is_passed_up(lab: Lab) -> None:
+    lab.node.put_settings(flows_elsewhere=1)
+    request = _nodeport(lab.node, "tcp", lab.family)
+    for flags in ("PA", "A", "FA", "R"):
+        lab.passed_up(request.but(flags=flags).frame(lab.family))
+    assert not lab.node.flows()
+
+
+def test_connections_of_xdps_outlive_a_retirement(lab: Lab) -> None:
+    """By XDP, and by tc alone once XDP is gone; new ones are the successor's."""
+    request, inside = _sent_by_xdp(lab, "tcp")
+    assert leave(_maps(lab.node)) == 1
+    assert flows_kept(_maps(lab.node), _now(lab.node), HOUR) == 1
+    more = request.but(flags="PA")
+    assert_same(lab.sent(more.frame(lab.family))[34:], inside.but(flags="PA", hops=63).frame(lab.family)[34:])
+    assert_same(lab.by_stack(more.frame(lab.family)), inside.but(flags="PA").frame(lab.family))
+    assert_same(lab.by_stack(inside.reply().frame(lab.family)), request.reply().frame(lab.family))
+    other = request.but(sport=40002).frame(lab.family)
+    assert_same(lab.by_both(other), other)
+    lab.sent(request.but(flags="FA").frame(lab.family))
+    assert flows_kept(_maps(lab.node), _now(lab.node), HOUR) == 0
+    again = request.frame(lab.family)
+    assert_same(lab.by_both(again), again)
+
+
+def test_a_living_connection_of_xdps_keeps_its_port(lab: Lab) -> None:
+    """The successor's conntrack happens on the same one for a new connection."""
+    request, inside = _sent_by_xdp(lab, "tcp")
+    leave(_maps(lab.node))
+    assert_same(lab.left(inside.frame(lab.family)), inside.frame(lab.family))
+    wanted = on_wire(request.reply(), lab.family, "up0", "outside")
+    assert_same(lab.sent(inside.reply().frame(lab.family)), wanted)
+    lab.sent(request.but(flags="FA").frame(lab.family))
+    assert_same(lab.left(inside.frame(lab.family)), inside.frame(lab.family))
+    lab.passed_up(inside.reply().frame(lab.family))
