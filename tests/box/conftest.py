@@ -55,12 +55,14 @@ BOXES = [
 REST = [
     Setting(BPF, Cni.ROUTED, Join.VXLAN),
     Setting(BPF, Cni.BRIDGE, Join.ROUTES),
+    Setting(XDP_NATIVE, Cni.BRIDGE, Join.VXLAN),
     Setting(IPTABLES_LEGACY, Cni.BRIDGE, Join.VXLAN, hairpin=True),
     Setting(KERNEL_WITHOUT_BPF, Cni.ROUTED, Join.ROUTES),
     Setting(MACHINE_WITHOUT_BCC, Cni.ROUTED, Join.ROUTES),
 ]
 OWN = [
     Setting(BPF, Cni.BRIDGE, Join.ROUTES),
+    Setting(XDP_NATIVE, Cni.ROUTED, Join.ROUTES),
     Setting(IPTABLES_NFT, Cni.BRIDGE, Join.ROUTES, hairpin=True),
 ]
 if kernel_has_ipvs():

@@ -28,6 +28,7 @@ SERVERS = ("a1", "b1", "c1")
 Way = tuple[str, str, Callable[[ServiceInBox, str], Target]]
 WAYS: dict[str, Way] = {
     "cluster_ip": ("ClusterIP", "sa", lambda web, family: web.cluster_ip(family)),
+    "cluster_ip_at_a_pods_sockets": ("ClusterIP", "a1", lambda web, family: web.cluster_ip(family)),
     "cluster_ip_from_the_node": ("ClusterIP", "node1", lambda web, family: web.cluster_ip(family)),
     "node_port": ("NodePort", "outside", lambda web, family: web.node_port("node1", family)),
     "load_balancer": ("LoadBalancer", "outside", lambda web, family: web.load_balancer(family)),
