@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -230,10 +231,14 @@ def test_a_checkout_that_was_not_built_serves_all_the_same(
 ) -> None:
     """Slower, the same tables, and said once."""
     compiled = parts_of(pods(12), 2)
-    monkeypatch.setattr(maglev, "_compiled", lambda: None)
-    with caplog.at_level(logging.WARNING, "ebpflb"):
-        dataplane = started(node)
-    (said,) = [record.message for record in caplog.records if "maglev.c" in record.message]
-    assert "make setup" in said and "\n" not in said
-    assert dataplane.sync(web(Algorithm.MAGLEV, pods(12))).complete
+    monkeypatch.setitem(sys.modules, maglev.MODULE, None)  # so that Python finds none
+    maglev.built.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "ebpflb"):
+            dataplane = started(node)
+        (said,) = [record.message for record in caplog.records if "maglev.c" in record.message]
+        assert "make setup" in said and "\n" not in said
+        assert dataplane.sync(web(Algorithm.MAGLEV, pods(12))).complete
+    finally:
+        maglev.built.cache_clear()
     assert Held(node).places == {Held(node).choice.slots: compiled}

@@ -6,14 +6,24 @@ import hashlib
 import importlib.util
 import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import maglev
-from ebpflb.dataplane.bpf.maglev import MOST_BACKENDS, SIZES, positions, size_code
+from ebpflb.dataplane.bpf.maglev import (
+    MODULE,
+    MOST_BACKENDS,
+    SIZES,
+    Fill,
+    built,
+    filled_slowly,
+    missing,
+    positions,
+    size_code,
+)
 from ebpflb.routes import Backend
 
 HEADER = Path(__file__).resolve().parents[2] / "bpf/maglev.h"
@@ -27,9 +37,9 @@ def pods(count: int, net: str = "10.244.{}.{}", port: int = 8080) -> list[Backen
     return [Backend(net.format(number // 250, number % 250 + 1), port) for number in range(count)]
 
 
-def holders(backends: Sequence[Backend], code: int) -> list[Backend]:
+def holders(backends: Sequence[Backend], code: int, fill: Fill | None = None) -> list[Backend]:
     """Who is at each place."""
-    return [backends[position] for position in memoryview(positions(backends, code)).cast("H")]
+    return [backends[position] for position in memoryview(positions(backends, code, fill)).cast("H")]
 
 
 def moved(before: Sequence[Backend], after: Sequence[Backend], gone: Backend) -> float:
@@ -38,14 +48,19 @@ def moved(before: Sequence[Backend], after: Sequence[Backend], gone: Backend) ->
     return sum(old != new for old, new in others) / len(others)
 
 
-@pytest.fixture(params=["compiled", "in Python"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def compiled() -> Fill:
+    found = built()
+    assert found is not None, "run make setup"
+    return found
+
+
+WAYS: dict[str, Callable[[], Fill]] = {"compiled": compiled, "in Python": lambda: filled_slowly}
+
+
+@pytest.fixture(params=WAYS)
+def fill(request: pytest.FixtureRequest) -> Fill:
     """Both ways in which a table is filled."""
-    if request.param == "in Python":
-        monkeypatch.setattr(maglev, "_compiled", lambda: None)
-    else:
-        assert maglev.missing() == "", "run make setup"
-    yield
+    return WAYS[request.param]()
 
 
 # ---- Sizes
@@ -106,43 +121,36 @@ def test_the_table_of_some_backends_is_this_one(code: int) -> None:
     assert hashlib.sha256(positions(DUAL, code)).hexdigest()[:16] == DIGESTS[code]
 
 
-def test_what_is_not_compiled_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = positions(DUAL, 5)
-    monkeypatch.setattr(maglev, "_compiled", lambda: None)
-    assert positions(DUAL, 5) == compiled
+def test_what_is_not_compiled_is_the_same() -> None:
+    assert positions(DUAL, 5, filled_slowly) == positions(DUAL, 5, compiled())
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_backends_says_nothing(seed: int) -> None:
+def test_the_order_of_backends_says_nothing(seed: int, fill: Fill) -> None:
     shuffled = random.Random(seed).sample(DUAL, len(DUAL))
     assert shuffled != DUAL
-    assert holders(shuffled, 2) == holders(DUAL, 2)
+    assert holders(shuffled, 2, fill) == holders(DUAL, 2, fill)
 
 
-@pytest.mark.usefixtures("either")
-def test_one_backend_has_all() -> None:
-    assert set(holders(pods(1), 1)) == set(pods(1))
+def test_one_backend_has_all(fill: Fill) -> None:
+    assert set(holders(pods(1), 1, fill)) == set(pods(1))
 
 
-@pytest.mark.usefixtures("either")
-def test_an_address_with_another_port_is_another_backend() -> None:
+def test_an_address_with_another_port_is_another_backend(fill: Fill) -> None:
     both = [Backend("10.0.0.1", 80), Backend("10.0.0.1", 81)]
-    assert set(Counter(holders(both, 1)).values()) == {510, 511}
+    assert set(Counter(holders(both, 1, fill)).values()) == {510, 511}
 
 
-@pytest.mark.usefixtures("either")
-def test_a_backend_that_is_named_twice_has_two_shares() -> None:
+def test_a_backend_that_is_named_twice_has_two_shares(fill: Fill) -> None:
     twice = [*pods(3), pods(1)[0]]
-    assert Counter(holders(twice, 1))[pods(1)[0]] == pytest.approx(SIZES[1] / 2, abs=1)
+    assert Counter(holders(twice, 1, fill))[pods(1)[0]] == pytest.approx(SIZES[1] / 2, abs=1)
 
 
-@pytest.mark.usefixtures("either")
-def test_of_more_backends_than_places_the_same_ones_are_left_out_everywhere() -> None:
+def test_of_more_backends_than_places_the_same_ones_are_left_out_everywhere(fill: Fill) -> None:
     many = pods(3000)
-    found = holders(many, 1)
+    found = holders(many, 1, fill)
     assert len(set(found)) == SIZES[1]
-    assert holders(many[::-1], 1) == found
+    assert holders(many[::-1], 1, fill) == found
 
 
 def test_backends_beyond_what_a_position_can_tell_have_no_place() -> None:
@@ -161,11 +169,10 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(("weights", "shares"), WEIGHTS.values(), ids=WEIGHTS)
-def test_shares_are_in_proportion_to_weights(weights: tuple[int, ...], shares: tuple[int, ...]) -> None:
+def test_shares_are_in_proportion_to_weights(weights: tuple[int, ...], shares: tuple[int, ...], fill: Fill) -> None:
     backends = [Backend(f"10.0.0.{number}", 80, weight) for number, weight in enumerate(weights)]
-    found = Counter(holders(backends, 1))
+    found = Counter(holders(backends, 1, fill))
     for backend, share in zip(backends, shares, strict=True):
         assert found[backend] == pytest.approx(SIZES[1] * share / sum(shares), abs=2)
 
@@ -226,26 +233,30 @@ def test_with_few_backends_nearly_all_stays() -> None:
 # ---- A checkout that has not been built
 
 
-def test_without_the_compiled_part_tables_are_the_same_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = positions(DUAL, 2)
-    maglev._compiled.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    try:
-        assert positions(DUAL, 2) == whole
-        assert "has not been built" in maglev.missing() and "\n" not in maglev.missing()
-    finally:
-        maglev._compiled.cache_clear()
+def test_what_has_not_been_built_is_not_found() -> None:
+    assert built("ebpflb.dataplane.bpf._of_no_such_name") is None
 
 
 def test_what_was_built_for_another_machine_is_as_if_it_was_not_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = tmp_path / "_maglev.so"
-    found.write_bytes(b"\x7fELF of another machine")
-    maglev._compiled.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.util.spec_from_file_location(name, found))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_another_machine.so").write_bytes(b"\x7fELF and no more")
+    assert importlib.util.find_spec("of_another_machine")
+    assert built("of_another_machine") is None
+
+
+def test_a_library_without_our_function_is_not_ours() -> None:
+    assert built("_ctypes_test") is None
+
+
+def test_without_the_compiled_part_tables_are_the_same_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = positions(DUAL, 2)
+    assert missing() == ""
+    monkeypatch.setitem(sys.modules, MODULE, None)  # so that Python finds none
+    built.cache_clear()
     try:
-        assert maglev.missing()
-        assert len(positions(DUAL, 1)) == 2 * SIZES[1]
+        assert positions(DUAL, 2) == whole
+        assert "has not been built" in missing() and "\n" not in missing()
     finally:
-        maglev._compiled.cache_clear()
+        built.cache_clear()

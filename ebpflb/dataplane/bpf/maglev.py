@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from socket import htons
+from typing import TypeAlias
 
 from ebpflb.dataplane.bpf.tables import pack_address
 from ebpflb.routes import Backend
@@ -24,9 +25,14 @@ SIZES = {1: 1021, 2: 2039, 3: 4093, 4: 8191, 5: 16381, 6: 32749, 7: 65521, 8: 13
 MOST_BACKENDS = 0xFFFF
 """How many backends a table can tell apart; those behind them in the sequence have no place."""
 
+Fill: TypeAlias = Callable[[bytes, int], bytes]
+"""From records of backends and a number of places to the places."""
+
+MODULE = "ebpflb.dataplane.bpf._maglev"
+"""As what maglev.c is built: no module, but Python finds it by this name."""
+
 _MANY = 50
 _FREE = 0xFFFF
-_MODULE = "ebpflb.dataplane.bpf._maglev"
 _RECORD = struct.Struct("=16sHH")
 _REST = struct.Struct("=HH")
 
@@ -46,22 +52,14 @@ def size_code(backends: int, cap: int) -> int:
     return code
 
 
-def positions(backends: Sequence[Backend], code: int) -> bytes:
+def positions(backends: Sequence[Backend], code: int, fill: Fill | None = None) -> bytes:
     """For each place of a table of the size `code`, a u16 in the machine's order: the index in `backends`, which are
     the active ones of a route, at least one.
 
     Shares are in proportion to weights, and even where all weights are 0. Where there are more backends than places,
-    the same ones are left out on every node.
+    the same ones are left out on every node. `fill` is None for the fastest there is; all fill alike.
     """
-    size = SIZES[code]
-    records = _records(backends[:MOST_BACKENDS])
-    fill = _compiled()
-    if fill is None:
-        return filled_slowly(records, size)
-    places = ctypes.create_string_buffer(2 << size.bit_length())
-    if fill(records, len(records) // _RECORD.size, size, places):
-        raise MemoryError("no memory for a table of consistent hashing")
-    return places.raw[: 2 * size]
+    return (fill or built() or filled_slowly)(_records(backends[:MOST_BACKENDS]), SIZES[code])
 
 
 def _records(backends: Sequence[Backend]) -> bytes:
@@ -77,25 +75,35 @@ def _records(backends: Sequence[Backend]) -> bytes:
     return b"".join(records)
 
 
+# ---- The compiled one
+
+
 def missing() -> str:
     """Why tables are filled slowly, in one line; "" where they are not."""
-    if _compiled() is not None:
+    if built() is not None:
         return ""
     return "maglev.c has not been built for this Python: tables of consistent hashing are filled a hundred times slower"
 
 
 @functools.cache
-def _compiled() -> Callable[..., int] | None:
-    """The function of maglev.c. It is built as if it were an extension module, which Python finds by its name."""
-    found = importlib.util.find_spec(_MODULE)
+def built(module: str = MODULE) -> Fill | None:
+    """What has been built by that name; None if nothing has, for this Python on this machine."""
+    found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         return None
     try:
-        fill = ctypes.CDLL(found.origin).ebpflb_maglev_fill
+        function = ctypes.CDLL(found.origin).ebpflb_maglev_fill
     except (OSError, AttributeError):  # of another machine, or of another version
         return None
-    fill.argtypes = (ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_char_p)
-    fill.restype = ctypes.c_int
+    function.argtypes = (ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_char_p)
+    function.restype = ctypes.c_int
+
+    def fill(records: bytes, size: int) -> bytes:
+        places = ctypes.create_string_buffer(2 << size.bit_length())
+        if function(records, len(records) // _RECORD.size, size, places):
+            raise MemoryError("no memory for a table of consistent hashing")
+        return places.raw[: 2 * size]
+
     return fill
 
 
