@@ -577,7 +577,7 @@ def prog_info(fd: int) -> ProgramInfo:
 
 
 TEST_LIVE_FRAMES = 1 << 1
-"""Flag of `prog_test_run` for XDP (5.18): frames are really sent and passed up. Nothing comes back; `room` must be 0."""
+"""Flag of `prog_test_run` for XDP (5.18): frames are really sent and passed up. Nothing comes back; `room` is 0."""
 
 
 def prog_test_run(
