@@ -193,11 +193,6 @@ def has_socket_programs() -> bool:
     )
 
 
-def has_xdp() -> bool:
-    """Whether XDP programs can be loaded."""
-    return loads(PROG_TYPE_XDP, _XDP_PASS, _XDP)
-
-
 def has_xdp_frags() -> bool:
     """Whether XDP programs may take frames that lie in several buffers (5.18), without which drivers refuse them where
     the MTU is larger than a buffer."""
