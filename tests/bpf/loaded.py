@@ -16,7 +16,14 @@ from collections.abc import Iterable, Mapping
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Layout, source_directory
-from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_POD, DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
+from ebpflb.dataplane.bpf.constants import (
+    BACKEND_FREE,
+    DEVICE_PEER,
+    DEVICE_POD,
+    DEVICE_REDIRECT,
+    DEVICE_XDP,
+    PROG_TYPE_XDP,
+)
 from ebpflb.dataplane.bpf.facts import has_xdp_frags
 from ebpflb.model import Protocol
 from ebpflb.routes import BackendState, Masquerade, Scope, Verdict, packed, packed_network, unpacked
@@ -92,7 +99,8 @@ DROP = To(verdict=Verdict.DROP)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
     """The device that a test packet passes: its masquerade addresses by role ("" for none), and whether a pod is
-    behind it. For XDP also whether our program runs there, whether others may send by it, its MTU and MAC."""
+    behind it. For XDP also whether our program runs there, whether others may send by it, its MTU and MAC; for the way
+    around the stack whether its other end is in another namespace (`peer`)."""
 
     masquerade: str = ""
     pod: bool = False
@@ -100,10 +108,11 @@ class Device:
     redirect: bool = False
     mtu: int = 1500
     mac: str = MAC_NODE
+    peer: bool = False
 
     @property
     def flags(self) -> int:
-        return DEVICE_POD * self.pod | DEVICE_XDP * self.xdp | DEVICE_REDIRECT * self.redirect
+        return DEVICE_POD * self.pod | DEVICE_XDP * self.xdp | DEVICE_REDIRECT * self.redirect | DEVICE_PEER * self.peer
 
 
 POD_DEVICE = Device(pod=True)

@@ -36,9 +36,18 @@ def tagged(frame: bytes, *tags: int) -> bytes:
     return frame[:12] + b"".join(struct.pack("!I", tag) for tag in tags) + frame[12:]
 
 
+def encapsulated(family: int, protocol: int, inner: bytes) -> bytes:
+    """A packet to our frontend in one to our frontend's address: that is a tunnel's end's business."""
+    outer = Packet("outside", 0, "lb", 0, "echo", payload=inner[8:]).frame(family)
+    at = ETHERNET + (9 if family == 4 else 6)
+    start = ETHERNET + (20 if family == 4 else 40)
+    return outer[:at] + bytes([protocol]) + outer[at + 1 : start] + inner
+
+
 @pytest.mark.parametrize(
     "what",
-    ("arp", "other-ethertype", "ethernet-only", "802.1ad", "two-tags", "unknown-vlan", "echo", "sctp", "wrong-version"),
+    ("arp", "other-ethertype", "ethernet-only", "802.1ad", "two-tags", "unknown-vlan", "echo", "sctp", "wrong-version",
+     "tunnelled-ipv4", "tunnelled-ipv6"),
 )  # fmt: skip
 def test_what_is_no_datagram_or_connection(lab: Lab, what: str) -> None:
     put_services(lab)
@@ -52,6 +61,8 @@ def test_what_is_no_datagram_or_connection(lab: Lab, what: str) -> None:
         "unknown-vlan": tagged(request, 0x81000000 | VLAN + 1),
         "echo": Packet("outside", 0, "lb", 0, "echo").frame(lab.family),
         "sctp": Packet("outside", 40000, "lb", 80, "sctp").frame(lab.family),
+        "tunnelled-ipv4": encapsulated(lab.family, 4, Packet("outside", 40000, "lb", 80).inner(4)),
+        "tunnelled-ipv6": encapsulated(lab.family, 41, Packet("outside", 40000, "lb", 80).inner(6)),
         "wrong-version": request[:14] + bytes([request[14] ^ 0x70]) + request[15:],
     }[what]
     lab.passed_up(frame)
