@@ -105,7 +105,7 @@ class _Daemon:
             selector.register(self._stop, selectors.EVENT_READ, lambda: None)
             if changes is not None:
                 _watch_config(config, changes, selector, self._stop)
-            missing = tuple(Found("node", *problem) for problem in (*parts.set_up_node(config), *_unmet(config)))
+            missing = tuple(Found("node", *problem) for problem in (*parts.set_up_node(config), *_unmet(config, dataplane.name)))
             sources, desired = _sources(config, parts, stack)
             attendants = NoAttendants() if once else parts.attendants(config, self._chosen, sources, desired)
             stack.callback(attendants.close)
@@ -183,12 +183,14 @@ class _Daemon:
         return Result(status=OK if overview.complete and overview.sound else REFUSED)
 
 
-def _unmet(config: Config) -> Iterator[Problem]:
+def _unmet(config: Config, dataplane: str) -> Iterator[Problem]:
     """What the operator asks for and the dataplane does not have."""
     algorithm, had = config.proxy.default_algorithm, config.proxy.algorithms
     if had and algorithm not in had:
         reason = f"{algorithm} is none that this node's dataplane has ({', '.join(had)}); backends are chosen at random"
         yield Problem("--algorithm", reason)
+    if config.xdp in ("native", "generic") and dataplane != "bpf":
+        yield Problem("--xdp", f"{config.xdp} is for the dataplane bpf; this node's is {dataplane}")
 
 
 def _sources(config: Config, parts: Parts, stack: ExitStack) -> tuple[Sequence[Source], Desired]:

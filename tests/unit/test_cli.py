@@ -337,6 +337,18 @@ def test_an_algorithm_that_the_dataplane_does_not_have_is_told(
     assert {config.proxy.default_algorithm for config in world.configs} == {algorithm}
 
 
+@pytest.mark.parametrize(
+    ("dataplane", "mode", "told"), [("bpf", "native", False), ("ipvs", "native", True), ("ipvs", "auto", False)]
+)
+def test_xdp_that_the_dataplane_does_not_have_is_told(
+    shell: Shell, world: World, manifests: str, dataplane: str, mode: str, told: bool
+) -> None:
+    world.dataplane.name = dataplane
+    said = shell(world, "run", "--once", "--manifests", manifests, "--xdp", mode)
+    assert said.status == 0
+    assert ("node: --xdp: native is for the dataplane bpf; this node's is ipvs" in said.err) is told
+
+
 def test_a_daemon_that_runs_once_has_no_attendants(shell: Shell, world: World, manifests: str) -> None:
     company = Company()
     world.attendants = company
