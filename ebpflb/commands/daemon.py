@@ -105,7 +105,9 @@ class _Daemon:
             selector.register(self._stop, selectors.EVENT_READ, lambda: None)
             if changes is not None:
                 _watch_config(config, changes, selector, self._stop)
-            missing = tuple(Found("node", *problem) for problem in (*parts.set_up_node(config), *_unmet(config, dataplane.name)))
+            missing = tuple(
+                Found("node", *problem) for problem in (*parts.set_up_node(config), *_unmet(config, dataplane.name))
+            )
             sources, desired = _sources(config, parts, stack)
             attendants = NoAttendants() if once else parts.attendants(config, self._chosen, sources, desired)
             stack.callback(attendants.close)
