@@ -27,7 +27,7 @@ INTERRUPTED = 130
 STRAY_SECONDS = 60.0
 """How long what a stage has begun may go on when the stage itself has ended. An interrupted shell, for one, does not
 wait for pytest, which tidies up."""
-_ONE_SECONDS = 1.0
+_ONE_SECONDS = 0.5
 """Signals that come within this time are one: whoever ends a make and all that it runs reaches us by both ways."""
 _LOOK_SECONDS = 0.1
 
