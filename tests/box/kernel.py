@@ -21,6 +21,7 @@ from ebpflb.demo.network import POD_CIDRS
 from ebpflb.routes import RouteTable
 from ebpflb.wiring import real_parts
 from tests.box.modes import Mode
+from tests.pace import PACE
 
 
 class Kernel:
@@ -87,7 +88,7 @@ class Kernel:
         """Wait until the node's daemon has ended what it was doing when asked: it answers between two syncs only, and
         at the end of one flows follow the rows."""
         with namespaces.inside(self._cluster.nodes[node].namespace):
-            control.ask()
+            control.ask(patience=10.0 * PACE)
 
     def said(self, node: str, *argv: str) -> str:
         """What a command prints on the node."""
