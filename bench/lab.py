@@ -1,7 +1,8 @@
 """Where benchmarks run: namespaces, a cgroup and bpf file systems of one name, all gone at the end.
 
-Rules of this file: two copies of client - node - server with the same addresses. The `plain` one has no program of
-ours at all and is what everything is divided by; the `served` one has a daemon on its node.
+Rules of this file: copies of client - node - server with the same addresses. The `plain` one has no program of ours at
+all and is what everything is divided by; the others have a daemon on their node: `served` one as it is by default,
+`around` one that lets pods' flows go around the stack, `xdp` one to which client and server are outside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ebpflb.errors import EbpflbError
 CLIENT, CLIENT_GATEWAY = "10.200.0.5", "10.200.0.1"
 SERVER, SERVER_GATEWAY = "10.200.1.10", "10.200.1.1"
 PORT = 7777
+COPIES = ("plain", "served", "around", "xdp")
 CHECKOUT = Path(__file__).resolve().parents[1]
 BUILD = CHECKOUT / "build" / "bench"
 
@@ -33,14 +35,15 @@ class Lab:
         self._mounted = 0
 
     def namespace(self, copy: str, place: str) -> str:
-        """Of `plain` or `served`: its client, node or server."""
+        """Of one of COPIES: its client, node or server."""
         return f"{self.name}-{copy}-{place}"
 
     def build(self) -> None:
-        """Both copies."""
+        """All copies."""
         self.directory.mkdir()
         self.cgroup.mkdir()
-        for copy in ("plain", "served"):
+        for copy in COPIES:
+            self.cgroup_of(copy).mkdir(exist_ok=True)
             self._copy(copy)
 
     def _copy(self, copy: str) -> None:
@@ -52,17 +55,28 @@ class Lab:
             [
                 f"link add to-client type veth peer name eth0 netns {client}",
                 f"link add to-server type veth peer name eth0 netns {server}",
-                f"addr add {CLIENT_GATEWAY}/24 dev to-client",
-                f"addr add {SERVER_GATEWAY}/24 dev to-server",
                 "link set to-client up",
                 "link set to-server up",
             ],
         )
+        for device, gateway, address in (
+            ("to-client", CLIENT_GATEWAY, CLIENT),
+            ("to-server", SERVER_GATEWAY, SERVER),
+        ):
+            if copy == "around":  # as a CNI numbers a pod's wire: what has a network is no pod's
+                lines = [f"addr add {gateway}/32 dev {device}", f"route add {address}/32 dev {device}"]
+            else:
+                lines = [f"addr add {gateway}/24 dev {device}"]
+            namespaces.ip(node, lines)
         for namespace, address, gateway in ((client, CLIENT, CLIENT_GATEWAY), (server, SERVER, SERVER_GATEWAY)):
             namespaces.ip(
                 namespace, [f"addr add {address}/24 dev eth0", "link set eth0 up", f"route add default via {gateway}"]
             )
         namespaces.sysctl(node, {"ipv4/ip_forward": 1})
+
+    def cgroup_of(self, copy: str) -> Path:
+        """Where the daemon of a copy attaches its socket programs: that of all but `served` has no process in it."""
+        return self.cgroup if copy == "served" else self.cgroup / copy
 
     def bpffs(self) -> Path:
         """A fresh bpf file system."""

@@ -3,8 +3,8 @@
 Rules of this file: BPF_F_TEST_XDP_LIVE_FRAMES on a veth whose peer drops everything by a program of its own, which
 counts. All happens on one processor, in the kernel's own time (as the kernel takes it: to put up such a run costs
 milliseconds): batches are short, and the least of all counts. A batch of which not all arrived (the receiving half was
-put off for other work, and the queue between is short) says nothing; if that is most of them, it is an error. What makes
-frames new again (bench/replay.py) is measured before an empty program, too, and taken off.
+put off for other work, and the queue between is short) says nothing; if that is most of them, it is an error. What
+makes frames new again (bench/replay.py) is measured before an empty program, too, and taken off.
 """
 
 from __future__ import annotations

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.clusters import bytes_of, cluster_ip, endpoint_slice, service
-from bench.lab import PORT, SERVER, Lab, crr_binary
+from bench.lab import COPIES, PORT, SERVER, Lab, crr_binary
 from bench.report import Figure, middle, quartile_range
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
+from ebpflb.demo import namespaces
 from ebpflb.demo.daemon import Daemon
 from ebpflb.errors import EbpflbError
 
@@ -41,12 +43,24 @@ SOCKET = Variant("socket", "served", True, VIP, VIP_PORT)
 PACKET = Variant("packet", "served", False, VIP, VIP_PORT)
 ALONE = Variant("socket-alone", "plain", True, VIP, VIP_PORT)
 PASSING = Variant("passing", "served", False, SERVER, PORT)
+AROUND = Variant("packet-around", "around", False, VIP, VIP_PORT)
+XDP = Variant("packet-xdp", "xdp", False, VIP, VIP_PORT)
+OPTIONS = {
+    "served": ["--cluster-cidr", "10.200.0.0/16"],
+    "around": ["--cluster-cidr", "10.200.0.0/16", "--pod-path", "redirect"],
+    "xdp": ["--cluster-cidr", "10.99.0.0/16", "--xdp", "native"],
+}
+"""Of the daemon on each copy's node."""
+RISES = {"served": ("SOCKET_FORWARDED", "PACKET_FORWARDED"), "around": ("AROUND_SENT",), "xdp": ("XDP_FORWARDED",)}
+"""What shows on each node that the load went as it should."""
 
 EXPLAINED = {
     "control": "direct again ÷ direct (the control)",
     "socket": "socket path ÷ direct",
     "packet": "packet path ÷ direct",
     "socket-alone": "socket programs alone (no tc program on the way) ÷ direct",
+    "packet-around": "packet path, around the stack (--pod-path redirect) ÷ direct",
+    "packet-xdp": "packet path before the stack (--xdp native), from outside to outside ÷ direct",
     "passing": "traffic that is nobody's Service, through a served node ÷ direct",
 }
 
@@ -61,8 +75,8 @@ class Mode(NamedTuple):
 
 
 MODES = (
-    Mode("crr", "connect, request, close", (DIRECT, SOCKET, PACKET, AGAIN, ALONE, PASSING), 0.5),
-    Mode("rr", "request and answer, TCP", (DIRECT, SOCKET, PACKET, AGAIN), 0.25),
+    Mode("crr", "connect, request, close", (DIRECT, SOCKET, PACKET, AGAIN, AROUND, XDP, ALONE, PASSING), 0.5),
+    Mode("rr", "request and answer, TCP", (DIRECT, SOCKET, PACKET, AGAIN, AROUND, XDP), 0.25),
     Mode("udp", "request and answer, connected UDP", (DIRECT, SOCKET, PACKET), 0.2),
     Mode("sendto", "request and answer, unconnected UDP", (DIRECT, SOCKET, PACKET), 0.2),
 )
@@ -71,15 +85,15 @@ MODES = (
 def paths(lab: Lab, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
     """All figures of this file. Raises EbpflbError if a path did not carry what it should."""
     binary = crr_binary()
-    with _servers(lab, binary), _daemon(lab) as bpffs:
+    with _servers(lab, binary), _daemons(lab) as nodes:
         for mode in MODES:
-            before = _counters(bpffs)
+            before = {copy: _counters(bpffs) for copy, bpffs in nodes.items()}
             samples = _measure(lab, binary, mode, rounds, say)
             if _noisy(samples):
                 say(f"{mode.name}: noisy, once more")
                 samples = _measure(lab, binary, mode, rounds, say)
-            after = _counters(bpffs)
-            _check(mode, before, after)
+            for copy in {variant.copy for variant in mode.variants} & nodes.keys():
+                _check(mode, copy, before[copy], _counters(nodes[copy]))
             yield from _figures(mode, samples)
 
 
@@ -87,7 +101,7 @@ def paths(lab: Lab, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]
 def _servers(lab: Lab, binary: str) -> Iterator[None]:
     servers = []
     try:
-        for copy in ("plain", "served"):
+        for copy in COPIES:
             server = lab.spawn(copy, "server", [binary, "server", str(PORT), CPU])
             servers.append(server)
             assert server.stdout is not None
@@ -101,8 +115,9 @@ def _servers(lab: Lab, binary: str) -> Iterator[None]:
 
 
 @contextmanager
-def _daemon(lab: Lab) -> Iterator[Path]:
-    """A daemon on the served node, whose first Service is the server, over TCP and UDP."""
+def _daemons(lab: Lab) -> Iterator[dict[str, Path]]:
+    """A daemon on each node but the plain one, whose first Service is the server, over TCP and UDP; the directories of
+    their maps."""
     manifests = lab.directory / "manifests"
     manifests.mkdir()
     for number in range(10):
@@ -114,15 +129,26 @@ def _daemon(lab: Lab) -> Iterator[Path]:
         (manifests / f"{number}.json").write_bytes(
             bytes_of({"kind": "List", "apiVersion": "v1", "items": [described, slice_]})
         )
-    bpffs = lab.bpffs()
-    options = ["--manifests", str(manifests), "--bpffs", str(bpffs), "--cgroup", str(lab.cgroup)]
-    options += ["--cluster-cidr", "10.200.0.0/16"]
-    daemon = Daemon(lab.namespace("served", "node"), lab.cgroup, options, lab.directory / "daemon.log")
-    try:
-        daemon.wait_ready(60)
-        yield bpffs
-    finally:
-        daemon.stop()
+    _take_frames(lab)
+    nodes: dict[str, Path] = {}
+    with ExitStack() as stack:
+        for copy, options in OPTIONS.items():
+            bpffs = nodes[copy] = lab.bpffs()
+            common = ["--manifests", str(manifests), "--bpffs", str(bpffs), "--cgroup", str(lab.cgroup_of(copy))]
+            log = lab.directory / f"daemon-{copy}.log"
+            daemon = Daemon(lab.namespace(copy, "node"), lab.cgroup, common + options, log)
+            stack.callback(daemon.stop)
+            daemon.wait_ready(60)
+        yield nodes
+
+
+def _take_frames(lab: Lab) -> None:
+    """Client and server of the `xdp` copy take frames that XDP sends, and send whole checksums, as behind a wire."""
+    for place in ("client", "server"):
+        inside = f"--net={namespaces.path_of(lab.namespace('xdp', place))}"
+        subprocess.run(
+            ["nsenter", inside, "ethtool", "-K", "eth0", "gro", "on", "tx", "off"], check=True, capture_output=True
+        )
 
 
 def _counters(bpffs: Path) -> dict[str, int]:
@@ -130,12 +156,12 @@ def _counters(bpffs: Path) -> dict[str, int]:
     return {str(row["counter"]).upper(): int(str(row["value"])) for row in rows}
 
 
-def _check(mode: Mode, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+def _check(mode: Mode, copy: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
     """That Services carried the load, and nothing was refused."""
     rose = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    for name in ("SOCKET_FORWARDED", "PACKET_FORWARDED"):
+    for name in RISES[copy]:
         if not rose.get(name):
-            raise EbpflbError(f"{mode.name}: {name} did not rise: the load did not go by Services ({rose})")
+            raise EbpflbError(f"{mode.name}, {copy}: {name} did not rise: the load went some other way ({rose})")
     unwanted = {
         "SOCKET_REJECTED",
         "SOCKET_DROPPED",
@@ -144,7 +170,7 @@ def _check(mode: Mode, before: Mapping[str, int], after: Mapping[str, int]) -> N
         "PACKET_NO_BACKEND",
     } & rose.keys()
     if unwanted:
-        raise EbpflbError(f"{mode.name}: refused meanwhile: {sorted(unwanted)}")
+        raise EbpflbError(f"{mode.name}, {copy}: refused meanwhile: {sorted(unwanted)}")
 
 
 class Sample(NamedTuple):
@@ -195,7 +221,7 @@ def _figures(mode: Mode, samples: Mapping[str, list[Sample]]) -> Iterator[Figure
         yield middle(
             "direct.connect.p50", "connect() p50: direct", [each.p50 / 1000 for each in samples["direct"]], "µs"
         )
-        for name in ("socket", "packet"):
+        for name in ("socket", "packet", "packet-around", "packet-xdp"):
             for field, percent in ((1, "p50"), (2, "p99")):
                 yield middle(
                     f"{name}.connect.{percent}",

@@ -53,19 +53,20 @@ def plane(
         files = [lab.directory / f"{kind}-{services}.json" for kind in ("services", "slices")]
         for file, content in zip(files, lists(services, ENDPOINTS), strict=True):
             file.write_bytes(content)
-        samples = [_cold_in_a_child(lab, services, files) for _ in range(rounds)]
-        yield middle(
-            f"cold.{services}",
-            f"cold sync, {services:,} Services × {ENDPOINTS}: JSON in memory to the last entry",
-            samples,
-            "s",
-        )
+        samples: dict[str, list[float]] = {"random": [], "maglev": []}
+        for _ in range(rounds):
+            for algorithm, taken in samples.items():
+                taken.append(_cold_in_a_child(lab, services, algorithm, files))
+        what = f"cold sync, {services:,} Services × {ENDPOINTS}: JSON in memory to the last entry"
+        yield middle(f"cold.{services}", what, samples["random"], "s")
+        yield middle(f"cold.{services}.maglev", f"{what}, Maglev everywhere", samples["maglev"], "s")
     yield from _change_figures(lab, change_sizes, changes, say)
 
 
-def _cold_in_a_child(lab: Lab, services: int, files: list[Path]) -> float:
+def _cold_in_a_child(lab: Lab, services: int, algorithm: str, files: list[Path]) -> float:
     """Seconds, in a process that has done nothing before, as a daemon that starts."""
-    argv = [sys.executable, "-m", "bench.plane", str(lab.bpffs()), str(lab.cgroup), str(services), *map(str, files)]
+    argv = [sys.executable, "-m", "bench.plane", str(lab.bpffs()), str(lab.cgroup), str(services), algorithm]
+    argv += map(str, files)
     child = lab.spawn("plain", "client", argv)
     said, _ = child.communicate(timeout=120)
     if child.returncode:
@@ -73,7 +74,7 @@ def _cold_in_a_child(lab: Lab, services: int, files: list[Path]) -> float:
     return float(said)
 
 
-def _cold_alone(bpffs: str, cgroup: str, services: str, *files: str) -> float:
+def _cold_alone(bpffs: str, cgroup: str, services: str, algorithm: str, *files: str) -> float:
     """What the child does."""
     contents = [Path(file).read_bytes() for file in files]
     dataplane = BpfDataplane(Path(bpffs), Path(cgroup))
@@ -81,8 +82,12 @@ def _cold_alone(bpffs: str, cgroup: str, services: str, *files: str) -> float:
         dataplane.start()
         with _collector_off():
             begin = time.perf_counter()
-            _cold(dataplane, contents[0], contents[1], int(services))
-            return time.perf_counter() - begin
+            _cold(dataplane, contents[0], contents[1], int(services), algorithm)
+            taken = time.perf_counter() - begin
+        made = sum(1 for _ in dataplane.tables("maglev"))
+        if made < int(services) * (algorithm == "maglev"):
+            raise EbpflbError(f"of {services} Services {made} have a table")
+        return taken
     finally:
         dataplane.cleanup()
 
@@ -200,9 +205,9 @@ def _items(content: bytes, type: type[_T]) -> Iterator[_T]:
     return map(msgspec.json.Decoder(type).decode, msgspec.json.decode(content, type=wire.RawList).items or ())
 
 
-def _cold(dataplane: BpfDataplane, services: bytes, slices: bytes, count: int) -> Intent:
+def _cold(dataplane: BpfDataplane, services: bytes, slices: bytes, count: int, algorithm: str = "random") -> Intent:
     """From the lists to a complete sync. Raises EbpflbError if something is not in."""
-    intent = Intent("node-0", ProxyOptions(), ["lists"])
+    intent = Intent("node-0", ProxyOptions(default_algorithm=algorithm), ["lists"])
     intent.apply(LocalAddresses(("192.168.0.2",), ("192.168.0.2",)))
     _apply(intent, map(_put_service, _items(services, wire.Service)))
     _apply(intent, map(_put_slice, _items(slices, wire.EndpointSlice)))
