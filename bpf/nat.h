@@ -4,7 +4,8 @@
  *
  * In tc everything goes through the kernel's helpers, although direct writes are cheaper: only the helpers know whether
  * the transport checksum in the packet is whole, partial (the sender left it to the device: any packet of a local
- * socket) or summed by hardware, and only they unshare a packet that TCP still holds for retransmission. Under XDP a
+ * socket) or summed by hardware, and only they unshare a packet that TCP still holds for retransmission. A partial
+ * checksum can be told by what it must be, so most packets need one helper: what changes is written at once. Under XDP a
  * frame is bytes, and its checksum whole. Returns GO_ON, or DISCARD when the packet could not be written (out of
  * memory): half a translation must not leave.
  */
@@ -160,6 +161,154 @@ static inline int rewrite_error(struct __sk_buff *skb, const struct packet *pack
 	return GO_ON;
 }
 
+static inline u16 mended(u16 checksum, u64 change, u8 protocol)
+{
+	u16 sum;
+
+	if (protocol == IPPROTO_UDP && checksum == 0)
+		return 0; /* none was made */
+	sum = changed_checksum(checksum, change);
+	return protocol == IPPROTO_UDP && sum == 0 ? 0xffff : sum;
+}
+
+/* A sum of 16-bit words, unfolded. */
+static inline u64 address_sum(const struct address *address)
+{
+	return (u64)address->word[0] + address->word[1] + address->word[2] + address->word[3];
+}
+
+/*
+ * Whether the checksum in the packet could be partial. Then it is the sum of the pseudo-header, of which `addresses` is
+ * a part: every sender that leaves the rest to the device writes that. One whole checksum of 65536 looks so too, and is
+ * treated alike.
+ */
+static inline int may_be_partial(struct __sk_buff *skb, const struct packet *packet, u32 addresses, u16 checksum)
+{
+	u32 others = fold32((u64)addresses + ((u32)packet->key.protocol << 8));
+	u16 length = swap16(fold16((u64)checksum + (u32)~others));
+	u32 headers = packet->l4 - packet->l3;
+
+	return length == 0 || length == 0xffff || length == (u16)(skb->len - packet->l4) ||
+	       length == (u16)(packet->length - headers) || skb->gso_size;
+}
+
+/*
+ * What changes in a packet with plain headers lies together, up to the transport checksum. `before` is none of it: words
+ * must lie on the stack where words can.
+ */
+struct tcp_rest {
+	u32 sequence;
+	u32 acknowledgement;
+	u32 flags;
+	u16 checksum;
+	u16 behind;
+};
+
+struct udp_rest {
+	u16 length;
+	u16 checksum;
+};
+
+struct plain4 {
+	u16 before;
+	u16 checksum;
+	u32 source;
+	u32 destination;
+	struct ports ports;
+	union {
+		struct tcp_rest tcp;
+		struct udp_rest udp;
+	};
+};
+
+struct plain6 {
+	struct address source;
+	struct address destination;
+	struct ports ports;
+	union {
+		struct tcp_rest tcp;
+		struct udp_rest udp;
+	};
+};
+
+#define TCP_REST 14
+#define UDP_REST 4
+#define CHANGED4 (__builtin_offsetof(struct plain4, tcp) - __builtin_offsetof(struct plain4, checksum))
+#define CHANGED6 (__builtin_offsetof(struct plain6, tcp))
+
+/* One write instead of three to five, where the checksum is whole; PASS where that is not certain. */
+static inline int rewrite_at_once(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to)
+{
+	const struct flow_key *from = &packet->key;
+	int is_tcp = from->protocol == IPPROTO_TCP;
+	void *end = (void *)(long)skb->data_end;
+	u32 l3 = packet->l3 & OFFSETS, l4 = packet->l4 & OFFSETS;
+	void *there = (void *)(long)skb->data + l4 + sizeof(struct ports);
+	u32 old = fold32(address_sum(&from->source) + address_sum(&from->destination));
+	u64 change = (u64)(u32)~old + address_sum(&to->source) + address_sum(&to->destination);
+	struct tcp_rest tcp = {};
+	struct udp_rest udp = {};
+	long failed;
+
+	if (is_tcp) {
+		struct tcp_rest *rest = there;
+
+		if (there + TCP_REST > end || may_be_partial(skb, packet, old, rest->checksum))
+			return PASS;
+		tcp.sequence = rest->sequence;
+		tcp.acknowledgement = rest->acknowledgement;
+		tcp.flags = rest->flags;
+		tcp.checksum = changed_checksum(rest->checksum, change + ports_change(from, to));
+	} else {
+		struct udp_rest *rest = there;
+
+		if (there + UDP_REST > end || may_be_partial(skb, packet, old, rest->checksum))
+			return PASS;
+		udp.length = rest->length;
+		udp.checksum = mended(rest->checksum, change + ports_change(from, to), IPPROTO_UDP);
+	}
+	if (packet->version == 4) {
+		struct plain4 fresh = {};
+
+		fresh.checksum = changed_checksum(packet->ip_checksum, change);
+		fresh.source = to->source.word[3];
+		fresh.destination = to->destination.word[3];
+		fresh.ports.source = to->source_port;
+		fresh.ports.destination = to->destination_port;
+		if (is_tcp) {
+			fresh.tcp = tcp;
+			failed = bpf_skb_store_bytes(skb, l3 + 10, &fresh.checksum, CHANGED4 + TCP_REST,
+						     BPF_F_RECOMPUTE_CSUM);
+		} else {
+			fresh.udp = udp;
+			failed = bpf_skb_store_bytes(skb, l3 + 10, &fresh.checksum, CHANGED4 + UDP_REST,
+						     BPF_F_RECOMPUTE_CSUM);
+		}
+	} else {
+		struct plain6 fresh = {};
+
+		fresh.source = to->source;
+		fresh.destination = to->destination;
+		fresh.ports.source = to->source_port;
+		fresh.ports.destination = to->destination_port;
+		if (is_tcp) {
+			fresh.tcp = tcp;
+			failed = bpf_skb_store_bytes(skb, l3 + 8, &fresh, CHANGED6 + TCP_REST, BPF_F_RECOMPUTE_CSUM);
+		} else {
+			fresh.udp = udp;
+			failed = bpf_skb_store_bytes(skb, l3 + 8, &fresh, CHANGED6 + UDP_REST, BPF_F_RECOMPUTE_CSUM);
+		}
+	}
+	return failed ? DISCARD : GO_ON;
+}
+
+/* TCP or UDP with a checksum and plain IP headers. */
+static inline int is_plain(const struct packet *packet)
+{
+	return packet->fragment == WHOLE && !packet->unsummed && checksum_offset(packet->key.protocol) >= 0 &&
+	       packet->l4 - packet->l3 == (packet->version == 4 ? 20 : 40);
+}
+
 static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, const struct flow_key *to)
 {
 	const struct flow_key *from = &packet->key;
@@ -167,6 +316,12 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 
 	if (packet->error)
 		return rewrite_error(skb, packet, to);
+	if (is_plain(packet)) {
+		int verdict = rewrite_at_once(skb, packet, to);
+
+		if (verdict != PASS)
+			return verdict;
+	}
 	change = addresses_change(from, to);
 	if (packet->fragment != LATER_FRAGMENT) {
 		if (mend_checksum(skb, packet, to, change) == DISCARD)
@@ -193,16 +348,6 @@ static inline int rewrite(struct __sk_buff *skb, const struct packet *packet, co
 			    &to->destination, BPF_F_RECOMPUTE_CSUM))
 		return DISCARD;
 	return GO_ON;
-}
-
-static inline u16 mended(u16 checksum, u64 change, u8 protocol)
-{
-	u16 sum;
-
-	if (protocol == IPPROTO_UDP && checksum == 0)
-		return 0; /* none was made */
-	sum = changed_checksum(checksum, change);
-	return protocol == IPPROTO_UDP && sum == 0 ? 0xffff : sum;
 }
 
 /*

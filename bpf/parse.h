@@ -73,7 +73,7 @@ struct packet {
 	u8 unsummed; /* UDP without a checksum (IPv4 only) */
 	u8 hops;     /* TTL or hop limit, as it came */
 	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
-	u32 length;  /* from the IP header up; set by parse_plain only */
+	u32 length;  /* from the IP header up, as that says; parse_plain: at least what is there */
 	u16 inner_l3;
 	u16 inner_l4;
 };
@@ -138,6 +138,7 @@ static inline int parse_ipv4(void *data, void *end, struct packet *packet)
 	packet->l4 = packet->l3 + ip->ihl * 4;
 	packet->ip_checksum = ip->check;
 	packet->hops = ip->ttl;
+	packet->length = swap16(ip->tot_len);
 	packet->key.protocol = ip->protocol;
 	set_ipv4(&packet->key.source, ip->saddr);
 	set_ipv4(&packet->key.destination, ip->daddr);
@@ -168,6 +169,7 @@ static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 		return PASS;
 	packet->version = 6;
 	packet->hops = ip->hop_limit;
+	packet->length = (u32)swap16(ip->payload_len) + sizeof(*ip);
 	__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
 	__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
 	next = ip->nexthdr;
