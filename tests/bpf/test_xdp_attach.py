@@ -11,7 +11,9 @@ import itertools
 import logging
 import os
 import select
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +225,40 @@ def test_a_restart_replaces_the_program_in_its_link(node: Node, mode: str) -> No
         assert second.program != first.program
         assert node.running_on("eth0") == ((mode, second.program),)
         assert node.pinned("eth0") == link
+
+
+@pytest.mark.parametrize("mode", [NATIVE, GENERIC])
+def test_a_restart_under_load_loses_no_frame(node: Node, mode: str) -> None:
+    """Frames come in all the time, numbered, while one daemon follows another."""
+    experimental = 0x88B5
+    with node.running(mode), node.namespace.entered():
+        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        receiver = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(experimental))
+    with sender, receiver:
+        sender.bind(("wire", experimental))
+        receiver.bind(("eth0", experimental))
+        receiver.settimeout(DEADLINE)
+        over = threading.Event()
+        sent: list[int] = []
+
+        def send() -> None:
+            while not over.wait(0.0001):
+                sender.send(b"\xff" * 6 + bytes(6) + experimental.to_bytes(2, "big") + len(sent).to_bytes(4, "big"))
+                sent.append(len(sent))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            programs = set()
+            for _ in range(5):
+                with node.running(mode) as daemon:
+                    programs.add(daemon.program)
+                    assert node.running_on("eth0") == ((mode, daemon.program),)
+        finally:
+            over.set()
+            thread.join()
+        assert len(programs) == 5 and len(sent) > 10
+        assert [int.from_bytes(receiver.recv(64)[14:18], "big") for _ in sent] == sent
 
 
 def test_a_restart_with_the_same_program_changes_nothing(node: Node) -> None:
