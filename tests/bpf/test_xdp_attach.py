@@ -39,6 +39,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 DEADLINE = 5.0
 BOTH = DEVICE_XDP | DEVICE_REDIRECT
 XDP = 37
+SO_RCVBUFFORCE = 33
 PASS = assembly.move(0, 2) + assembly.EXIT
 _numbers = itertools.count()
 
@@ -236,6 +237,7 @@ def test_a_restart_under_load_loses_no_frame(node: Node, mode: str) -> None:
         receiver = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(experimental))
     with sender, receiver:
         sender.bind(("wire", experimental))
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
         receiver.bind(("eth0", experimental))
         receiver.settimeout(DEADLINE)
         over = threading.Event()
