@@ -247,7 +247,7 @@ def test_rows_of_members_that_are_missing_do_no_harm(lab: Lab, choose: Choose, p
 def test_more_clients_than_there_is_room_for(lab: Lab, choose: Choose) -> None:
     """Old ones are forgotten, all are served."""
     lab.node.put_frontend("lb", 80, "udp", lab.family, STICKY)
-    for host in range(1500):
+    for host in range(1100):
         client = f"203.0.{113 + host // 250}.{host % 250}" if lab.family == 4 else f"2001:db8:203::{host:x}"
         choose(Packet(client, 40000, "lb", 80, "udp"))
     assert 0 < len(lab.node.clients()) <= 1024

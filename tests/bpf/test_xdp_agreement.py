@@ -33,7 +33,7 @@ from ebpflb.policy import routes
 from ebpflb.routes import Algorithm, RouteTable, packed
 from tests.bpf.fuzz import Runner
 from tests.bpf.loaded import REDIRECT, SHOT, UNSPEC, XDP_DROP, XDP_PASS, XDP_TX, Loaded
-from tests.bpf.xdp_lab import Lab, laboratory, uplinks
+from tests.bpf.xdp_lab import WIRES, Lab, laboratory, uplinks
 from tests.packets import MAC_CLIENT, MAC_NODE, checksum, parse
 from tests.plan.worlds import World, packets, random_world
 from tests.world import NODE_IP, v6
@@ -56,6 +56,8 @@ ETHERNET = {
     version6: bytes.fromhex((MAC_NODE + MAC_CLIENT).replace(":", "")) + (b"\x86\xdd" if version6 else b"\x08\x00")
     for version6 in (False, True)
 }
+
+MACS = {name: bytes.fromhex(wire.mac.replace(":", "")) for name, wire in WIRES.items()}
 
 
 def short(address: str) -> bytes:
@@ -263,8 +265,8 @@ def compare(
         if limited(packet, decision) or chance.random() > TRIED[decision.verdict]:
             continue
         sport = chance.randrange(1024, 65536)
-        frame = frame_of(packet, sport, chance)
         device = "up0" if interface == "eth0" else "pod0"
+        frame = MACS[device] + frame_of(packet, sport, chance)[6:]
         found = both.by_xdp(frame) if device == "up0" else None
         sent = found is not None and found.verdict is Outcome.FORWARD
         candidates = {(each.backend.address, each.backend.port): each.masquerade for each in decision.candidates}
@@ -308,8 +310,8 @@ def answer(
 ) -> None:  # fmt: skip
     """Both backends' answers come to the client from the frontend."""
     for path, became in ((both, found), (tc, other)):
-        reply = reply_to(frame, became)
         enters = way(became.backend[0])
+        reply = MACS[enters] + reply_to(frame, became)[6:]
         out = path.by_xdp(reply) if path is both and enters == "up0" else None
         assert not sent or path is tc or out is not None, "XDP sends replies of what it has sent"
         if out is None:
