@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from bench.clusters import bytes_of, cluster_ip, endpoint_ips, endpoint_slice, lists
-from bench.lab import Lab
+from bench.lab import Lab, ahead
 from bench.report import Figure, middle, percentile
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
@@ -68,7 +68,8 @@ def _cold_in_a_child(lab: Lab, services: int, algorithm: str, files: list[Path])
     argv = [sys.executable, "-m", "bench.plane", str(lab.bpffs()), str(lab.cgroup), str(services), algorithm]
     argv += map(str, files)
     child = lab.spawn("plain", "client", argv)
-    said, _ = child.communicate(timeout=120)
+    with ahead(child.pid):
+        said, _ = child.communicate(timeout=120)
     if child.returncode:
         raise EbpflbError(f"the cold sync of {services} Services failed")
     return float(said)
