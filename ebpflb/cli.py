@@ -124,8 +124,9 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
     """What the kernel holds now, read back; changes nothing.
 
     WHAT: routes (default), services, backends, flows, counters, traffic (with --service-metrics), raw (every map, every
-    field); affinity (which client goes where, and for how long still), sources (who counts as this node, who as a pod),
-    maglev (each backend's share of its Service's table). Exit status: 0, 4 if nothing is programmed.
+    field); affinity (which client goes where, and for how long still), sources (who counts as this node, who as a pod,
+    and who may use which load balancer), maglev (each backend's share of its Service's table). Exit status: 0, 4 if
+    nothing is programmed.
     """
     from ebpflb.commands.look import WHATS
     from ebpflb.commands.look import dump as act

@@ -65,10 +65,25 @@ def dump(config: Config, parts: Parts, *, what: str, service: ServiceName | None
             return Result(document("Route", route_items(rows), form))
         return Result(routes_table(rows, wide=form is Format.WIDE))
     items: Sequence[Item] = dataplane.tables(what)
-    found = _of_service(items, service)
+    if what == "sources" and service is not None:
+        frontends = {str(frontend) for (frontend, _), _ in select(dataplane.state(), service)}
+        found = _who_may_use(items, frontends)
+    else:
+        found = _of_service(items, service)
     if what == "maglev" and not form.structured:
         found = _by_backend(found)
     return Result(render(_KINDS[what], found, form))
+
+
+def _who_may_use(items: Sequence[Item], frontends: set[str]) -> Sequence[Item]:
+    """The source ranges of these frontends; who counts as this node or a pod is no Service's."""
+    found = []
+    for item in items:
+        named = item.get("mayUse")
+        theirs = [each for each in named if each in frontends] if isinstance(named, (list, tuple)) else []
+        if theirs:
+            found.append({**item, "mayUse": theirs})
+    return found
 
 
 def _by_backend(items: Sequence[Item]) -> Sequence[Item]:

@@ -680,6 +680,17 @@ def test_dump_of_consistent_hashing_is_a_line_for_each_backend(shell: Shell) -> 
     assert shell(world, "dump", "maglev", "-o", "json").items == [item]
 
 
+def test_dump_sources_of_a_service_are_its_source_ranges(shell: Shell) -> None:
+    world = World(held=routes(*both("172.30.0.41"), *both("172.30.0.42", name="other")))
+    everybody = {"cidr": "192.168.0.2/32", "node": True, "pod": False}
+    ranged = {"cidr": "10.0.0.0/8", "node": False, "pod": False}
+    frontends = ["172.30.0.41:80/TCP", "172.30.0.42:80/TCP"]
+    world.dataplane.rows["sources"] = [everybody, {**ranged, "mayUse": frontends}]
+    assert shell(world, "dump", "sources", "-o", "json").items == [everybody, {**ranged, "mayUse": frontends}]
+    of_web = shell(world, "dump", "sources", "--service", "ns/web", "-o", "json").items
+    assert of_web == [{**ranged, "mayUse": frontends[:1]}]
+
+
 def test_trace_of_a_port_that_a_cluster_ip_does_not_have(shell: Shell) -> None:
     world = World(held=routes(*both(), owned={"172.30.0.41": ServiceName("ns", "web")}))
     said = shell(world, "trace", "10.180.0.9", "172.30.0.41:4711")
