@@ -125,6 +125,11 @@
 #error "HAVE_SET_RETVAL is not defined"
 #endif
 
+/* Whether the kernel gives XDP packets of several buffers (5.18). */
+#ifndef HAVE_XDP_FRAGS
+#error "HAVE_XDP_FRAGS is not defined"
+#endif
+
 /* Whether flows between pods of this node go around the stack. */
 #ifndef GO_AROUND
 #error "GO_AROUND is not defined"

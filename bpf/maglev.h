@@ -49,18 +49,27 @@ static inline u32 finished(u32 hash)
 	return hash ^ hash >> 16;
 }
 
-/* A flow by its tuple. With session affinity all flows of a client are one, as long as it is remembered and after. */
+/*
+ * A flow by its tuple. With session affinity all flows of a client to a Service are one, by whatever node, frontend and
+ * port: its address alone leads.
+ */
 static inline u32 flow_hash(const struct flow_key *key, int affinity)
 {
-	u32 ports = (u32)key->destination_port << 16 | (affinity ? 0 : key->source_port);
+	u32 hash = mix_address(key->protocol, &key->source);
 
-	return finished(mix(mix_address(mix_address(key->protocol, &key->source), &key->destination), ports));
+	if (!affinity)
+		hash = mix(mix_address(hash, &key->destination), (u32)key->destination_port << 16 | key->source_port);
+	return finished(hash);
 }
 
-/* A socket's flow, which has no source yet. */
-static inline u32 socket_hash(u64 client, const struct address *to, u16 port)
+/* A socket's flow, which has no source yet: by the socket, with session affinity by its network namespace. */
+static inline u32 socket_hash(u64 cookie, const struct address *to, u16 port, int affinity)
 {
-	return finished(mix(mix_address(mix((u32)client, (u32)(client >> 32)), to), port));
+	u32 hash = mix((u32)cookie, (u32)(cookie >> 32));
+
+	if (!affinity)
+		hash = mix(mix_address(hash, to), port);
+	return finished(hash);
 }
 
 /* The position among the route's slots at a flow's place; -1 where the table is not there. */

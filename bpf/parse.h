@@ -73,7 +73,7 @@ struct packet {
 	u8 unsummed; /* UDP without a checksum (IPv4 only) */
 	u8 hops;     /* TTL or hop limit, as it came */
 	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
-	u32 length;  /* from the IP header up, as that says; parse_plain: at least what is there */
+	u32 length;  /* from the IP header up, as that says */
 	u16 inner_l3;
 	u16 inner_l4;
 };
@@ -336,13 +336,29 @@ static inline int parse_packet(void *data, void *end, u16 ethertype, struct pack
 }
 
 /*
+ * Whether the IP header says that the packet ends within the headers that were read. The stack trims it to that, so that
+ * the next hook could not read it any more: half a translation.
+ */
+static inline int ends_early(const struct packet *packet)
+{
+	u32 needed = packet->l4 + 8;
+
+	if (packet->fragment == LATER_FRAGMENT)
+		return 0;
+	if (packet->error)
+		needed = packet->inner_l4 + 8;
+	else if (packet->key.protocol == IPPROTO_TCP)
+		needed = packet->l4 + 20;
+	return packet->l3 + packet->length < needed;
+}
+
+/*
  * As parse_packet, for who forwards by itself: TCP and UDP with plain headers only. Everything else is PASS, counted
  * where it could have been a Service's.
  */
 static inline int parse_plain(void *data, void *end, u16 ethertype, struct packet *packet)
 {
 	u32 l3 = packet->l3 & OFFSETS;
-	u32 present = (u32)(end - data) - l3;
 
 	if (ethertype == swap16(ETH_P_IP)) {
 		struct iphdr *ip = data + l3;
@@ -384,8 +400,6 @@ static inline int parse_plain(void *data, void *end, u16 ethertype, struct packe
 	} else {
 		return PASS;
 	}
-	if (packet->length < present)
-		packet->length = present; /* a length that lies must not take a long frame past an MTU */
 	return parse_ports(data, end, packet);
 }
 

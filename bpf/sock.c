@@ -151,7 +151,7 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 	client.client.word[2] = is_ipv4(to); /* the families' backends differ */
 	client.kind = CLIENT_NETNS;
 	if (route->table)
-		hash = socket_hash(route->affinity ? netns : key.cookie, to, *port);
+		hash = socket_hash(route->affinity ? netns : key.cookie, to, *port, route->affinity != 0);
 	backend = choose_backend(route, &client, hash, node, now, &id);
 	if (!backend) {
 		count(SOCKET_NO_BACKEND);

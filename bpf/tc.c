@@ -114,6 +114,9 @@ static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 		if (verdict != TOO_SHORT || bpf_skb_pull_data(skb, headers))
 			break;
 	}
+	/* Segments that are still one packet may be longer than a length can say: it is 0 then. */
+	if (verdict == GO_ON && ends_early(packet) && skb->gso_segs <= 1)
+		verdict = TOO_SHORT;
 	if (verdict != TOO_SHORT)
 		return verdict;
 	count(PACKET_TOO_SHORT);

@@ -52,6 +52,23 @@ static inline int enter_vlan(u16 tag, struct entry *entry)
 	return GO_ON;
 }
 
+/*
+ * What the IP header says of the packet's length must be true: the stack drops or trims what is not as long as that. A
+ * longer frame counts as what it is, lest a lie takes it past an MTU. `present`: bytes from the IP header up that can be
+ * read; of a packet of several buffers those of the first.
+ */
+static inline int bound_length(struct xdp_md *ctx, struct packet *packet, u32 present)
+{
+#if HAVE_XDP_FRAGS
+	if (packet->length > present)
+		present = (u32)bpf_xdp_get_buff_len(ctx) - (packet->l3 & OFFSETS);
+#endif
+	if (packet->length > present || ends_early(packet))
+		return PASS;
+	packet->length = present;
+	return GO_ON;
+}
+
 static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct entry *entry)
 {
 	void *data = (void *)(long)ctx->data;
@@ -76,10 +93,9 @@ static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct 
 		packet->l3 += sizeof(*vlan);
 	}
 	verdict = parse_plain(data, end, ethertype, packet);
-	if (verdict != TOO_SHORT)
-		return verdict;
-	count(PACKET_TOO_SHORT);
-	return PASS;
+	if (verdict != GO_ON)
+		return PASS; /* tc counts what is too short */
+	return bound_length(ctx, packet, (u32)(end - data) - (packet->l3 & OFFSETS));
 }
 
 /* What the FIB says; GO_ON, or PASS, counted. */

@@ -34,6 +34,7 @@ int bpf_skb_change_tail(struct __sk_buff *skb, u32 length, u64 flags);
 int bpf_skb_adjust_room(struct __sk_buff *skb, s32 difference, u32 mode, u64 flags);
 int bpf_redirect(u32 device, u64 flags);
 long bpf_redirect_peer(u32 device, u64 flags);
+u64 bpf_xdp_get_buff_len(struct xdp_md *context);
 int bpf_skb_load_bytes_relative(void *context, u32 offset, void *to, u32 size, u32 start);
 long bpf_skb_change_head(struct __sk_buff *skb, u32 size, u64 flags);
 struct bpf_sock *bpf_skc_lookup_tcp(void *context, struct bpf_sock_tuple *tuple, u32 size, u64 netns, u64 flags);

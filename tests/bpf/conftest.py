@@ -13,7 +13,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
-from ebpflb.dataplane.bpf.facts import has_set_retval
+from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.demo import namespaces
 from tests.bpf.loaded import TEST_CHECKSUM_COMPLETE, Loaded
 from tests.bpf.sock_lab import Lab as SockLab
@@ -24,7 +24,7 @@ from tests.bpf.xdp_lab import Lab, laboratory
 @pytest.fixture(scope="session")
 def artifact() -> Artifact:
     """Our programs, compiled (from the cache if nothing has changed)."""
-    return load_artifact(set_retval=has_set_retval())
+    return load_artifact(set_retval=has_set_retval(), xdp_frags=has_xdp_frags())
 
 
 @pytest.fixture(scope="session")

@@ -23,18 +23,21 @@ LOW = 0xFFFFFFFF
 
 
 def hashed(packet: Packet, family: int, affinity: bool = False) -> int:
-    """The hash of a flow's tuple: its protocol, addresses and ports, each word mixed in."""
+    """The hash of a flow's tuple: its protocol, addresses and ports, each word mixed in; with affinity of its protocol
+    and the client's address only."""
 
     def mixed(hash: int, word: int) -> int:
         hash = (hash ^ word) * 0x85EBCA6B & LOW
         return hash ^ hash >> 15
 
+    words = struct.unpack("<4I", packed(address(packet.source, family)))
+    if not affinity:
+        sport, dport = (int.from_bytes(port.to_bytes(2), "little") for port in (packet.sport, packet.dport))
+        words += (*struct.unpack("<4I", packed(address(packet.destination, family))), dport << 16 | sport)
     hash = int(PROTOCOLS[packet.protocol])
-    for role in (packet.source, packet.destination):
-        for word in struct.unpack("<4I", packed(address(role, family))):
-            hash = mixed(hash, word)
-    sport, dport = (int.from_bytes(port.to_bytes(2), "little") for port in (packet.sport, packet.dport))
-    hash = mixed(hash, dport << 16 | (0 if affinity else sport)) * 0xC2B2AE35 & LOW
+    for word in words:
+        hash = mixed(hash, word)
+    hash = hash * 0xC2B2AE35 & LOW
     return hash ^ hash >> 16
 
 
@@ -80,14 +83,15 @@ def test_the_same_tuple_has_the_same_backend_on_either_path(lab: Lab, protocol: 
 
 
 @both_protocols
-def test_with_affinity_the_clients_port_does_not_count(lab: Lab, protocol: str) -> None:
-    """So that a client goes the same way by every node, also where none remembers it."""
-    lab.node.put_frontend("lb", 80, protocol, lab.family, maglev(5, affinity=60))
+def test_with_affinity_nothing_counts_but_the_client(lab: Lab, protocol: str) -> None:
+    """So that it goes the same way by every node, frontend and port, also where none remembers it."""
+    service = lab.node.put_frontend("lb", 80, protocol, lab.family, maglev(5, affinity=60))
+    lab.node.put_frontend("node", 30080, protocol, lab.family, maglev(5, affinity=60), service=service)
     prefix = "203.0.113." if lab.family == 4 else "2001:db8:203::"
     seen = set()
     for host in range(1, 41):
-        for sport in (30000, 30001):
-            packet = Packet(f"{prefix}{host}", sport, "lb", 80, protocol)
+        for sport, role, port in ((30000, "lb", 80), (30001, "lb", 80), (30000, "node", 30080)):
+            packet = Packet(f"{prefix}{host}", sport, role, port, protocol)
             assert went(lab.by_stack(packet.frame(lab.family))) == wanted(packet, lab.family, 5, affinity=True)
             lab.node.age_clients(61)
         seen.add(wanted(packet, lab.family, 5, affinity=True))

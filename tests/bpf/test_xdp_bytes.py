@@ -7,11 +7,12 @@ nothing but addresses, ports, sums and the hop; `Judge` of fuzz.py says so of tc
 from __future__ import annotations
 
 import errno
+import struct
 
 import pytest
 
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import DROP, REJECT, SHOT, UNSPEC, XDP_DROP, XDP_PASS, XDP_TX, To
+from tests.bpf.loaded import DROP, REJECT, SHOT, UNSPEC, XDP_DROP, XDP_PASS, XDP_TX, To, gso_context
 from tests.bpf.xdp_lab import Lab, on_wire, sport_of
 from tests.packets import ETHERNET, Packet, assert_same, icmp_error
 
@@ -38,23 +39,15 @@ def can_run(frame: bytes) -> bool:
 @both_protocols
 @pytest.mark.parametrize("established", (False, True), ids=("new", "established"))
 def test_a_frame_cut_off_at_every_length(lab: Lab, protocol: str, established: bool) -> None:
-    """XDP touches none that lacks a byte of its headers; behind those it is the sender's business."""
+    """XDP touches none: such a frame is shorter than its IP header says."""
     put_services(lab)
     whole = Packet("outside", 40000, "lb", 80, protocol, payload=b"payload")
     if established:
         lab.sent(whole.but(flags="S").frame(lab.family))
     frame = whole.frame(lab.family)
-    headers = ETHERNET + (20 if lab.family == 4 else 40) + (18 if protocol == "tcp" else 8)
     for length in range(ETHERNET, len(frame)):
-        ran = lab.xdp(frame[:length])
-        if length < headers:
-            assert ran.verdict == XDP_PASS, length
-        if ran.verdict == XDP_PASS:
-            assert_same(ran.frame, frame[:length], f"{length} bytes")
-            continue
-        assert ran.verdict == XDP_TX
-        inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
-        assert_same(ran.frame, on_wire(inside, lab.family, "up0", "remote")[:length], f"{length} bytes")
+        lab.passed_up(frame[:length])
+    lab.sent(frame)
 
 
 def corpus(lab: Lab) -> dict[str, bytes]:
@@ -108,37 +101,83 @@ def test_every_kind_of_packet_cut_off_at_every_length(lab: Lab) -> None:
     assert lab.node.counters()["PACKET_TOO_SHORT"] > 0
 
 
+def saying(frame: bytes, length: int, family: int) -> bytes:
+    """The frame with another length in its IP header: IPv4's whole one, IPv6's of the payload."""
+    at = ETHERNET + (2 if family == 4 else 4)
+    return frame[:at] + length.to_bytes(2) + frame[at + 2 :]
+
+
 @both_protocols
-@pytest.mark.parametrize("lie", ("none", "less-than-headers", "less", "more", "most"))
+@pytest.mark.parametrize("known", (False, True), ids=("new", "known"))
+def test_a_packet_that_says_to_end_inside_its_headers(lab: Lab, protocol: str, known: bool) -> None:
+    """The stack would cut it off there, between tc's two hooks: neither path translates it, or only half would be."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, protocol, payload=b"payload")
+    inside = whole.but(source="uplink", destination="remote", dport=8080)
+    if known:
+        inside = inside.but(sport=sport_of(lab.by_stack(whole.frame(lab.family))))
+    rows = lab.node.flows()
+    header = 20 if lab.family == 4 else 0
+    needed = header + (20 if protocol == "tcp" else 8)
+    for packet in (whole, inside.reply(payload=b"payload")) if known else (whole,):
+        for length in range(needed):
+            frame = saying(packet.frame(lab.family), length, lab.family)
+            lab.passed_up(frame)
+            assert_same(lab.entered(frame), frame, f"{length} bytes")
+    assert len(lab.node.flows()) == len(rows)
+    assert lab.node.counters()["PACKET_TOO_SHORT"] == needed * (2 if known else 1), "once each"
+
+
+def test_a_packet_that_is_too_long_to_say_how_long(lab: Lab) -> None:
+    """A length of zero is that of many segments in one (BIG TCP), which the stack believes of those only."""
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, payload=bytes(3000))
+    frame = saying(whole.frame(lab.family), 0, lab.family)
+    lab.passed_up(frame)
+    wanted = saying(whole.but(destination="remote", dport=8080).frame(lab.family), 0, lab.family)
+    context = bytearray(gso_context(3, 1000))
+    struct.pack_into("=I", context, 40, lab.index["up0"])
+    ran = lab.node.run("tc_ingress", frame, bytes(context))
+    assert ran.verdict == UNSPEC
+    skip = slice(ETHERNET + 10, ETHERNET + 12) if lab.family == 4 else slice(0, 0)  # as wrong as it came
+    assert_same(ran.frame[: skip.start] + ran.frame[skip.stop :], wanted[: skip.start] + wanted[skip.stop :])
+
+
+@pytest.mark.parametrize("kind", ("too-big", "unreachable", "exceeded"))
+def test_an_error_that_says_to_end_inside_what_it_quotes(lab: Lab, kind: str) -> None:
+    put_services(lab)
+    whole = Packet("outside", 40000, "lb", 80, payload=b"payload")
+    inside = whole.but(
+        source="uplink", sport=sport_of(lab.sent(whole.frame(lab.family))), destination="remote", dport=8080
+    )
+    error = icmp_error(kind, "router", "uplink", inside, lab.family)
+    for length in range((20 if lab.family == 4 else 0) + 8 + (20 if lab.family == 4 else 40) + 8):
+        frame = saying(error, length, lab.family)
+        lab.passed_up(frame)
+        assert_same(lab.entered(frame), frame)
+
+
+@both_protocols
+@pytest.mark.parametrize("lie", ("less", "more", "most"))
 def test_a_length_field_that_lies(lab: Lab, protocol: str, lie: str) -> None:
-    """IPv4's total length, IPv6's payload length. The frame is translated in its own bytes and no others, whatever its
-    header says; or passed up to who drops it. A long frame does not get past an MTU by calling itself short."""
+    """What says to be longer than it is goes to the stack, which drops it; what says to be shorter keeps its end, which
+    is no more than padding. A long frame does not get past an MTU by calling itself short."""
     put_services(lab)
     whole = Packet("outside", 40000, "lb", 80, protocol, payload=b"payload")
     lab.sent(whole.frame(lab.family))
     sound = whole.frame(lab.family)
-    at = ETHERNET + (2 if lab.family == 4 else 4)
-    said = int.from_bytes(sound[at : at + 2])
-    value = {"none": 0, "less-than-headers": 21 if lab.family == 4 else 1, "less": said - 3, "more": said + 9,
-             "most": 0xFFFF}[lie]  # fmt: skip
-    frame = sound[:at] + value.to_bytes(2) + sound[at + 2 :]
-    ran = lab.xdp(frame)
-    assert len(ran.frame) == len(frame)
-    if ran.verdict == XDP_PASS:
-        assert_same(ran.frame, frame)
+    said = len(sound) - ETHERNET - (0 if lab.family == 4 else 40)
+    value = {"less": said - 3, "more": said + 9, "most": 0xFFFF}[lie]
+    frame = saying(sound, value, lab.family)
+    if lie != "less":
+        lab.passed_up(frame)
     else:
-        assert ran.verdict == XDP_TX
-        inside = whole.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
-        wanted = on_wire(inside, lab.family, "up0", "remote")
-        wanted = wanted[:at] + value.to_bytes(2) + wanted[at + 2 :]
-        assert_same(ran.frame, wanted)
-    if lie == "most":
-        assert ran.verdict == XDP_PASS, "longer than any MTU"
-    by_tc = lab.entered(frame)
-    assert len(by_tc) == len(frame)
-
+        out = lab.sent(frame)
+        inside = whole.but(source="uplink", sport=sport_of(out), destination="remote", dport=8080)
+        assert_same(out, saying(on_wire(inside, lab.family, "up0", "remote"), value, lab.family))
+    assert len(lab.entered(frame)) == len(frame)
     long = whole.but(payload=bytes(1600)).frame(lab.family)
-    lab.passed_up(long[:at] + (100).to_bytes(2) + long[at + 2 :])
+    lab.passed_up(saying(long, 100, lab.family))
 
 
 @pytest.mark.parametrize("offset", (0, 1, 4, 15))

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
             kernel = fetch(name)
             if not asked.matrix:
                 # As its daemons would; in seconds instead of minutes. The matrix shows that it can be done in there.
-                load_artifact(cache=CACHE, set_retval=True, release=kernel.release)
+                load_artifact(cache=CACHE, set_retval=True, xdp_frags=True, release=kernel.release)
             status |= _on(kernel, runs, seconds)
         except Missing as error:
             print(f"vm: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ebpflb.dataplane.bpf.artifact import load_artifact
-from ebpflb.dataplane.bpf.facts import has_set_retval
+from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.dataplane.limits import limited
 from tests.box.modes import BPF, IPTABLES_LEGACY, IPTABLES_NFT, IPVS
 from tests.vm.small import (
@@ -35,7 +35,8 @@ MODES = (BPF, IPTABLES_NFT, IPTABLES_LEGACY, IPVS)
 def standing(request: pytest.FixtureRequest) -> Iterator[Small]:
     subprocess.run(["modprobe", "sctp"], check=True)
     if request.param is BPF:
-        load_artifact(set_retval=has_set_retval())  # once, before two nodes' daemons do it at the same time
+        # Once, before two nodes' daemons do it at the same time.
+        load_artifact(set_retval=has_set_retval(), xdp_frags=has_xdp_frags())
     with Small(request.param).running() as found:
         yield found
 

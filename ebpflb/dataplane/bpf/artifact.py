@@ -181,21 +181,29 @@ def load_artifact(
     set_retval: bool = True,
     count_traffic: bool = False,
     go_around: bool = False,
+    xdp_frags: bool = False,
     sources: tuple[str, ...] = SOURCES,
     directory: Path | None = None,
     release: str = "",
 ) -> Artifact:
     """The compiled `sources` of `directory` (ours by default), from `cache` (default: `cache_directory()`) or fresh.
 
-    `set_retval`, `count_traffic`, `go_around`: see `constants.definitions`. `release`: that of the kernel for which the
-    cache is to have it (default: this one). Raises Unsupported where nothing can be compiled, with the reason.
+    `set_retval`, `count_traffic`, `go_around`, `xdp_frags`: see `constants.definitions`. `release`: that of the kernel
+    for which the cache is to have it (default: this one). Raises Unsupported where nothing can be compiled, with the
+    reason.
     """
     directory = directory or source_directory()
     cache = cache or cache_directory()
     request = Request(
         str(directory),
         sources,
-        definitions(sizes or Sizes(), set_retval=set_retval, count_traffic=count_traffic, go_around=go_around),
+        definitions(
+            sizes or Sizes(),
+            set_retval=set_retval,
+            count_traffic=count_traffic,
+            go_around=go_around,
+            xdp_frags=xdp_frags,
+        ),
     )
     path = cache / f"{_key(request, release or os.uname().release)}.artifact"
     installed = compiler_version()

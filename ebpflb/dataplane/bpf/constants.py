@@ -109,11 +109,14 @@ def hook(function: str) -> Hook:
 
 
 def definitions(
-    sizes: Sizes, *, set_retval: bool, count_traffic: bool = False, go_around: bool = False
+    sizes: Sizes, *, set_retval: bool, count_traffic: bool = False, go_around: bool = False, xdp_frags: bool = False
 ) -> dict[str, int]:
-    """Everything that `bpf/config.h` asks for, in its order. `set_retval`: the kernel has bpf_set_retval for sock_addr
-    programs. `count_traffic`: what each Service carries is counted, which costs a look-up for each packet.
-    `go_around`: flows between pods of this node go around the stack."""
+    """Everything that `bpf/config.h` asks for, in its order.
+
+    `set_retval`: the kernel has bpf_set_retval for sock_addr programs. `count_traffic`: what each Service carries is
+    counted, which costs a look-up for each packet. `go_around`: flows between pods of this node go around the stack.
+    `xdp_frags`: the kernel has XDP programs for packets of several buffers.
+    """
     made = {f"MAX_{field.name.upper()}": getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     made |= {f"VERDICT_{verdict.name}": int(verdict) for verdict in Verdict}
     made |= {f"MASQUERADE_{masquerade.name}": int(masquerade) for masquerade in Masquerade}
@@ -124,5 +127,5 @@ def definitions(
     made |= {"POD_SOCKETS_IPV4": POD_SOCKETS_IPV4, "POD_SOCKETS_IPV6": POD_SOCKETS_IPV6}
     made |= {f"BACKEND_{state.name}": int(state) for state in BackendState}
     made |= {"BACKEND_FREE": BACKEND_FREE, "HAVE_SET_RETVAL": int(set_retval), "COUNT_TRAFFIC": int(count_traffic)}
-    made |= {"GO_AROUND": int(go_around)}
+    made |= {"GO_AROUND": int(go_around), "HAVE_XDP_FRAGS": int(xdp_frags)}
     return made

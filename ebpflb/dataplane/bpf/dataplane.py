@@ -134,6 +134,7 @@ class BpfDataplane:
                 set_retval=facts.has_set_retval(),
                 count_traffic=self._count_traffic,
                 go_around=self._go_around,
+                xdp_frags=facts.has_xdp_frags(),
             )
             check_layouts(artifact.maps)
             if artifact.numbers.get("LAYOUT") != LAYOUT:
