@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebpflb.dataplane.bpf.artifact import load_artifact
-from ebpflb.dataplane.bpf.facts import has_set_retval
+from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.routes import Masquerade
 from tests.bpf.loaded import REDIRECT, SHOT, UNSPEC, Device, To
 from tests.bpf.xdp_lab import WIRES, Lab, laboratory, on_wire, uplinks
@@ -27,7 +27,7 @@ AROUND = 64
 
 @pytest.fixture(scope="module")
 def lab_once() -> Iterator[Lab]:
-    with laboratory(load_artifact(set_retval=has_set_retval(), go_around=True)) as made:
+    with laboratory(load_artifact(set_retval=has_set_retval(), go_around=True, xdp_frags=has_xdp_frags())) as made:
         yield made
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
-from ebpflb.dataplane.bpf.facts import has_set_retval
+from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.routes import Masquerade
 from tests.bpf.loaded import UNSPEC, UPLINK, Loaded, To
 from tests.bpf.xdp_lab import Lab, laboratory, sport_of, uplinks
@@ -27,7 +27,7 @@ both_families = pytest.mark.parametrize("family", (4, 6), ids=("v4", "v6"))
 
 @pytest.fixture(scope="module")
 def counting() -> Artifact:
-    return load_artifact(set_retval=has_set_retval(), count_traffic=True)
+    return load_artifact(set_retval=has_set_retval(), count_traffic=True, xdp_frags=has_xdp_frags())
 
 
 @pytest.fixture(scope="module")
