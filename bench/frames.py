@@ -40,7 +40,7 @@ _ATTACH = XDP_HOOKS["xdp_ingress"].attach_type
 @contextmanager
 def wire(lab: Lab) -> Iterator[Device]:
     """Inside a namespace with one device, whose neighbour answers for everything."""
-    place = lab.namespace("xdp", "node")
+    place = lab.namespace("wire", "node")
     namespaces.create(place)
     try:
         namespaces.ip(

@@ -35,7 +35,7 @@ class Lab:
         self._mounted = 0
 
     def namespace(self, copy: str, place: str) -> str:
-        """Of one of COPIES: its client, node or server."""
+        """Of one of COPIES: its client, node or server; or of a group's own."""
         return f"{self.name}-{copy}-{place}"
 
     def build(self) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
+from ebpflb.dataplane.bpf.known import known_bit
 from ebpflb.dataplane.bpf.layouts import (
     BACKEND,
     FRONTEND_KEY,
@@ -154,12 +155,8 @@ class World:
             for other in range(backends):
                 place = backend(number * backends + other, family)
                 rows += BACKEND.pack(place, behind, 1, BackendState.ACTIVE, number + 1)
-            words = struct.unpack("=4I", address)
-            hash = (words[0] ^ words[1] ^ words[2] ^ words[3]) * 0x9E3779B1 & 0xFFFFFFFF
-            known[hash >> 18] |= 1 << (hash >> 12 & 63)
-            low, high = struct.unpack("=QQ", address)
-            hash = (low * 0xD6E8FEB86659FD93 + high * 0x9E3779B97F4A7C15) & (1 << 64) - 1
-            known[hash >> 50] |= 1 << (hash >> 44 & 63)
+            bit = known_bit(address)
+            known[bit // 64] |= 1 << bit % 64
         total = services * backends
         numbers = struct.pack(f"={total}I", *range(1, total + 1))
         syscall.update(self.maps["backends"], U32.pack(0), BACKEND.pack(bytes(16), 0, 0, BACKEND_FREE, 0))
