@@ -142,12 +142,17 @@ def test_few_flows_move_when_a_backend_leaves(box: Box, family: str) -> None:
         assert chosen(box, to, ports) == first
 
 
-def test_session_affinity_and_consistent_hashing(box: Box, family: str) -> None:
-    """A client is remembered; who is not, or not any more, is hashed by its address alone, the same on every node."""
+def test_with_session_affinity_a_client_has_one_backend_on_all_nodes(box: Box, family: str) -> None:
+    """Whichever node and frontend it asks, before any of them remembers it: its address alone leads."""
     web = maglev(box, *SERVERS, **STICKY)
-    to, ports = web.cluster_ip(family), ports_of(box)
-    (server,) = set(chosen(box, to, ports[:10]).values())
+    fronts = [web.node_port(node, family) for node in box.cluster.nodes]
+    fronts += [web.load_balancer(family, node) for node in box.cluster.nodes] + [web.external_ip(family)]
+    for protocol in ("TCP", "UDP"):
+        answers = [box.clients.ask(box.place("outside"), to, protocol) for to in fronts * 3]
+        assert len({str(answer).split()[0] for answer in answers}) == 1, answers
+    ports = ports_of(box)
+    (server,) = set(chosen(box, web.cluster_ip(family), ports[:10]).values())
     with brought_to(box, "node2"):
-        assert set(chosen(box, to, ports[10:20]).values()) == {server}
+        assert set(chosen(box, web.cluster_ip(family), ports[10:20]).values()) == {server}
     web.change(**LOOSE)
-    assert set(chosen(box, to, ports[20:]).values()) > {server}
+    assert set(chosen(box, web.cluster_ip(family), ports[20:]).values()) > {server}
