@@ -180,6 +180,8 @@ def _needed() -> None:
         raise Missing("there is no vng: make setup, or pip install virtme-ng")
     if not shutil.which("virtiofsd", path=_path()) and not NEW_VIRTIOFSD.exists():
         print("vm: without the Debian package virtiofsd files come ten times slower, by 9p", file=sys.stderr)
+    if CHECKOUT.is_relative_to("/tmp"):
+        raise Missing(f"a machine has a /tmp of its own: put the checkout elsewhere than in {CHECKOUT}")
     if os.geteuid() != 0:
         raise Missing("needs root, whose files the machine shows; run it with sudo")
 
