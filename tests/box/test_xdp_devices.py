@@ -184,6 +184,20 @@ def test_what_the_other_end_would_lose_is_not_sent(box: Box, family: str) -> Non
     assert by_xdp(outside_asks(box, family))
 
 
+def test_an_other_end_with_gro_and_no_program_loses_nothing(box: Box, family: str) -> None:
+    """It says that it takes frames of XDP: what is sent to it must arrive, by whichever path."""
+    fabric = box.cluster.fabric
+    run_nothing(fabric.namespace, port(1))
+    try:
+        assert box.cluster.run(fabric, ["ethtool", "-K", port(1), "gro", "on"]).returncode == 0
+        eventually(lambda: told(box)["eth0"] == NATIVELY)
+        seen = outside_asks(box, family)
+        assert seen.xdp + seen.tc == 2 * TRIES
+    finally:
+        pass_everything(fabric.namespace, port(1))
+        box.cluster.run(fabric, ["ethtool", "-K", port(1), "gro", "off"])
+
+
 def test_a_device_whose_driver_has_no_xdp(box: Box, family: str) -> None:
     """A second uplink, a macvlan on the first one, comes while the daemon runs: it is named with the reason, and what
     comes by it is served, though XDP sees its frames first."""
