@@ -42,13 +42,16 @@ static inline int same_address(const struct address *a, const struct address *b)
 }
 
 /*
- * A number whose upper bits are spread evenly over addresses: two multiplications that do not wait for each other. Those
- * that differ in their last 16 bits alone never share the upper 16.
+ * A number whose upper bits are spread evenly over addresses and what else they are asked with: two multiplications that
+ * do not wait for each other, and one that lets a dense range of addresses fill no part of all numbers.
  */
-static inline u64 spread(const struct address *address)
+static inline u64 spread(const struct address *address, u32 with)
 {
-	return ((u64)address->word[1] << 32 | address->word[0]) * 0xd6e8feb86659fd93 +
-	       ((u64)address->word[3] << 32 | address->word[2]) * 0x9e3779b97f4a7c15;
+	u64 sum = ((u64)address->word[1] << 32 | address->word[0]) * 0xd6e8feb86659fd93 +
+		  ((u64)address->word[3] << 32 | address->word[2]) * 0x9e3779b97f4a7c15 +
+		  (u64)with * 0xbf58476d1ce4e5b9;
+
+	return (sum ^ sum >> 32) * 0x94d049bb133111eb;
 }
 
 /* 127.0.0.0/8 or ::1: addresses that mean another machine in every network namespace. */

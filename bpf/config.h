@@ -97,6 +97,9 @@
 #ifndef DEVICE_XDP
 #error "DEVICE_XDP is not defined"
 #endif
+#ifndef DEVICE_BACK
+#error "DEVICE_BACK is not defined"
+#endif
 #ifndef DEVICE_REDIRECT
 #error "DEVICE_REDIRECT is not defined"
 #endif

@@ -24,7 +24,7 @@
 /* The number of a mark: any even spread will do, since a clash costs a lookup only. */
 static inline u32 mark_number(u32 kind, const struct address *address, u16 port)
 {
-	return (u32)((spread(address) + (u64)(kind << 16 | port) * 0xbf58476d1ce4e5b9) >> MARK_SHIFT);
+	return (u32)(spread(address, kind << 16 | port) >> MARK_SHIFT);
 }
 
 static inline void set_mark(u32 kind, const struct address *address, u16 port)

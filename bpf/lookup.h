@@ -45,7 +45,7 @@ static inline struct settings *node_settings(void)
 /* Whether `frontends` or `owned` may have rows of an address; most packets are to others, and this is all they cost. */
 static inline int is_known(const struct address *address)
 {
-	u32 number = (u32)(spread(address) >> KNOWN_SHIFT);
+	u32 number = (u32)(spread(address, 0) >> KNOWN_SHIFT);
 	u32 cell = number / 64;
 	struct known *known_row = known.lookup(&cell);
 

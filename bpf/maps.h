@@ -242,12 +242,14 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 struct way {
 	u32 until;    /* the low word of jiffies; 0: nothing is known */
 	u32 entered;  /* the device that the packets come by */
-	u32 device;   /* the one that they leave by */
+	u32 device;   /* the one that they leave by; with BY_REDIRECT where XDP_TX does not lead there */
 	u8 frame[12]; /* Ethernet: destination, source */
 	u8 mac[6];    /* of the device that the packets come by */
 	u16 mtu;
 };
 _Static_assert(sizeof(struct way) == 32, "struct way");
+
+#define BY_REDIRECT 0x80000000 /* in way.device */
 
 struct flow {
 	struct address address; /* what the rewritten side becomes */

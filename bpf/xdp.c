@@ -105,7 +105,7 @@ static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const
 {
 	struct bpf_fib_lookup fib = {};
 	struct device *device;
-	u32 leaving, may, mtu, entered = entry->device, under = entry->under;
+	u32 leaving, may, back, mtu, entered = entry->device, under = entry->under;
 	u16 length = (u16)packet->length;
 	long found = ask_fib(ctx, packet, source, destination, entered, length, &fib);
 
@@ -125,6 +125,7 @@ static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const
 		return PASS;
 	__builtin_memcpy(way->mac, device->mac, 6);
 	may = device->flags & DEVICE_XDP;
+	back = device->flags & DEVICE_BACK;
 	leaving = fib.ifindex;
 	device = devices.lookup(&leaving);
 	/* To another device only without a tag; a frame with one goes back by the VLAN that it came from, or up. */
@@ -139,7 +140,7 @@ static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const
 	if (fib.tot_len < mtu)
 		mtu = fib.tot_len;
 	way->entered = entered;
-	way->device = leaving;
+	way->device = leaving != entered || (back && entered == under) ? leaving | BY_REDIRECT : leaving;
 	way->mtu = (u16)mtu;
 	__builtin_memcpy(way->frame, fib.dmac, 6);
 	__builtin_memcpy(way->frame + 6, fib.smac, 6);
@@ -217,7 +218,7 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 
 	if ((chosen.how & FLOW_MASQUERADE) &&
 	    find_way(ctx, packet, entry, &address, &chosen.backend->address, node, now, 0, way) == GO_ON) {
-		leaving = way->device;
+		leaving = way->device & ~BY_REDIRECT;
 		device = devices.lookup(&leaving);
 		if (device)
 			address = packet->version == 4 ? device->ipv4 : device->ipv6;
@@ -258,9 +259,9 @@ static inline int send(struct xdp_md *ctx, const struct packet *packet, const st
 	write_macs(ethernet, way);
 	count(XDP_SENT);
 	count_traffic(service, 0, 1, (u64)(end - data));
-	if (way->device == entry->device)
-		return XDP_TX;
-	return bpf_redirect(way->device, 0);
+	if (way->device & BY_REDIRECT)
+		return bpf_redirect(way->device & ~BY_REDIRECT, 0);
+	return XDP_TX;
 }
 
 int xdp_ingress(struct xdp_md *ctx)

@@ -152,7 +152,8 @@ class FlowRow:
 def known_place(packed_address: bytes) -> tuple[int, int]:
     """The cell and the bit by which programs know that there may be rows of an address; as bpf/lookup.h says it."""
     low, high = struct.unpack("<2Q", packed_address)
-    spread = (low * 0xD6E8FEB86659FD93 + high * 0x9E3779B97F4A7C15) & (1 << 64) - 1
+    sum = (low * 0xD6E8FEB86659FD93 + high * 0x9E3779B97F4A7C15) & (1 << 64) - 1
+    spread = ((sum ^ sum >> 32) * 0x94D049BB133111EB) & (1 << 64) - 1
     return spread >> 50, spread >> 44 & 63
 
 

@@ -135,7 +135,7 @@ def test_the_kernel_holds_the_table_of_the_active_backends(node: Node) -> None:
     dataplane = started(node)
     assert dataplane.sync(routes).complete
     held = Held(node)
-    assert held.choice.active == 12 and SIZES[held.choice.table] == 2039
+    assert held.choice.active == 12 and SIZES[held.choice.table] == 4093
     assert held.places == {held.choice.slots: parts_of(pods(12), held.choice.table)}
     assert dataplane.state() == node.dataplane().state() == routes
     again = dataplane.sync(RouteTable(dict(routes), LOCALITY))
@@ -175,7 +175,7 @@ def test_another_backend_is_another_set_with_another_table(node: Node) -> None:
     assert Held(node).places == {}
 
 
-CAPS = {"that it does not reach": (SIZES[8], 2039), "between sizes": (2000, 1021), "below all": (1, 1021)}
+CAPS = {"that it does not reach": (SIZES[8], 4093), "between sizes": (2000, 1021), "below all": (1, 1021)}
 
 
 @pytest.mark.parametrize(("cap", "size"), CAPS.values(), ids=CAPS)
@@ -230,7 +230,7 @@ def test_a_checkout_that_was_not_built_serves_all_the_same(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Slower, the same tables, and said once."""
-    compiled = parts_of(pods(12), 2)
+    compiled = parts_of(pods(12), 3)
     monkeypatch.setitem(sys.modules, maglev.MODULE, None)  # so that Python finds none
     maglev.built.cache_clear()
     try:

@@ -100,7 +100,8 @@ class Tracer:
 def bit_of(address: bytes) -> int:
     """The number of an address' bit in `known`, 64 to a cell: as `is_known` of bpf/lookup.h has it."""
     first, second = struct.unpack("=2Q", address[:16])
-    return int((first * 0xD6E8FEB86659FD93 + second * 0x9E3779B97F4A7C15) % 2**64 >> 44)
+    sum = (first * 0xD6E8FEB86659FD93 + second * 0x9E3779B97F4A7C15) % 2**64
+    return int((sum ^ sum >> 32) * 0x94D049BB133111EB % 2**64 >> 44)
 
 
 def is_known(known: Rows, address: bytes) -> bool:

@@ -23,6 +23,9 @@ DEVICE_XDP = 4
 """Bit of a `devices` row: our XDP program runs there, and may send back by it."""
 DEVICE_REDIRECT = 8
 """Bit of a `devices` row: XDP of another device may send by it."""
+DEVICE_BACK = 32
+"""Bit of a `devices` row: what XDP sends back by the device it redirects there. On a veth whose other end has GRO but
+no program, frames of XDP_TX wait for somebody else to wake that end (Linux' veth_xdp_flush)."""
 DEVICE_PEER = 16
 """Bit of a `devices` row: a veth whose other end is another network namespace's, and on no bridge."""
 
@@ -123,6 +126,7 @@ def definitions(
     made |= {f"SCOPE_{scope.name}": int(scope) for scope in Scope}
     made |= {"SOURCE_POD": SOURCE_POD, "SOURCE_NODE": SOURCE_NODE}
     made |= {"DEVICE_POD": DEVICE_POD, "DEVICE_XDP": DEVICE_XDP, "DEVICE_REDIRECT": DEVICE_REDIRECT}
+    made |= {"DEVICE_BACK": DEVICE_BACK}
     made |= {"DEVICE_PEER": DEVICE_PEER}
     made |= {"POD_SOCKETS_IPV4": POD_SOCKETS_IPV4, "POD_SOCKETS_IPV6": POD_SOCKETS_IPV6}
     made |= {f"BACKEND_{state.name}": int(state) for state in BackendState}

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from ebpflb import rtnetlink
 from ebpflb.dataplane.bpf import syscall, tc, xdp_links
 from ebpflb.dataplane.bpf.artifact import Layout
-from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PREFIX, TC_HOOKS
+from ebpflb.dataplane.bpf.constants import DEVICE_BACK, DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PREFIX, TC_HOOKS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows, VlanRows
 from ebpflb.dataplane.bpf.edges import (
     is_edge,
@@ -289,6 +289,8 @@ class Devices:
                 flags |= DEVICE_CLSACT
             if self._xdp is not None:
                 flags |= self._xdp.bits(index, row.flags if row else 0)
+                if link.kind == "veth":
+                    flags |= DEVICE_BACK
             # What a bridge's port takes is for the bridge or another port, and our business all the same.
             mac = link.mac if len(link.mac) == 6 and not link.slave_kind else bytes(6)
             try:

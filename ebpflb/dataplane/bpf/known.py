@@ -15,13 +15,15 @@ from collections.abc import Iterable
 from ebpflb.dataplane.bpf.layouts import KNOWN_CELLS
 
 _HALVES = struct.Struct("=QQ")
+_WORD = (1 << 64) - 1
 
 
 def known_bit(address: bytes) -> int:
     """The number of an address' bit, as `is_known` in bpf/lookup.h finds it: 64 of them are a cell. `address`: its 16
     bytes, or a key that begins with them."""
     first, second = _HALVES.unpack_from(address)
-    return int((first * 0xD6E8FEB86659FD93 + second * 0x9E3779B97F4A7C15) >> 44 & (KNOWN_CELLS * 64 - 1))
+    sum = (first * 0xD6E8FEB86659FD93 + second * 0x9E3779B97F4A7C15) & _WORD
+    return int((sum ^ sum >> 32) * 0x94D049BB133111EB >> 44 & (KNOWN_CELLS * 64 - 1))
 
 
 class Known:

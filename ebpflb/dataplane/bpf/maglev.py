@@ -44,8 +44,8 @@ def size_code(backends: int, cap: int) -> int:
 
     A hundred positions for each keep shares within 1 % of one another. What moves among the others when one backend
     leaves does not matter beside what has to move as long as there are few; from fifty on, a table of two hundred for
-    each keeps it near 1 %. Another size leads nearly every flow elsewhere, so there are few steps: four times the places
-    each, behind 10, 40, 81 and 327 backends.
+    each keeps it near 1 %. Another size leads nearly every flow elsewhere, so there are few steps: about four times the
+    places each, behind 10, 40, 81 and 327 backends.
     """
     wanted = backends * (100 if backends < _MANY else 200)
     largest = max((code for code, size in SIZES.items() if size <= cap), default=1)
