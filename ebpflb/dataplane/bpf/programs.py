@@ -253,7 +253,11 @@ def open_maps(bpffs: Path, artifact: Artifact) -> dict[str, int] | None:
     if not reason and found:
         return found
     if found:
-        log.warning("the maps under %s are of another version: %s", bpffs, reason)
+        log.warning(
+            "the maps under %s are of another version, and made anew: what came from outside begins again (%s)",
+            bpffs,
+            reason,
+        )
     for fd in found.values():
         os.close(fd)
     return None
