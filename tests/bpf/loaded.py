@@ -18,6 +18,7 @@ from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Layout, source_directory
 from ebpflb.dataplane.bpf.constants import (
     BACKEND_FREE,
+    DEVICE_BACK,
     DEVICE_PEER,
     DEVICE_POD,
     DEVICE_REDIRECT,
@@ -100,7 +101,8 @@ DROP = To(verdict=Verdict.DROP)
 class Device:
     """The device that a test packet passes: its masquerade addresses by role ("" for none), and whether a pod is
     behind it. For XDP also whether our program runs there, whether others may send by it, its MTU and MAC; for the way
-    around the stack whether its other end is in another namespace (`peer`)."""
+    around the stack whether its other end is in another namespace (`peer`); `back` where what goes back by it has to be
+    redirected."""
 
     masquerade: str = ""
     pod: bool = False
@@ -109,10 +111,12 @@ class Device:
     mtu: int = 1500
     mac: str = MAC_NODE
     peer: bool = False
+    back: bool = False
 
     @property
     def flags(self) -> int:
-        return DEVICE_POD * self.pod | DEVICE_XDP * self.xdp | DEVICE_REDIRECT * self.redirect | DEVICE_PEER * self.peer
+        bits = DEVICE_POD * self.pod | DEVICE_XDP * self.xdp | DEVICE_REDIRECT * self.redirect
+        return bits | DEVICE_PEER * self.peer | DEVICE_BACK * self.back
 
 
 POD_DEVICE = Device(pod=True)

@@ -6,11 +6,13 @@ that came but the masquerade's port, which is chosen at random.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import DNAT, MASQUERADED, SHORT, UNSNAT, WHOLE, To
-from tests.bpf.xdp_lab import VLAN, WIRES, Lab, on_wire, sport_of
+from tests.bpf.loaded import DNAT, MASQUERADED, SHORT, UNSNAT, WHOLE, XDP_REDIRECT, To
+from tests.bpf.xdp_lab import VLAN, WIRES, Lab, on_wire, sport_of, uplinks
 from tests.packets import ETHERNET, Packet, assert_same
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -60,6 +62,22 @@ def test_a_remote_backend_behind_another_device(lab: Lab, protocol: str) -> None
     assert_same(out, on_wire(inside, lab.family, "up1", "faraway"), "request")
     reply = by_mac(inside.reply().frame(lab.family), "up1", "faraway")
     assert_same(lab.sent(reply, "up1", "up0"), on_wire(request.reply(), lab.family, "up0", "outside"), "reply")
+
+
+@both_protocols
+def test_a_device_that_must_be_redirected_back_to(lab: Lab, protocol: str) -> None:
+    """A veth whose other end has GRO and no program is not woken by XDP_TX. It is the same frame."""
+    lab.put_device("up0", dataclasses.replace(uplinks()["up0"], back=True))
+    lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+    request = Packet("outside", 40000, "lb", 80, protocol, payload=b"hello")
+    for _ in range(2):
+        ran = lab.xdp(request.frame(lab.family))
+        assert ran.verdict == XDP_REDIRECT
+        inside = request.but(source="uplink", sport=sport_of(ran.frame), destination="remote", dport=8080)
+        assert_same(ran.frame, on_wire(inside, lab.family, "up0", "remote"))
+    ran = lab.xdp(inside.reply().frame(lab.family))
+    assert ran.verdict == XDP_REDIRECT
+    assert_same(ran.frame, on_wire(request.reply(), lab.family, "up0", "outside"))
 
 
 @both_protocols
