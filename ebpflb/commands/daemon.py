@@ -23,7 +23,7 @@ from ebpflb.commands.attend import Attend, Canary
 from ebpflb.commands.handover import HandOver
 from ebpflb.commands.patience import Patience, require_privilege, unheard
 from ebpflb.commands.status import Identity, status_document
-from ebpflb.config import Config
+from ebpflb.config import STACK, Config
 from ebpflb.control import Control, listen
 from ebpflb.dataplane import Dataplane
 from ebpflb.dataplane.limits import ALGORITHMS
@@ -193,6 +193,8 @@ def _unmet(config: Config, dataplane: str) -> Iterator[Problem]:
         yield Problem("--algorithm", reason)
     if config.xdp in ("native", "generic") and dataplane != "bpf":
         yield Problem("--xdp", f"{config.xdp} is for the dataplane bpf; this node's is {dataplane}")
+    if config.pod_path != STACK and dataplane != "bpf":
+        yield Problem("--pod-path", f"{config.pod_path} is for the dataplane bpf; this node's is {dataplane}")
 
 
 def _sources(config: Config, parts: Parts, stack: ExitStack) -> tuple[Sequence[Source], Desired]:

@@ -297,4 +297,8 @@ def _mode_of_old(draft: Draft) -> str:
 
 def _without_meaning(draft: Draft, retired: tuple[str, ...]) -> str:
     paths = (*defaults.meaningless(draft.document), *retired)
-    return f"--config {draft.file}: without meaning for ebpflb: {', '.join(paths)}" if paths else ""
+    said = [path for path in paths if path not in draft.options]
+    if said:
+        return f"--config {draft.file}: without meaning for ebpflb: {', '.join(said)}"
+    asked = [draft.options[path] for path in paths]
+    return f"without meaning for this dataplane: {', '.join(asked)}" if asked else ""

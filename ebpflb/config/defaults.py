@@ -180,7 +180,6 @@ def _of_other_dataplanes(document: EbpflbConfiguration) -> Iterator[str]:
         ("iptables.masqueradeBit", document.iptables.masquerade_bit, (None, _MASQUERADE_BIT), marks and not nftables),
         ("iptables.minSyncPeriod", document.iptables.min_sync_period, (_ZERO, _MIN_SYNC), word == "iptables"),
         ("iptablesVariant", document.iptables_variant, ("", AUTO), marks),
-        ("podPath", document.pod_path, ("", STACK), word in (AUTO, "bpf")),
         ("maglevTableSize", document.maglev_table_size, (None, GREATEST_TABLE), word in (AUTO, "bpf")),
         ("ipvs.minSyncPeriod", document.ipvs.min_sync_period, (_ZERO,), word == "ipvs"),
         ("ipvs.scheduler", document.ipvs.scheduler, ("", "rr"), ipvs),
