@@ -43,6 +43,46 @@ static inline int port_is_taken(void *context, const struct flow_key *reply)
 	return 1;
 }
 
+/* Seconds for which the port of a flow that has ended stays with it, as TIME_WAIT at its backend, if others are free. */
+#define LINGER 60
+
+/* Whether a port that has been given out is another flow's no more. A half-closed connection that is in use keeps it. */
+static inline int is_free_again(const struct flow_key *reply, const struct flow *other, int hurry,
+				const struct settings *node, u64 now)
+{
+	u64 idle = hurry ? 2 * node->refresh : (u64)LINGER * node->second;
+
+	return other->action == FLOW_UNSNAT && (other->flags & FLOW_WHOLE) &&
+	       is_over(other, reply->protocol, node, now) && now - other->seen > idle;
+}
+
+/* Whatever still leads out by an ended flow's port, or a late packet would go into the next flow's connection. */
+static inline void forget_requests(const struct flow_key *reply, const struct flow *other)
+{
+	struct flow_key key = {};
+	struct flow *row;
+
+	key.protocol = reply->protocol;
+	key.hook = HOOK_INGRESS;
+	key.source = other->address;
+	key.source_port = other->client_port;
+	key.destination = other->beyond;
+	key.destination_port = other->beyond_port;
+	row = flows.lookup(&key);
+	if (row && row->beyond_port == reply->destination_port && row->port == reply->source_port &&
+	    same_address(&row->beyond, &reply->destination) && same_address(&row->address, &reply->source))
+		flows.delete(&key);
+
+	key.hook = HOOK_EGRESS;
+	key.source_port = other->port;
+	key.destination = reply->source;
+	key.destination_port = reply->source_port;
+	row = flows.lookup(&key);
+	if (row && row->action == FLOW_SNAT && row->port == reply->destination_port &&
+	    same_address(&row->address, &reply->destination))
+		flows.delete(&key);
+}
+
 /*
  * Give a masqueraded flow a port at `reply->destination`, which is completed by it, and write the row of its replies:
  * tc and XDP alike, so that neither gives out what the other has. Returns GO_ON, or DISCARD where there is none.
@@ -50,6 +90,8 @@ static inline int port_is_taken(void *context, const struct flow_key *reply)
 static inline int find_port(void *context, struct flow_key *reply, u16 client_port, struct flow *row,
 			    const struct settings *node)
 {
+	struct flow *other;
+
 	set_mark(MARK_ENTERS, &reply->destination, 0);
 #pragma nounroll
 	for (int i = 0; i < PORT_TRIES; i++) {
@@ -58,6 +100,12 @@ static inline int find_port(void *context, struct flow_key *reply, u16 client_po
 		if (port_is_taken(context, reply))
 			continue;
 		if (!flows.insert(reply, row))
+			return GO_ON;
+		other = flows.lookup(reply);
+		if (!other || !is_free_again(reply, other, i >= PORT_TRIES / 2, node, row->seen))
+			continue;
+		forget_requests(reply, other);
+		if (!flows.update(reply, row))
 			return GO_ON;
 	}
 	count(PACKET_NO_PORT);

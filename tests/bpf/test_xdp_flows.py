@@ -16,7 +16,20 @@ from ebpflb.dataplane.bpf import syscall
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.demo import namespaces
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import CLOSING, DNAT, SHORT, SNAT, UNDNAT, UNSNAT, XDP_DROP, XDP_TX, To
+from tests.bpf.loaded import (
+    CLOSING,
+    DNAT,
+    SHORT,
+    SHOT,
+    SNAT,
+    UNDNAT,
+    UNSNAT,
+    UNSPEC,
+    XDP_DROP,
+    XDP_PASS,
+    XDP_TX,
+    To,
+)
 from tests.bpf.xdp_lab import WIRES, Lab, laboratory, on_wire, sport_of
 from tests.packets import Packet, address, assert_same, icmp_error, packed, parse
 
@@ -484,6 +497,55 @@ def test_xdp_and_tc_never_give_out_one_port_twice(lab: Lab, protocol: str) -> No
         refused += ran.verdict in (XDP_DROP, 2) and len(given) + refused < number + 1
     assert len(set(given)) == len(given) and set(given) <= set(range(50000, 50016))
     assert len(given) >= 12 and lab.node.counters()["PACKET_NO_PORT"] == 60 - len(given)
+
+
+@both_protocols
+@pytest.mark.parametrize("after", ("xdp", "tc"))
+@pytest.mark.parametrize("before", ("xdp", "tc"))
+def test_a_port_of_an_ended_flow_is_given_out_again(lab: Lab, protocol: str, before: str, after: str) -> None:
+    """Not before its end; and then nothing of the old flow leads out by it, or into it, any more."""
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+    ways = {"xdp": lab.sent, "tc": lab.by_stack}
+    old = Packet("outside", 40000, "lb", 80, protocol)
+    new = Packet("outside2", 41000, "lb", 80, protocol)
+    inside_of(old, ways[before](old.frame(lab.family)))
+    assert lab.xdp(new.frame(lab.family)).verdict == XDP_DROP
+    assert lab.node.counters()["PACKET_NO_PORT"] == 1
+
+    ways[before](old.but(flags="FA").frame(lab.family))
+    age(lab, DNAT, SNAT, UNSNAT, UNDNAT)
+    inside = inside_of(new, ways[after](new.frame(lab.family)))
+    assert inside.sport == 50000
+    for way in (lab.sent, lab.by_stack):
+        out = parse(way(inside.reply().frame(lab.family)))
+        assert out and out.destination == packed("outside2", lab.family) and out.ports == (80, 41000)
+        out = parse(way(new.but(flags="A").frame(lab.family)))
+        assert out and out.ports == (50000, 8080)
+    late = old.but(flags="A").frame(lab.family)
+    assert lab.xdp(late).verdict in (XDP_DROP, XDP_PASS)
+    entered = lab.tc("tc_ingress", late, "up0")
+    if entered.verdict == UNSPEC:
+        left = lab.tc("tc_egress", entered.frame, "up0")
+        out = parse(left.frame)
+        assert left.verdict == SHOT or (out and out.ports != (50000, 8080)), "into the other client's connection"
+
+
+def test_a_port_of_a_connection_that_has_just_ended_is_not_given_out(lab: Lab) -> None:
+    """Or one that is closed on one side only, and still in use on the other."""
+    lab.node.put_settings(snat_low=50000, snat_high=50000, refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, "tcp", lab.family, REMOTE)
+    old = Packet("outside", 40000, "lb", 80)
+    inside = inside_of(old, lab.sent(old.frame(lab.family)))
+    lab.sent(old.but(flags="FA").frame(lab.family))
+    for way in ("xdp", "tc"):
+        frame = Packet("outside2", 41000, "lb", 80).frame(lab.family)
+        if way == "xdp":
+            assert lab.xdp(frame).verdict == XDP_DROP
+        else:
+            assert lab.tc("tc_egress", lab.entered(frame), "up0").verdict == SHOT
+        wanted = on_wire(old.reply().but(payload=b"more"), lab.family, "up0", "outside")
+        assert_same(lab.sent(inside.reply().but(payload=b"more").frame(lab.family)), wanted)
 
 
 @both_protocols
