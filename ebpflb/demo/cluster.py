@@ -293,7 +293,7 @@ class Cluster:
         return self.run(self.nodes[node], argv, timeout, environment())
 
     def daemon_options(self, node: str) -> tuple[str, ...]:
-        """The options by which a node's daemon runs; `plan` and `verify` take the same."""
+        """The options by which a node's daemon runs; `plan` and `verify` take those that routes are made by."""
         return (
             *("--manifests", str(self.manifests.directory), "--node-name", node, *self.target(node)),
             *("--cluster-cidr", ",".join(network.POD_CIDRS), *self.options),

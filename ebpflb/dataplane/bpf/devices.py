@@ -17,6 +17,7 @@ a bit in the device's row, which survives us; where the row is lost, a clsact th
 from __future__ import annotations
 
 import errno
+import fnmatch
 import functools
 import logging
 import select
@@ -123,7 +124,7 @@ class Devices:
         return tuple(sorted(self._links[index].name for index in self._attached if index in self._links))
 
     def problems(self) -> tuple[Problem, ...]:
-        """Devices that should run our programs and do not, with the reason."""
+        """Devices that should run our programs and do not, with the reason; patterns that no device has."""
         found = [
             Problem(f"device {self._links[index].name}", f"not attached: {reason}; tried again with the next sync")
             for index, reason in sorted(self._failures.items())
@@ -133,6 +134,12 @@ class Devices:
             Problem(f"device {link.name}", "carries packets without an Ethernet header: Services are not served on it")
             for link in self._links.values()
             if is_out_of_reach(link, self._patterns)
+        ]
+        names = [link.name for link in self._links.values()]
+        found += [
+            Problem("--devices", f"no device here is called {pattern}")
+            for pattern in self._patterns
+            if not fnmatch.filter(names, pattern)
         ]
         found += [
             Problem(f"device {told.device}", f"XDP is not at work: {told.reason}; tc carries its packets")
