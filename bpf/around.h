@@ -19,7 +19,7 @@
 #define WAY 0               /* in skb->cb: one more than the cell of the hop */
 #define HOW 1               /* in skb->cb: FLOW_AROUND, or 0 */
 #define PACKET_FOR_US 0     /* skb->pkt_type: PACKET_HOST */
-#define TC_ENTRY 0x80000000 /* in hop.entered: XDP's cells are about other ways */
+#define TC_ENTRY 0x80000000 /* in hop.entered: of what tc has asked */
 
 /* Nothing has been found yet. */
 static inline void forget_way(struct __sk_buff *skb)

@@ -342,21 +342,19 @@ struct affinity {
 _Static_assert(sizeof(struct affinity) == 16, "struct affinity");
 
 /*
- * Where XDP sends a packet to: what the FIB has said for a source, a destination and a device, and for how long it is
- * believed. A cell for each of many hash values, on each CPU.
+ * Where a packet is sent to that goes around the stack: what the FIB has said for a destination and a device, and for how
+ * long it is believed. A cell for each of many hash values, on each CPU. (XDP keeps it in the flow's row: struct way.)
  */
 struct hop {
-	struct address source; /* of replies; requests have none */
+	struct address source; /* where the way depends on it; else zero */
 	struct address destination;
 	u32 entered; /* the device that the packet came by */
 	u32 device;  /* the one that it leaves by */
 	u32 mtu;
 	u8 frame[12]; /* Ethernet: destination, source */
 	u64 until;    /* jiffies */
-	u8 mac[6];    /* of the device that the packet came by */
-	u16 pad;
 };
-_Static_assert(sizeof(struct hop) == 72, "struct hop");
+_Static_assert(sizeof(struct hop) == 64, "struct hop");
 
 #define HOP_CELLS 2048
 
