@@ -2,8 +2,8 @@
 /*
  * The way around the stack, from one pod of this node to another: straight into the other end of its veth.
  *
- * Only where it is asked for (GO_AROUND), since whatever else would see the packet in between does not: netfilter, conntrack,
- * other programs at the pods' devices. A flow goes around in both directions or in none, which is decided when it
+ * Only where it is asked for (GO_AROUND), since whatever else would see the packet in between does not: netfilter,
+ * conntrack, other programs at the pods' devices. A flow goes around in both directions or in none, which is decided when it
  * begins by its devices: conntrack must not see half of it. A packet for which the way is not there now (no neighbour,
  * a fragment) goes through the stack with the same translation.
  */

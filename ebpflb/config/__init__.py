@@ -20,8 +20,9 @@ DEFAULT_METRICS_PORT = 10249
 DEFAULT_STATE_DIR = "/var/lib/ebpflb"
 DEFAULT_MIN_SYNC_SECONDS = 0.01
 LEAST_TABLE, GREATEST_TABLE = 1021, 131071
-STACK, REDIRECT = POD_PATHS = ("stack", "redirect")
 """Between these is what the tables of consistent hashing may be confined to."""
+STACK, REDIRECT = POD_PATHS = ("stack", "redirect")
+"""How flows get from pod to pod: through the stack, or around it."""
 
 AUTO = "auto"
 """The word for a choice that is left to us."""
@@ -102,8 +103,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     /configz shows. `masquerade_bit` of a packet's mark says that it is to be masqueraded; `iptables_variant` is
     "nft", "legacy" or "auto" for "as the node has it". `xdp` is "auto", "native", "generic" or "off".
     `maglev_table_size` is how many positions a table of consistent hashing has at most. `pod_path` is
-    "stack" or "redirect". Periods are seconds.
-    `warnings` are sentences to log once."""
+    "stack" or "redirect". Periods are seconds. `warnings` are sentences to log once."""
 
     manifests: str
     node_name: str
