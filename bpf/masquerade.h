@@ -46,14 +46,40 @@ static inline int port_is_taken(void *context, const struct flow_key *reply)
 /* Seconds for which the port of a flow that has ended stays with it, as TIME_WAIT at its backend, if others are free. */
 #define LINGER 60
 
-/* Whether a port that has been given out is another flow's no more. A half-closed connection that is in use keeps it. */
+/* The request's row of the flow whose replies have the row `other`; `key` becomes its key. None if that is another's. */
+static inline struct flow *request_row(const struct flow_key *reply, const struct flow *other, struct flow_key *key)
+{
+	struct flow *row;
+
+	key->protocol = reply->protocol;
+	key->hook = HOOK_INGRESS;
+	key->source = other->address;
+	key->source_port = other->client_port;
+	key->destination = other->beyond;
+	key->destination_port = other->beyond_port;
+	row = flows.lookup(key);
+	if (row && row->beyond_port == reply->destination_port && row->port == reply->source_port &&
+	    same_address(&row->beyond, &reply->destination) && same_address(&row->address, &reply->source))
+		return row;
+	return 0;
+}
+
+/*
+ * Whether a port that has been given out is another flow's no more. A half-closed connection that is in use keeps it, and
+ * so do datagrams that nobody answers.
+ */
 static inline int is_free_again(const struct flow_key *reply, const struct flow *other, int hurry,
 				const struct settings *node, u64 now)
 {
 	u64 idle = hurry ? 2 * node->refresh : (u64)LINGER * node->second;
+	struct flow_key key = {};
+	struct flow *request;
 
-	return other->action == FLOW_UNSNAT && (other->flags & FLOW_WHOLE) &&
-	       is_over(other, reply->protocol, node, now) && now - other->seen > idle;
+	if (other->action != FLOW_UNSNAT || !(other->flags & FLOW_WHOLE) ||
+	    !is_over(other, reply->protocol, node, now) || now - other->seen <= idle)
+		return 0;
+	request = request_row(reply, other, &key);
+	return !request || is_over(request, reply->protocol, node, now);
 }
 
 /* Whatever still leads out by an ended flow's port, or a late packet would go into the next flow's connection. */
@@ -62,15 +88,7 @@ static inline void forget_requests(const struct flow_key *reply, const struct fl
 	struct flow_key key = {};
 	struct flow *row;
 
-	key.protocol = reply->protocol;
-	key.hook = HOOK_INGRESS;
-	key.source = other->address;
-	key.source_port = other->client_port;
-	key.destination = other->beyond;
-	key.destination_port = other->beyond_port;
-	row = flows.lookup(&key);
-	if (row && row->beyond_port == reply->destination_port && row->port == reply->source_port &&
-	    same_address(&row->beyond, &reply->destination) && same_address(&row->address, &reply->source))
+	if (request_row(reply, other, &key))
 		flows.delete(&key);
 
 	key.hook = HOOK_EGRESS;

@@ -548,6 +548,20 @@ def test_a_port_of_a_connection_that_has_just_ended_is_not_given_out(lab: Lab) -
         assert_same(lab.sent(inside.reply().but(payload=b"more").frame(lab.family)), wanted)
 
 
+@pytest.mark.parametrize("by", ("xdp", "tc"))
+def test_datagrams_that_nobody_answers_keep_their_port(lab: Lab, by: str) -> None:
+    """Logs and metrics: nothing has come back for long, and the flow is in use all the same."""
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000)
+    lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
+    ways = {"xdp": lab.sent, "tc": lab.by_stack}
+    quiet = Packet("outside", 40000, "lb", 80, "udp")
+    inside = inside_of(quiet, ways[by](quiet.frame(lab.family)))
+    age(lab, UNSNAT, UNDNAT)
+    assert lab.xdp(Packet("outside2", 41000, "lb", 80, "udp").frame(lab.family)).verdict == XDP_DROP
+    assert lab.node.counters()["PACKET_NO_PORT"] == 1
+    assert inside_of(quiet, ways[by](quiet.frame(lab.family))) == inside
+
+
 @both_protocols
 def test_one_port_for_flows_to_different_backends(lab: Lab, protocol: str) -> None:
     """Replies tell them apart by whom they come from."""
