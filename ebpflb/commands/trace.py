@@ -90,7 +90,6 @@ def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> 
         if row["service"] == service_item(route.service)
         and row.get("protocol", packet.protocol.name) == packet.protocol.name
         and row.get("frontend", frontend) == frontend
-        and _seconds_left(row, route.affinity_seconds) > 0
     ]
     for row in rows:
         if row["client"] != packet.source:
@@ -112,12 +111,6 @@ def with_memory(decision: Decision, packet: Packet, clients: Iterable[Item]) -> 
     if decision.scope is Scope.INTERNAL and any(str(row["client"]).startswith(_NETNS) for row in rows):
         step += " (but for its sockets, remembered by their network namespace: see `ebpflb dump affinity`)"
     return msgspec.structs.replace(decision, reasons=(*decision.reasons, step))
-
-
-def _seconds_left(row: Item, affinity: int) -> float:
-    """How long a client is remembered for still; not every dataplane says so itself."""
-    left = row.get("secondsLeft", affinity - float(str(row.get("idleSeconds", 0))))
-    return float(str(left))
 
 
 def _item(dataplane: str, packet: Packet, decision: Decision) -> Item:

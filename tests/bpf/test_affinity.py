@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ebpflb.dataplane.bpf import facts
 from ebpflb.dataplane.bpf.constants import SOURCE_POD
+from ebpflb.dataplane.bpf.inspect import Inspector
+from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.routes import BackendState, Masquerade
 from tests.bpf.loaded import SECOND, To
 from tests.bpf.xdp_lab import Lab
@@ -89,6 +92,23 @@ def test_after_the_timeout_it_may_go_elsewhere(lab: Lab, choose: Choose, protoco
         places.add(choose(packet))
         lab.node.age_clients(TIMEOUT + 1)
     assert len(places) > 1
+    assert "CLIENT_KEPT" not in lab.node.counters()
+
+
+def test_dump_lists_a_client_until_its_time_is_over(lab: Lab, choose: Choose) -> None:
+    """By the clock of the programs; from then on its row is nobody's, until it comes again."""
+    lab.node.put_frontend("lb", 80, "tcp", lab.family, STICKY)
+    inspector = Inspector(KernelMaps(lab.node.maps), (), facts.jiffies)
+    first, again = connections("tcp", 2)
+    went = choose(first)
+    lab.node.age_clients(TIMEOUT - 10)
+    (item,) = inspector.tables("affinity")
+    assert item["client"] == address("outside", lab.family) and str(item["backend"]).endswith(f":{went}")
+    assert isinstance(item["secondsLeft"], float) and 0 < item["secondsLeft"] <= 10
+    lab.node.age_clients(10.01)
+    assert inspector.tables("affinity") == [] and len(lab.node.clients()) == 1
+    choose(again)
+    assert len(inspector.tables("affinity")) == 1
     assert "CLIENT_KEPT" not in lab.node.counters()
 
 

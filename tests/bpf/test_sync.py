@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf import facts, pins, syscall
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, CLIENT_NETNS, ROUTE, U32
@@ -437,7 +437,7 @@ def test_clients_are_forgotten_with_their_services_affinity(node: Node) -> None:
     with opened(node, "affinity") as maps:
         for name in ids:
             key = AFFINITY_KEY.pack((4026531840).to_bytes(8, "little"), ids[name], CLIENT_NETNS)
-            maps.put("affinity", key, AFFINITY.pack(1, 0, 0))
+            maps.put("affinity", key, AFFINITY.pack(1, 0, facts.jiffies()))
     assert {row["service"]["name"] for row in dataplane.tables("affinity")} == {"s0", "s1", "s2"}  # type: ignore[index]
     routes = routes.evolve(asking(0), list(rows(1)))
     dataplane.sync(routes)

@@ -622,7 +622,6 @@ LATELY = {"service": WEB, "protocol": "TCP", "client": "10.180.0.9", "secondsLef
         ({**LATELY, "backend": "10.180.1.1:8080"}, "it goes to 10.180.1.1:8080, as before", 1),
         ({**LATELY, "backend": "10.180.7.7:8080"}, "10.180.7.7:8080 takes no new flows: chosen anew", 2),
         ({**LATELY, "backend": None}, "where it went takes no new flows: chosen anew", 2),
-        ({**LATELY, "backend": "10.180.1.1:8080", "secondsLeft": 0.0}, "10.180.0.9 is not remembered", 2),
         ({**LATELY, "backend": "10.180.1.1:8080", "client": "10.180.0.8"}, "10.180.0.9 is not remembered", 2),
         ({**LATELY, "backend": "10.180.1.1:8080", "protocol": "UDP"}, "10.180.0.9 is not remembered", 2),
         ({**LATELY, "backend": "10.180.1.1:8080", "service": {**WEB, "name": "a"}}, "10.180.0.9 is not remembered", 2),
@@ -631,11 +630,6 @@ LATELY = {"service": WEB, "protocol": "TCP", "client": "10.180.0.9", "secondsLef
             {"service": WEB, "client": "10.180.0.9", "backend": "10.180.1.1:8080", "idleSeconds": 599.0},
             "it goes to 10.180.1.1:8080, as before",
             1,
-        ),
-        (
-            {"service": WEB, "client": "10.180.0.9", "backend": "10.180.1.1:8080", "idleSeconds": 601.0},
-            "10.180.0.9 is not remembered",
-            2,
         ),
     ],
 )

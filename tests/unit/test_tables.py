@@ -452,7 +452,7 @@ def test_affinity_says_who_goes_where_and_for_how_long() -> None:
     writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1, 2), affinity_seconds=60))))
     for client, kind, backend, seen in (
         (packed("203.0.113.9"), layouts.CLIENT_ADDRESS, 2, 900),
-        ((4026531840).to_bytes(16, "little"), layouts.CLIENT_NETNS, 99, 1000 - 61 * 250),
+        ((4026531840).to_bytes(16, "little"), layouts.CLIENT_NETNS, 99, 1000 - 59 * 250),
     ):
         key = layouts.AFFINITY_KEY.pack(client, 1, kind)
         maps.put("affinity", key, layouts.AFFINITY.pack(backend, 0, seen % 2**64))
@@ -471,10 +471,34 @@ def test_affinity_says_who_goes_where_and_for_how_long() -> None:
             "protocol": "TCP",
             "client": "netns:4026531840",
             "backend": None,
-            "idleSeconds": 61.0,
-            "secondsLeft": 0.0,
+            "idleSeconds": 59.0,
+            "secondsLeft": 1.0,
         },
     ]
+
+
+def test_a_client_whose_time_is_over_is_nobodys() -> None:
+    """To the jiffy, as the programs reckon, also where the count begins anew; its row stays until it is overwritten."""
+    maps = FakeMaps()
+    writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1), affinity_seconds=60))))
+    key = layouts.AFFINITY_KEY.pack(packed("203.0.113.9"), 1, layouts.CLIENT_ADDRESS)
+    for seen in (1_000_000, 2**32 - 10, 3 * 2**32 - 60 * 250):
+        maps.put("affinity", key, layouts.AFFINITY.pack(1, 0, seen))
+        for later, left in ((0, 60.0), (60 * 250 - 1, 0.0), (60 * 250, 0.0), (60 * 250 + 1, None), (90 * 250, None)):
+            now = (seen + later) % 2**32
+            found = Inspector(maps, (), lambda now=now: now).tables("affinity")  # type: ignore[misc]
+            assert [item["secondsLeft"] for item in found] == ([] if left is None else [left]), (seen, later)
+    assert len(maps.tables["affinity"]) == 1
+
+
+def test_a_client_of_a_service_that_keeps_none_is_nobodys() -> None:
+    """Until the next sync has forgotten it."""
+    maps = FakeMaps()
+    writer(maps).sync(RouteTable(both(frontend(1), route(to=backends(1)))))
+    for service in (1, 2):
+        key = layouts.AFFINITY_KEY.pack(packed("203.0.113.9"), service, layouts.CLIENT_ADDRESS)
+        maps.put("affinity", key, layouts.AFFINITY.pack(1, 0, 1000))
+    assert Inspector(maps, (), lambda: 1000).tables("affinity") == []
 
 
 def test_maglev_says_how_much_each_backend_has() -> None:

@@ -31,9 +31,17 @@ class Clock(NamedTuple):
     now: int
     second: int
 
+    def ticks_since(self, then: int) -> int:
+        """Jiffies, in which the programs count."""
+        return (self.now - then) & 0xFFFFFFFF
+
+    def seconds(self, ticks: int) -> float:
+        """As published."""
+        return round(ticks / self.second, 1)
+
     def since(self, then: int) -> float:
-        """Seconds."""
-        return round(((self.now - then) & 0xFFFFFFFF) / self.second, 1)
+        """Seconds, as published."""
+        return self.seconds(self.ticks_since(then))
 
 
 class Owner(NamedTuple):
@@ -95,14 +103,18 @@ def flow_items(keys: bytes, values: bytes, names: Mapping[int, ServicePortName],
 def affinity_items(
     keys: bytes, values: bytes, owners: Mapping[int, Owner], backends: bytes, clock: Clock
 ) -> list[Item]:
-    """One item per client that a Service remembers. A client of the socket path is a network namespace, named by its
-    cookie. `backend` is null where it has gone; `secondsLeft` is 0 where the client would be forgotten by now."""
+    """One item per client that a Service remembers: one whose time is over (to the jiffy, as bpf/affinity.h reckons)
+    has a row until somebody needs the place, and is nobody's. A client of the socket path is a network namespace, named
+    by its cookie. `backend` is null where it has gone."""
     items: list[Item] = []
     for (client, service, kind), (backend, _, seen) in zip(
         AFFINITY_KEY.iter_unpack(keys), AFFINITY.iter_unpack(values), strict=True
     ):
         owner = owners.get(service, Owner(None, "", 0))
-        idle = clock.since(seen)
+        idle = clock.ticks_since(seen)
+        left = owner.affinity * clock.second - idle
+        if left < 0 or not owner.affinity:
+            continue
         cookie = int.from_bytes(client[:8], "little")
         items.append(
             {
@@ -110,8 +122,8 @@ def affinity_items(
                 "protocol": owner.protocol,
                 "client": f"netns:{cookie}" if kind == CLIENT_NETNS else unpack_address(client),
                 "backend": _backend(backends, backend, service),
-                "idleSeconds": idle,
-                "secondsLeft": max(0.0, round(owner.affinity - idle, 1)),
+                "idleSeconds": clock.seconds(idle),
+                "secondsLeft": clock.seconds(left),
             }
         )
     return sorted(items, key=lambda item: (str(item["service"]), str(item["protocol"]), str(item["client"])))

@@ -96,23 +96,28 @@ def _ends(raw: bytes) -> tuple[Ends | None, int]:
     )
 
 
-def recent(chains: Mapping[str, Item]) -> list[Item]:
-    """Who is remembered for each backend: an item of `chains` by KUBE-SEP-…, with client and idle time. Raises
-    OSError."""
+def recent(chains: Mapping[str, tuple[Item, int]]) -> list[Item]:
+    """Who is remembered for each backend: `chains` has, by KUBE-SEP-…, an item, which gets client and idle time, and
+    for how many seconds a client is remembered. Raises OSError."""
     now, hertz = _jiffies()
     found = []
-    for chain, item in chains.items():
+    for chain, (item, seconds) in chains.items():
         try:
             text = (_RECENT / chain).read_text()
         except FileNotFoundError:
             continue  # it comes with the rule, and the rule may have gone
-        for line in text.splitlines():
-            seen = _SEEN.match(line)
-            if seen:
-                idle = ((now - int(seen[2])) & 0xFFFFFFFF) / hertz
-                client = str(ipaddress.ip_address(seen[1]))  # of IPv6 it says every digit
-                found.append({**item, "client": client, "idleSeconds": round(idle, 1)})
+        for client, idle in clients(text, now, seconds * hertz):
+            found.append({**item, "client": client, "idleSeconds": round(idle / hertz, 1)})
     return found
+
+
+def clients(text: str, now: int, timeout: int) -> Iterator[tuple[Address, int]]:
+    """The clients of a list of xt_recent, and for how long they have been away, all in jiffies. Those who have for
+    longer than the timeout stand there until the rule is asked again, and are left out: it matches up to the jiffy."""
+    for seen in map(_SEEN.match, text.splitlines()):
+        idle = (now - int(seen[2])) & 0xFFFFFFFF if seen else 0
+        if seen and idle <= timeout:
+            yield str(ipaddress.ip_address(seen[1])), idle  # of IPv6 it says every digit
 
 
 def _jiffies() -> tuple[int, int]:

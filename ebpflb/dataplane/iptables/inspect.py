@@ -153,9 +153,9 @@ def _flows(routes: RouteTable, tools: Iterable[Iptables]) -> list[Item]:
 
 def _affinity(routes: RouteTable) -> list[Item]:
     """Which client was sent to which backend, and how long ago."""
-    sticky = {route.service for route in routes.values() if route.affinity_seconds}
-    chains: dict[str, Item] = {
-        chain: {"service": _service(service), "backend": _endpoint(backend.address, backend.port)}
+    sticky = {route.service: route.affinity_seconds for route in routes.values() if route.affinity_seconds}
+    chains: dict[str, tuple[Item, int]] = {
+        chain: ({"service": _service(service), "backend": _endpoint(backend.address, backend.port)}, sticky[service])
         for chain, (service, backend) in _endpoints(routes).items()
         if service in sticky
     }
