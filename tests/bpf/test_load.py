@@ -263,6 +263,87 @@ def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place
         os.close(foreign)
 
 
+@pytest.fixture
+def elsewhere(place: Place) -> Iterator[Place]:
+    """The same cgroup with another pin directory."""
+    hierarchy = cgroup2()
+    assert hierarchy is not None
+    made = Place(hierarchy)
+    made.cgroup.rmdir()
+    made.cgroup = place.cgroup
+    yield made
+    pins.remove_all(made.bpffs)
+
+
+def run_as(programs: Programs, netns: int) -> None:
+    """Load and attach over settings of that network namespace, as a daemon that ends."""
+    try:
+        programs.open()
+        row = struct.pack("=Q", netns).ljust(syscall.map_info(programs.maps["settings"]).value_size, b"\0")
+        syscall.update(programs.maps["settings"], bytes(4), row)
+        programs.attach()
+    finally:
+        programs.close()
+
+
+def test_what_an_ebpflb_with_other_pins_left_is_replaced(
+    place: Place, elsewhere: Place, small: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its programs would run before ours, by rows that nobody keeps. It is said once whose they were."""
+    run_as(elsewhere.programs(small), 7)
+    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
+    cgroup = os.open(place.cgroup, os.O_RDONLY)
+    link = syscall.link_create(foreign, cgroup, 10)
+    try:
+        caplog.clear()
+        for _ in range(2):
+            run_as(place.programs(small, 7), 7)
+        ours = place.ids(pins.PROGRAMS)
+        assert set(place.attached()[10]) == {ours["connect4"], syscall.prog_info(foreign).id}
+        assert all(
+            place.attached()[hook.attach_type] == (ours[name],)
+            for name, hook in CGROUP_HOOKS.items()
+            if name != "connect4"
+        )
+    finally:
+        for fd in (link, cgroup, foreign):
+            os.close(fd)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"cgroup {place.cgroup}: replaced the socket programs of the ebpflb with --bpffs {elsewhere.bpffs}, "
+        "whose daemon is gone"
+    ]
+
+
+def test_an_ebpflb_of_another_network_namespace_at_the_same_cgroup_is_named(
+    place: Place, elsewhere: Place, small: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be alive: both run."""
+    run_as(elsewhere.programs(small), 8)
+    caplog.clear()
+    run_as(place.programs(small, 7), 7)
+    both = (elsewhere.ids(pins.PROGRAMS), place.ids(pins.PROGRAMS))
+    assert place.attached() == {
+        hook.attach_type: tuple(ids[name] for ids in both) for name, hook in CGROUP_HOOKS.items()
+    }
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"the ebpflb with --bpffs {elsewhere.bpffs}, in another network namespace" in said and "--cgroup" in said
+
+
+def test_an_ebpflb_whose_pins_are_gone_is_told_so(
+    place: Place, elsewhere: Place, small: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_as(elsewhere.programs(small), 7)
+    held = [syscall.obj_get(str(elsewhere.bpffs / pins.LINKS / name)) for name in CGROUP_HOOKS]
+    for path in sorted(elsewhere.bpffs.glob("*/*")):
+        path.unlink()
+    caplog.clear()
+    run_as(place.programs(small, 7), 7)
+    for fd in held:
+        os.close(fd)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "an ebpflb that has no pins here" in said
+
+
 @pytest.mark.parametrize("where", ["at the cgroup", "above it"])
 def test_a_program_that_tolerates_no_other_is_named(place: Place, small: Artifact, where: str) -> None:
     foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)

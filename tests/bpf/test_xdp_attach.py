@@ -447,10 +447,12 @@ def test_a_link_that_somebody_detached_or_unpinned_is_noticed_and_made_again(nod
         assert node.running_on("eth0") == ((GENERIC, daemon.program),)
 
 
-def test_what_another_instance_left_behind_is_taken_over(node: Node) -> None:
-    """Its daemon is gone (a second one cannot run here), its pins are somewhere else: two never run on one device."""
-    with node.running(GENERIC) as first:
-        pass
+def test_what_another_instance_left_behind_is_taken_over(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """Its daemon is gone (a second one cannot run here), its pins are somewhere else: two never run on one device. It
+    is said whose place ours has taken."""
+    older = node.own(program("ebpflb_xdp"))
+    with node.running(GENERIC, program=older) as first:
+        pins.put(older, node.bpffs / pins.PROGRAMS / "xdp_ingress")
     elsewhere = node.bpffs
     node.bpffs = Path(f"{elsewhere}-other")
     pins.prepare(node.bpffs)
@@ -459,6 +461,11 @@ def test_what_another_instance_left_behind_is_taken_over(node: Node) -> None:
             assert second.program != first.program
             assert node.running_on("eth0") == ((GENERIC, second.program),)
             assert second.devices.intact()
+            second.devices.audit()
+        said = [record.getMessage() for record in caplog.records if "replaced the XDP" in record.getMessage()]
+        assert said == [
+            f"device eth0: replaced the XDP program of the ebpflb with --bpffs {elsewhere}, whose daemon is gone"
+        ]
     finally:
         pins.remove_all(elsewhere)
 

@@ -2,7 +2,8 @@
 
 Rules of this file: every step may be done again and changes nothing that is right already. Programs and maps belong
 together: maps of another shape are replaced as a whole, and programs with them, while the old programs, attached
-still, go on with the old maps until `attach` replaces each in one step. Nobody else's program is ever detached.
+still, go on with the old maps until `attach` replaces each in one step. Nobody else's program is ever detached, but
+those that an ebpflb of the same network namespace left at the cgroup with pins elsewhere: see `others`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf import others, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, MapSpec, Program
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX, PROG_TYPE_XDP
 from ebpflb.dataplane.bpf.facts import cgroup2_root, filesystem_of, has_xdp_frags
@@ -49,6 +50,7 @@ class Programs:
         self._maps: dict[str, int] = {}
         self._programs: dict[str, int] = {}
         self._refused: dict[str, str] = {}
+        self._looked = False
 
     @property
     def maps(self) -> Mapping[str, int]:
@@ -185,9 +187,39 @@ class Programs:
         cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             wanted = [program for program in self._artifact.programs.values() if program.name in CGROUP_HOOKS]
-            return sum(self._attach(program, cgroup, directory) for program in wanted)
+            changed = sum(self._attach(program, cgroup, directory) for program in wanted)
+            self._succeed(cgroup, directory)
+            return changed
         finally:
             os.close(cgroup)
+
+    def _succeed(self, cgroup: int, directory: Path) -> None:
+        """What another ebpflb left at this cgroup ends, once, now that ours run: the kernel runs the older ones first,
+        and sockets would be led by rows that nobody keeps any more."""
+        if self._looked:
+            return
+        self._looked = True
+        hooks = CGROUP_HOOKS.items()
+        try:
+            maps = {syscall.map_info(fd).id for fd in self._maps.values()}
+            running = [(name, id) for name, hook in hooks for id in syscall.prog_query(cgroup, hook.attach_type)[1]]
+            found = others.among(running, maps, self._bpffs)
+            left = [other for other in found if other.netns == self._netns]
+            others.end(os.fstat(cgroup).st_ino, left)
+        except OSError as error:
+            log.warning("cgroup %s: whether another ebpflb was here cannot be seen: %s", directory, error.strerror)
+            return
+        if left:
+            log.warning(
+                "cgroup %s: replaced the socket programs of %s, whose daemon is gone", directory, others.described(left)
+            )
+        beside = [other for other in found if other not in left]
+        if beside:
+            log.warning(
+                "cgroup %s: the socket programs of %s, in another network namespace, lead the same sockets: give each "
+                "ebpflb a --cgroup of its own",
+                directory, others.described(beside),
+            )  # fmt: skip
 
     def _attach(self, program: Program, cgroup: int, directory: Path) -> bool:
         path = self._bpffs / pins.LINKS / program.name

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf import others, pins, syscall
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
 from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, carries_vlans, wish
 from ebpflb.dataplane.bpf.xdp_features import Features, sends
@@ -282,10 +282,23 @@ class Xdp:
             os.close(found)
             found = None
         if found is None and is_ours(link):
+            self._tell_of_another(link)
             found = find(link)
         if found is not None:
             self._links[link.ifindex] = found
         return found
+
+    def _tell_of_another(self, link: Link) -> None:
+        """Say whose a program is that bears our name, and is not pinned here: its daemon is gone, and ours has it from
+        now on."""
+        if self._program is None:
+            return
+        maps = frozenset(syscall.prog_info(self._program).map_ids)
+        found = others.among((("xdp_ingress", program) for _, program in link.xdp), maps, self._directory)
+        if found:
+            log.warning(
+                "device %s: replaced the XDP program of %s, whose daemon is gone", link.name, others.described(found)
+            )
 
     def _detach(self, index: int) -> None:
         """Whatever of ours runs on a device ends, at once and not when the kernel comes to it; also where the device is
