@@ -1,9 +1,10 @@
 """The boxes that tests share: each is set up once for all tests that run in it, and tidied after each of them.
 
 A test that takes `box` runs in every proxy mode, one that takes `rest` in the modes and topologies that the others do
-without, `own` is for tests that take daemons down. Two markers say otherwise of a test or a file:
+without, `own` is for tests that take daemons down. Three markers say otherwise of a test or a file:
 
     @pytest.mark.dataplanes("bpf")        it is about these dataplanes only
+    @pytest.mark.modes("bpf-clsact")      it is about these modes only
     @pytest.mark.needs("affinity")    it is left out where ebpflb/dataplane/limits.py has this limit, nowhere else
 """
 
@@ -21,6 +22,7 @@ from tests.box.box import NODES, Box
 from tests.box.clients import Answer
 from tests.box.modes import (
     BPF,
+    CLSACT,
     IPTABLES_LEGACY,
     IPTABLES_NFT,
     IPVS,
@@ -53,7 +55,7 @@ BOXES = [
     Setting(IPTABLES_NFT, Cni.ROUTED, Join.ROUTES),
 ]
 REST = [
-    Setting(BPF, Cni.ROUTED, Join.VXLAN),
+    Setting(CLSACT, Cni.ROUTED, Join.VXLAN),
     Setting(BPF, Cni.BRIDGE, Join.ROUTES),
     Setting(XDP_NATIVE, Cni.BRIDGE, Join.VXLAN),
     Setting(IPTABLES_LEGACY, Cni.BRIDGE, Join.VXLAN, hairpin=True),
@@ -88,6 +90,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _concerns(test: pytest.Item, mode: Mode) -> bool:
     only = test.get_closest_marker("dataplanes")
     if only is not None and mode.dataplane not in only.args:
+        return False
+    named = test.get_closest_marker("modes")
+    if named is not None and mode.name not in named.args:
         return False
     return not any(limited(mode.dataplane, code) for marker in test.iter_markers("needs") for code in marker.args)
 

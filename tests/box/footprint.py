@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ebpflb.dataplane.bpf import tcx
 from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Cluster
 
@@ -36,7 +37,7 @@ class Footprint(NamedTuple):
 
 
 def footprint_of(cluster: Cluster, name: str) -> Footprint:
-    """A node's links, qdiscs, filters, rules, sets, routes, sysctls, cgroup attachments, and pins."""
+    """A node's links, qdiscs, filters, programs, rules, sets, routes, sysctls, cgroup attachments, and pins."""
     node = cluster.nodes[name]
 
     def said(*argv: str) -> str:
@@ -55,6 +56,8 @@ def footprint_of(cluster: Cluster, name: str) -> Footprint:
         parts[f"link {device}"] = json.dumps(link, sort_keys=True)
         for side in ("ingress", "egress"):
             parts[f"filters {device} {side}"] = cluster.run(node, ["tc", "filter", "show", "dev", device, side]).stdout
+        with namespaces.inside(node.namespace):
+            parts[f"tcx {device}"] = str(tcx.running(link["ifindex"]))
     for what, argv in {
         "addresses": ("ip", "-o", "address"),
         "routes": ("ip", "route", "show", "table", "all"),

@@ -61,17 +61,23 @@ class Mode(Protocol):
         """A number that grows whenever a node translates something."""
 
 
+def _without(what: str) -> tuple[str, ...]:
+    """Under which a kernel seems older than it is; see without.py."""
+    return (sys.executable, str(Path(__file__).with_name("without.py")), what)
+
+
 class Bpf:
     """Socket and packet programs; with `xdp` (`native` or `generic`), also before the stack. "" says nothing of XDP,
-    and then none runs: not on a veth. `around`: from pod to pod around the stack."""
+    and then none runs: not on a veth. `around`: from pod to pod around the stack. Without `tcx` the packet programs are
+    filters, as before Linux 6.6."""
 
     dataplane = "bpf"
     variant = None
-    under = ()
     ways = ("socket", "packet")
 
-    def __init__(self, xdp: str = "", *, around: bool = False) -> None:
-        self.name = f"bpf-xdp-{xdp}" if xdp else "bpf-around" if around else "bpf"
+    def __init__(self, xdp: str = "", *, around: bool = False, tcx: bool = True) -> None:
+        self.name = f"bpf-xdp-{xdp}" if xdp else "bpf-around" if around else "bpf" if tcx else "bpf-clsact"
+        self.under = () if tcx else _without("tcx")
         self.options = (
             *("--dataplane", "bpf"),
             *(("--xdp", xdp) if xdp else ()),
@@ -131,6 +137,7 @@ def kernel_has_ipvs() -> bool:
 
 
 BPF = Bpf()
+CLSACT = Bpf(tcx=False)
 AROUND = Bpf(around=True)
 XDP_NATIVE, XDP_GENERIC, XDP_OFF = Bpf("native"), Bpf("generic"), Bpf("off")
 IPTABLES_NFT = Netfilter("iptables-nft", "iptables", "nft")
@@ -140,9 +147,7 @@ IPVS = Netfilter("ipvs", "ipvs", "nft")
 # Machines on which the choice falls on the next best.
 _NEXT = "ipvs" if kernel_has_ipvs() else "iptables"
 _HIDE = 'for each in /usr/lib/python3/dist-packages /var/cache; do mount -t tmpfs none $each || exit; done; exec "$@"'
-KERNEL_WITHOUT_BPF = Netfilter(
-    "kernel-without-bpf", _NEXT, "nft", (sys.executable, str(Path(__file__).with_name("without_bpf.py")))
-)
+KERNEL_WITHOUT_BPF = Netfilter("kernel-without-bpf", _NEXT, "nft", _without("bpf"))
 MACHINE_WITHOUT_BCC = Netfilter(
     "machine-without-bcc", _NEXT, "nft", ("unshare", "--mount", "sh", "-c", _HIDE, "without")
 )

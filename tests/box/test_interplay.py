@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import syscall, tcx
+from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Node
 from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target
@@ -23,6 +24,7 @@ FORBIDDEN = 4711
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 CGROUP_INET4_CONNECT = 10
+TCX_INGRESS = 46
 
 
 def forbid_a_port() -> bytes:
@@ -91,27 +93,35 @@ def held_back(box: Box, node: str) -> Iterator[None]:
         os.kill(daemon.pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("first", "preference"), [("theirs_first", 1), ("ours_first", 50_000)])
-def test_another_clsact_filter(box: Box, family: str, first: str, preference: int) -> None:
+@pytest.mark.parametrize("where", ["tcx", "clsact"])
+@pytest.mark.parametrize("first", ["theirs_first", "ours_first"])
+def test_another_packet_program(box: Box, family: str, first: str, where: str) -> None:
     """Theirs drops one port on its way in; ours serves the rest, whoever came first."""
+    if where == "tcx" and not tcx.supported():
+        where = "clsact"
+    preference = 1 if first == "theirs_first" else 50_000
     web = box.service("b1")
     node = box.cluster.nodes["node1"]
     device = "veth-shared"
     pin = box.cluster.bpffs / "somebody"
     program = syscall.prog_load(PROG_TYPE_SCHED_CLS, drop_a_port(family), "somebody")
     syscall.obj_pin(program, str(pin))
-    os.close(program)
 
     def attach_theirs() -> None:
-        where = ["dev", device, "ingress", "pref", str(preference)]
-        done = box.cluster.run(node, ["tc", "filter", "add", *where, "bpf", "direct-action", "object-pinned", str(pin)])
+        if where == "tcx":
+            with namespaces.inside(node.namespace):
+                syscall.prog_attach(program, socket.if_nametoindex(device), TCX_INGRESS)
+            return
+        # Where ours runs as a filter too, it has made the qdisc, unless theirs came first.
+        box.cluster.run(node, ["tc", "qdisc", "add", "dev", device, "clsact"])
+        place = ["dev", device, "ingress", "pref", str(preference)]
+        done = box.cluster.run(node, ["tc", "filter", "add", *place, "bpf", "direct-action", "object-pinned", str(pin)])
         assert done.returncode == 0, done.stderr
 
     try:
         if first == "theirs_first":
             with held_back(box, "node1"):
                 pod = box.cluster.add_pod("node1", "shared", sandboxed=True)
-                assert box.cluster.run(node, ["tc", "qdisc", "add", "dev", device, "clsact"]).returncode == 0
                 attach_theirs()
         else:
             pod = box.cluster.add_pod("node1", "shared", sandboxed=True)
@@ -126,6 +136,7 @@ def test_another_clsact_filter(box: Box, family: str, first: str, preference: in
     finally:
         box.cluster.remove_pod("shared")
         pin.unlink()
+        os.close(program)
 
 
 def served_soon(box: Box, client: str, to: Target) -> None:

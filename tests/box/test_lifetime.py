@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from ebpflb.routes import RouteTable
-from tests.box.box import SLO, Box
+from tests.box.box import Box
 from tests.box.clients import Target
 from tests.box.footprint import footprint_of
 from tests.box.services import TARGET, ServiceInBox, leaving
@@ -149,24 +149,6 @@ def test_should_not_have_connectivity_disruption_during_rolling_update_with_exte
         own.servers.stop(name, TARGET)
         own.cluster.remove_pod(name)
     assert {each.what: dict(each.failures) for each in traffic if each.success < 0.99} == {}
-
-
-@pytest.mark.dataplanes("bpf")
-def test_what_somebody_else_removes_is_put_back(own: Box, family: str) -> None:
-    web = own.service("b1", kinds=["NodePort"])
-    node = own.cluster.nodes["node1"]
-    for argv in (
-        ["tc", "filter", "delete", "dev", "eth0", "ingress"],
-        ["tc", "qdisc", "delete", "dev", "eth0", "clsact"],
-    ):
-        assert own.cluster.run(node, argv).returncode == 0
-        deadline = time.monotonic() + SLO
-        while str(got := own.clients.ask(own.place("outside"), web.node_port("node1", family), "UDP", patience=0.2)):
-            if str(got).startswith("b1"):
-                break
-            assert time.monotonic() < deadline, got
-        own.expect("outside", to=web.node_port("node1", family)).reaches("b1").sees_source("node1")
-        own.check()
 
 
 def test_cleanup_leaves_no_trace_and_touches_no_other_instance(own: Box, family: str, pod: str) -> None:

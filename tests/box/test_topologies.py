@@ -4,10 +4,15 @@ machine without its compiler, where `--dataplane auto` falls to the next."""
 from __future__ import annotations
 
 import json
+import socket
+import time
 
 import pytest
 
-from tests.box.box import Box
+from ebpflb.dataplane.bpf import tc, tcx
+from ebpflb.demo import namespaces
+from tests.box.box import SLO, Box
+from tests.box.modes import CLSACT
 from tests.box.servers import pattern
 from tests.box.test_affinity import STICKY
 from tests.box.test_flows import preserve_udp_traffic
@@ -129,3 +134,33 @@ def test_a_dataplane_asked_for_by_name_never_falls_back(rest: Box) -> None:
     else:
         assert (check.returncode, "bpf would carry services here" in check.stdout) == (0, True)
     assert rest.kernel.inventory("node1") == before
+
+
+@pytest.mark.dataplanes("bpf")
+def test_packet_programs_run_where_the_kernel_has_them(rest: Box) -> None:
+    """At tcx, or as filters on an older kernel; never as both, or a packet would pass twice."""
+    node = rest.cluster.nodes["node1"]
+    with namespaces.inside(node.namespace):
+        at_tcx = {each.side for each in tcx.running(socket.if_nametoindex("eth0"))}
+    filters = {
+        side
+        for side, name in ((tc.INGRESS, "ingress"), (tc.EGRESS, "egress"))
+        if "ebpflb" in rest.cluster.run(node, ["tc", "filter", "show", "dev", "eth0", name]).stdout
+    }
+    both = {tc.INGRESS, tc.EGRESS}
+    modern = tcx.supported() and rest.mode is not CLSACT
+    assert (at_tcx, filters) == ((both, set()) if modern else (set(), both))
+
+
+@pytest.mark.modes("bpf-clsact")
+@pytest.mark.parametrize("damage", ["filter delete dev eth0 ingress", "qdisc delete dev eth0 clsact"])
+def test_filters_that_somebody_removes_are_put_back_at_once(rest: Box, family: str, damage: str) -> None:
+    web = rest.service("b1", kinds=["NodePort"])
+    assert rest.cluster.run(rest.cluster.nodes["node1"], ["tc", *damage.split()]).returncode == 0
+    deadline = time.monotonic() + SLO
+    while str(got := rest.clients.ask(rest.place("outside"), web.node_port("node1", family), "UDP", patience=0.2)):
+        if str(got).startswith("b1"):
+            break
+        assert time.monotonic() < deadline, got
+    rest.expect("outside", to=web.node_port("node1", family)).reaches("b1").sees_source("node1")
+    rest.check()

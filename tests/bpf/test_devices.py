@@ -1,21 +1,24 @@
-"""Devices in a network namespace of their own: who gets our filters and rows, when, beside whom, and what is left.
+"""Devices in a network namespace of their own: who gets our programs and rows, when, beside whom, and what is left.
 
-Rules of this file: nothing touches the machine's own devices. Waiting is for a condition, with a deadline.
+Rules of this file: nothing touches the machine's own devices. Waiting is for a condition, with a deadline. Programs run
+at tcx and as filters of clsact in turn, but for what only one of the two has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import assembly, syscall, tc
+from ebpflb.dataplane.bpf import assembly, syscall, tc, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
@@ -30,10 +33,17 @@ DEADLINE = 5.0
 NONE = bytes(16)
 
 
-class Loaded:
-    """The two tc programs over maps of their own."""
+OURS = (("ingress", "ebpflb_ingress"), ("egress", "ebpflb_egress"))
+TCX_INGRESS, TCX_EGRESS = 46, 47
+SIDES = {"ingress": tc.INGRESS, "egress": tc.EGRESS}
 
-    def __init__(self, artifact: Artifact) -> None:
+
+class Loaded:
+    """The two tc programs over maps of their own, which are to run at tcx or as filters."""
+
+    def __init__(self, artifact: Artifact, with_tcx: bool) -> None:
+        self.with_tcx = with_tcx
+        self.clsact = 0 if with_tcx else DEVICE_CLSACT
         sizes = {"slots": 64, "backends": 64, "flows": 1024, "sockets": 64, "fragments": 64}
         self.artifact = artifact
         self.maps = {
@@ -58,7 +68,19 @@ class Loaded:
         return Rows(self.maps["devices"], self.layout)
 
     def devices(self, *patterns: str) -> Devices:
-        return Devices(self.ingress, self.egress, self.maps["devices"], self.layout, patterns)
+        return Devices(
+            self.ingress, self.egress, self.maps["devices"], self.layout, patterns, with_tcx=self.with_tcx
+        )  # fmt: skip
+
+    def runs(self, namespace: Namespace, device: str) -> tuple[tuple[str, str], ...]:
+        """Our programs on a device, each with its side."""
+        index = namespace.index(device)
+        if not self.with_tcx:
+            shown = {side: namespace.filters(device, side) for side, _ in OURS}
+            return tuple((side, name) for side, name in OURS if f"{name} direct-action" in shown[side])
+        with namespace.entered():
+            found = tcx.running(index)
+        return tuple((side, each.name) for side in SIDES for each in found if each.side == SIDES[side])
 
     def close(self) -> None:
         for fd in (*self.maps.values(), self.ingress, self.egress):
@@ -73,23 +95,39 @@ def namespace() -> Iterator[Namespace]:
     made.remove()
 
 
-@pytest.fixture
-def loaded(artifact: Artifact) -> Iterator[Loaded]:
+def loaded_for(artifact: Artifact, with_tcx: bool) -> Iterator[Loaded]:
+    if with_tcx and not tcx.supported():
+        pytest.skip("this kernel has no tcx")
     syscall.raise_memlock_limit()
-    made = Loaded(artifact)
+    made = Loaded(artifact, with_tcx)
     yield made
     made.close()
+
+
+@pytest.fixture(params=["tcx", "clsact"])
+def loaded(artifact: Artifact, request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    yield from loaded_for(artifact, request.param == "tcx")
+
+
+@pytest.fixture
+def filtering(artifact: Artifact) -> Iterator[Loaded]:
+    yield from loaded_for(artifact, False)
+
+
+@pytest.fixture
+def modern(artifact: Artifact) -> Iterator[Loaded]:
+    yield from loaded_for(artifact, True)
 
 
 @contextlib.contextmanager
 def running(namespace: Namespace, loaded: Loaded, *patterns: str) -> Iterator[Devices]:
     with namespace.entered():
         devices = loaded.devices(*patterns)
-    try:
-        devices.sync()
-        yield devices
-    finally:
-        devices.close()
+        try:
+            devices.sync()
+            yield devices
+        finally:
+            devices.close()
 
 
 def until(devices: Devices, condition: Callable[[], bool], seen: Callable[[], object]) -> None:
@@ -112,10 +150,8 @@ def test_edges_are_attached_and_nothing_else(namespace: Namespace, loaded: Loade
         assert devices.attached() == ("eth0", "far", "pod1", "pod1-in", "vx")
         assert devices.problems() == ()
         for name in devices.attached():
-            for side, program in (("ingress", "ebpflb_ingress"), ("egress", "ebpflb_egress")):
-                shown = namespace.filters(name, side)
-                assert f"pref 1 bpf chain 0 handle 0xeb {program} direct-action" in shown, shown
-        assert namespace.filters("cni0", "ingress") == ""
+            assert loaded.runs(namespace, name) == OURS
+        assert loaded.runs(namespace, "cni0") == ()
 
 
 def test_patterns_narrow_the_nodes_devices_only(namespace: Namespace, loaded: Loaded) -> None:
@@ -134,7 +170,7 @@ def test_device_that_appears_later_is_attached_at_once_and_forgotten_when_gone(
         namespace.ip("link add late type veth peer name late-in")
         until(devices, lambda: devices.attached() == ("late", "late-in"), devices.attached)
         index = namespace.index("late")
-        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT, 1500, namespace.mac("late"))
+        assert loaded.rows().get(index) == Row(NONE, NONE, loaded.clsact, 1500, namespace.mac("late"))
         namespace.ip("link del late")
         until(devices, lambda: devices.attached() == (), devices.attached)
         assert loaded.rows().get(index) is None
@@ -159,13 +195,13 @@ def test_rows_follow_addresses(namespace: Namespace, loaded: Loaded) -> None:
         return found and found[:3]
 
     with running(namespace, loaded) as devices:
-        assert row("eth0") == (packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("eth0") == (packed("192.168.0.2"), packed("fd00::2"), loaded.clsact)
         # A bridge's port has the bridge's address, and where it has none, one of the node's.
-        assert row("pod1") == (packed("10.1.0.1"), packed("fd00::2"), DEVICE_CLSACT)
-        assert row("far") == (packed("192.168.0.2"), packed("fd00::2"), DEVICE_CLSACT)
+        assert row("pod1") == (packed("10.1.0.1"), packed("fd00::2"), loaded.clsact)
+        assert row("far") == (packed("192.168.0.2"), packed("fd00::2"), loaded.clsact)
         namespace.ip("addr del 192.168.0.2/24 dev eth0")
         namespace.ip("addr add 192.168.9.9/24 dev eth0")
-        wanted = (packed("192.168.9.9"), packed("fd00::2"), DEVICE_CLSACT)
+        wanted = (packed("192.168.9.9"), packed("fd00::2"), loaded.clsact)
         until(devices, lambda: row("eth0") == wanted, lambda: row("eth0"))
 
 
@@ -173,9 +209,9 @@ def test_rows_follow_mtu_and_mac(namespace: Namespace, loaded: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     index = namespace.index("eth0")
     with running(namespace, loaded) as devices:
-        assert loaded.rows().get(index) == Row(NONE, NONE, DEVICE_CLSACT, 1500, namespace.mac("eth0"))
+        assert loaded.rows().get(index) == Row(NONE, NONE, loaded.clsact, 1500, namespace.mac("eth0"))
         namespace.ip("link set eth0 mtu 1400 address 02:00:00:00:00:07")
-        wanted = Row(NONE, NONE, DEVICE_CLSACT, 1400, bytes.fromhex("020000000007"))
+        wanted = Row(NONE, NONE, loaded.clsact, 1400, bytes.fromhex("020000000007"))
         until(devices, lambda: loaded.rows().get(index) == wanted, lambda: loaded.rows().get(index))
 
 
@@ -251,7 +287,7 @@ def counting_program(map: int) -> int:
     return syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "foreign")
 
 
-def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) -> None:
+def test_foreign_filter_is_kept_and_works(namespace: Namespace, filtering: Loaded) -> None:
     """Somebody counts IPv4 packets at preference 1, which ours cannot share: it stands behind, and both see them."""
     namespace.ip("link add eth0 type veth peer name far")
     namespace.ip("link set eth0 up")
@@ -266,7 +302,7 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) 
         assert tc.add_clsact(other, index)
         tc.put_filter(other, index, tc.INGRESS, 1, 1, foreign, "foreign", replace=False, protocol=ipv4)
         before = (namespace.qdiscs(), namespace.filters("eth0", "ingress"), namespace.filters("eth0", "egress"))
-        with running(namespace, loaded) as devices:
+        with running(namespace, filtering) as devices:
             side = [each for each in tc.filters(other, index) if each.parent == tc.INGRESS]
             assert [(each.preference, each.name) for each in side] == [(1, "foreign"), (2, "ebpflb_ingress")]
             assert devices.audit() == 0
@@ -275,15 +311,15 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) 
             with namespace.entered(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
                 sender.bind(("far", 0))
                 sender.send(packet)
-            counter = struct.pack("=I", loaded.artifact.counters.index("PACKET_TOO_SHORT"))
+            counter = struct.pack("=I", filtering.artifact.counters.index("PACKET_TOO_SHORT"))
 
             def seen() -> tuple[bool, bool]:
-                ours = syscall.lookup(loaded.maps["counters"], counter, syscall.percpu_size(8))
+                ours = syscall.lookup(filtering.maps["counters"], counter, syscall.percpu_size(8))
                 return any(syscall.lookup(cells, bytes(4), 8) or b""), any(ours or b"")
 
             until(devices, lambda: seen() == (True, True), seen)
         with namespace.entered():
-            installed(loaded.rows(), remove=True)
+            installed(filtering.rows(), remove=True)
         after = (namespace.qdiscs(), namespace.filters("eth0", "ingress"), namespace.filters("eth0", "egress"))
         assert after == before
     finally:
@@ -292,7 +328,7 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, loaded: Loaded) 
         os.close(cells)
 
 
-def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, loaded: Loaded) -> None:
+def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, filtering: Loaded) -> None:
     """Another bpf filter holds preference 1 and ends processing: ours shares the preference and comes first."""
     namespace.ip("link add eth0 type veth peer name far")
     terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
@@ -302,11 +338,11 @@ def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, loade
         index = namespace.index("eth0")
         assert tc.add_clsact(other, index)
         tc.put_filter(other, index, tc.INGRESS, 1, 1, terminal, "foreign", replace=False)
-        with running(namespace, loaded):
+        with running(namespace, filtering):
             names = [each.name for each in tc.filters(other, index) if each.parent == tc.INGRESS]
             assert names == ["ebpflb_ingress", "foreign"]
         with namespace.entered():
-            installed(loaded.rows(), remove=True)
+            installed(filtering.rows(), remove=True)
         assert [each.name for each in tc.filters(other, index)] == ["foreign"]
     finally:
         other.close()
@@ -319,11 +355,12 @@ def test_restart_with_the_same_programs_writes_nothing(namespace: Namespace, loa
         pass
     with namespace.entered():
         again = loaded.devices()
-    try:
-        assert again.sync() == 0
-        assert again.attached() == ("eth0", "far")
-    finally:
-        again.close()
+        try:
+            assert again.sync() == 0
+            assert again.attached() == ("eth0", "far")
+            assert again.intact()
+        finally:
+            again.close()
 
 
 def test_changed_program_is_replaced_in_place(namespace: Namespace, loaded: Loaded) -> None:
@@ -332,34 +369,151 @@ def test_changed_program_is_replaced_in_place(namespace: Namespace, loaded: Load
         pass
     os.close(loaded.ingress)
     loaded.ingress = loaded.load("tc_ingress")
-    with namespace.entered():
-        other = Netlink()
-    try:
-        with running(namespace, loaded):
-            found = [each for each in tc.filters(other, namespace.index("eth0")) if each.parent == tc.INGRESS]
-            assert [each.program for each in found] == [syscall.prog_info(loaded.ingress).id]
-            assert [(each.preference, each.handle) for each in found] == [(1, 0xEB)]
-    finally:
-        other.close()
+    with running(namespace, loaded) as devices:
+        assert loaded.runs(namespace, "eth0") == OURS
+        assert devices.intact()
+        if not loaded.with_tcx:
+            assert "pref 1 bpf chain 0 handle 0xeb ebpflb_ingress" in namespace.filters("eth0", "ingress")
 
 
 @pytest.mark.parametrize("damage", ["filter del dev eth0 ingress pref 1", "qdisc del dev eth0 clsact"])
-def test_what_somebody_removes_comes_back(namespace: Namespace, loaded: Loaded, damage: str) -> None:
+def test_filters_that_somebody_removes_come_back_at_once(namespace: Namespace, filtering: Loaded, damage: str) -> None:
     namespace.ip("link add eth0 type veth peer name far")
-    with running(namespace, loaded) as devices:
+    with running(namespace, filtering) as devices:
         namespace.tc(damage)
-        assert "ebpflb" not in namespace.tc("filter show dev eth0 ingress pref 1")
+        assert filtering.runs(namespace, "eth0") != OURS
+        until(
+            devices,
+            lambda: filtering.runs(namespace, "eth0") == OURS,
+            lambda: filtering.runs(namespace, "eth0"),
+        )
 
-        def back() -> bool:
-            return "ebpflb_ingress" in namespace.filters("eth0", "ingress")
 
-        until(devices, back, lambda: namespace.filters("eth0", "ingress"))
+def test_a_program_that_somebody_detached_is_noticed_and_comes_back(namespace: Namespace, modern: Loaded) -> None:
+    """The kernel tells nobody of it."""
+    namespace.ip("link add eth0 type veth peer name far")
+    with running(namespace, modern) as devices:
+        assert devices.intact()
+        syscall.prog_detach(modern.egress, namespace.index("eth0"), TCX_EGRESS)
+        assert not devices.intact()
+        assert devices.audit() == 1
+        assert devices.intact()
+        assert modern.runs(namespace, "eth0") == OURS
 
 
-def test_device_with_an_ingress_qdisc_is_a_problem_until_it_goes(namespace: Namespace, loaded: Loaded) -> None:
+def test_our_program_runs_before_a_foreign_one_which_runs_too(namespace: Namespace, modern: Loaded) -> None:
+    namespace.ip("link add eth0 type veth peer name far")
+    index = namespace.index("eth0")
+    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
+    number = syscall.prog_info(terminal).id
+    try:
+        with running(namespace, modern):
+            pass
+        with namespace.entered():
+            installed(remove=True)
+            syscall.prog_attach(terminal, index, TCX_INGRESS)
+        with running(namespace, modern) as devices:
+            ours = syscall.prog_info(modern.ingress).id
+            assert syscall.prog_query(index, TCX_INGRESS)[1] == (ours, number)
+            assert devices.audit() == 0
+        with namespace.entered():
+            installed(remove=True)
+            assert syscall.prog_query(index, TCX_INGRESS)[1] == (number,)
+    finally:
+        os.close(terminal)
+
+
+def test_filters_of_an_older_version_give_way(namespace: Namespace, modern: Loaded) -> None:
+    """Once ours run at tcx. The qdisc stays until it must go, since its going would cost datagrams; that it is ours is
+    remembered."""
+    namespace.ip("link add eth0 type veth peer name far")
+    before = namespace.qdiscs()
+    modern.with_tcx = False
+    with running(namespace, modern):
+        assert modern.runs(namespace, "eth0") == OURS
+    modern.with_tcx = True
+    for _ in range(2):
+        with running(namespace, modern):
+            assert modern.runs(namespace, "eth0") == OURS
+            assert "ebpflb" not in namespace.filters("eth0", "ingress") + namespace.filters("eth0", "egress")
+    with namespace.entered():
+        promised = installed(modern.rows())
+        assert "qdisc clsact on eth0" in promised
+        assert installed(modern.rows(), remove=True) == promised
+        assert installed(modern.rows()) == ()
+    assert namespace.qdiscs() == before
+
+
+def test_a_thread_in_another_namespace_touches_nothing(namespace: Namespace, modern: Loaded) -> None:
+    """The system calls would mean the device that has the same number there."""
+    namespace.ip("link add eth0 type veth peer name far")
+    with namespace.entered():
+        devices = modern.devices()
+    try:
+        devices.sync()
+        assert devices.attached() == ()
+        assert "another network namespace" in str(devices.problems())
+        with namespace.entered():
+            devices.sync()
+            assert devices.problems() == ()
+            assert devices.attached() == ("eth0", "far")
+    finally:
+        devices.close()
+
+
+def test_programs_come_and_go_without_a_datagram_lost(namespace: Namespace, modern: Loaded) -> None:
+    """A clsact qdisc that comes or goes has the kernel drop what leaves by the device meanwhile."""
+    other = Namespace()
+    try:
+        namespace.ip(f"link add eth0 type veth peer name far netns {other.name}")
+        for side, device, address in ((namespace, "eth0", "192.0.2.1"), (other, "far", "192.0.2.2")):
+            side.ip(f"addr add {address}/24 dev {device}")
+            side.ip(f"link set {device} up")
+        with other.entered():
+            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with namespace.entered():
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with receiver, sender:
+            receiver.bind(("192.0.2.2", 4000))
+            receiver.settimeout(DEADLINE)
+            sender.connect(("192.0.2.2", 4000))
+            sender.send(b"neighbours know each other then")
+            receiver.recv(64)
+            ended = threading.Event()
+            missed: list[int] = []
+
+            def ask() -> None:
+                for number in itertools.count():
+                    sender.send(number.to_bytes(8))
+                    try:
+                        while int.from_bytes(receiver.recv(64)) != number:
+                            pass
+                    except TimeoutError:
+                        missed.append(number)
+                    if ended.is_set():
+                        return
+
+            receiver.settimeout(DEADLINE / 10)
+            asking = threading.Thread(target=ask)
+            asking.start()
+            try:
+                for _ in range(20):
+                    with running(namespace, modern):
+                        assert modern.runs(namespace, "eth0") == OURS
+                    with namespace.entered():
+                        installed(modern.rows(), remove=True)
+            finally:
+                ended.set()
+                asking.join()
+            assert missed == []
+    finally:
+        other.remove()
+
+
+def test_device_with_an_ingress_qdisc_is_a_problem_until_it_goes(namespace: Namespace, filtering: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     namespace.tc("qdisc add dev eth0 ingress")
-    with running(namespace, loaded) as devices:
+    with running(namespace, filtering) as devices:
         assert devices.attached() == ("far",)
         (problem,) = devices.problems()
         assert problem.subject == "device eth0"
@@ -379,16 +533,16 @@ def test_device_without_ethernet_header_is_named(namespace: Namespace, loaded: L
 
 
 @pytest.mark.parametrize("rows_survive", [True, False])
-def test_cleanup_leaves_qdiscs_as_before(namespace: Namespace, loaded: Loaded, rows_survive: bool) -> None:
+def test_cleanup_leaves_qdiscs_as_before(namespace: Namespace, filtering: Loaded, rows_survive: bool) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     namespace.ip("link add used type veth peer name used-in")
     namespace.tc("qdisc add dev used clsact")
     namespace.tc("filter add dev used egress pref 9 protocol ip u32 match u32 0 0")
     before = namespace.qdiscs()
-    with running(namespace, loaded):
+    with running(namespace, filtering):
         pass
     with namespace.entered():
-        rows = loaded.rows() if rows_survive else None
+        rows = filtering.rows() if rows_survive else None
         promised = installed(rows)
         assert installed(rows, remove=True) == promised
         assert "qdisc clsact on eth0" in promised
@@ -397,14 +551,14 @@ def test_cleanup_leaves_qdiscs_as_before(namespace: Namespace, loaded: Loaded, r
     assert namespace.qdiscs() == before
 
 
-def test_empty_clsact_of_somebody_else_stays(namespace: Namespace, loaded: Loaded) -> None:
+def test_empty_clsact_of_somebody_else_stays(namespace: Namespace, filtering: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     namespace.tc("qdisc add dev eth0 clsact")
     before = namespace.qdiscs()
-    with running(namespace, loaded):
+    with running(namespace, filtering):
         pass
-    with running(namespace, loaded):  # a restart still knows
+    with running(namespace, filtering):  # a restart still knows
         pass
     with namespace.entered():
-        installed(loaded.rows(), remove=True)
+        installed(filtering.rows(), remove=True)
     assert namespace.qdiscs() == before

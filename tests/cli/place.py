@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ebpflb.dataplane.bpf import tc, tcx
+from ebpflb.demo import namespaces
 from tests.conftest import CHECKOUT, cgroup2
 
 T = TypeVar("T")
 
+SIDES = {tc.INGRESS: "ingress", tc.EGRESS: "egress"}
 BPFFS = Path("/sys/fs/bpf")
 DEADLINE = 60.0
 _numbers = itertools.count()
@@ -183,17 +187,26 @@ class Place:
         _command("bpftool", "map", "delete", "pinned", path, "key", *(f"{int(part, 16)}" for part in key))
 
     def hooks(self) -> set[tuple[str, str]]:
-        """Device and side of each of our tc programs."""
+        """Device and side of each of our tc programs, at tcx or in a filter."""
         found = set()
-        for link in json.loads(self.ip("-json", "link")):
-            for side in ("ingress", "egress"):
+        links = json.loads(self.ip("-json", "link"))
+        for link in links:
+            for side in SIDES.values():
                 if "ebpflb" in self.command("tc", "filter", "show", "dev", link["ifname"], side):
                     found.add((link["ifname"], side))
+        with namespaces.inside(self.name):
+            found |= {(link["ifname"], SIDES[each.side]) for link in links for each in tcx.running(link["ifindex"])}
         return found
+
+    def detach(self, device: str) -> None:
+        """Take our tc programs from a device, as a careless hand would."""
+        with namespaces.inside(self.name):
+            assert tcx.release(socket.if_nametoindex(device)) == 2
 
     def traces(self) -> set[str]:
         """Everything that a daemon could have left here, one line each."""
         found = {f"pin {path}" for path in self.bpffs.rglob("*")} | ({f"pin {self.bpffs}"} & _existing(self.bpffs))
+        found |= {f"tc program {device} {side}" for device, side in self.hooks()}
         for device in ("lo", "eth0", "peer0"):
             for side in ("ingress", "egress"):
                 shown = self.command("tc", "filter", "show", "dev", device, side)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpflb.dataplane.bpf import tcx
 from tests.cli.place import Place, alive, place_in, until
 
 pytestmark = [pytest.mark.root, pytest.mark.box]
@@ -276,12 +277,16 @@ def test_a_row_that_somebody_removes_comes_back_with_the_next_audit(place: Place
     assert len([line for line in daemon.log.splitlines() if "repaired" in line]) == 1
 
 
-def test_a_filter_that_somebody_removes_comes_back_at_once(place: Place) -> None:
+def test_a_program_that_somebody_detaches_comes_back(place: Place) -> None:
+    """Of filters the kernel tells at once; of programs at tcx it does not."""
     shop(place)
-    place.start("--audit-period", "3600")
+    place.start("--audit-period", "1" if tcx.supported() else "3600")
     hooked = {("eth0", "ingress"), ("eth0", "egress"), ("peer0", "ingress"), ("peer0", "egress")}
     assert place.hooks() == hooked
-    place.command("tc", "qdisc", "del", "dev", "eth0", "clsact")
+    if tcx.supported():
+        place.detach("eth0")
+    else:
+        place.command("tc", "qdisc", "del", "dev", "eth0", "clsact")
     until("hooked again", lambda: place.hooks() == hooked)
 
 

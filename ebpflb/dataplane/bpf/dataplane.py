@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ebpflb.dataplane import Report, Requirement
-from ebpflb.dataplane.bpf import devices, facts, maglev, pins, syscall
+from ebpflb.dataplane.bpf import devices, facts, maglev, pins, syscall, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
@@ -183,6 +183,7 @@ class BpfDataplane:
                 self._patterns,
                 vlans=programs.maps["vlans"],
                 xdp=xdp,
+                with_tcx=tcx.supported(),
             )
             stack.callback(edges.close)
             hertz = facts.jiffies_per_second()
@@ -230,14 +231,14 @@ class BpfDataplane:
         return self._with_hooks(self._started().sync(routes), routes)
 
     def audit(self) -> Report:
-        """Read back rows, links, filters and devices, and repair what differs."""
+        """Read back rows, programs and devices, and repair what differs."""
         report = self._started().audit()
         assert self._programs is not None and self._devices is not None
         try:
             changed = self._programs.repin() + self._programs.attach() + self._devices.audit()
         except (EbpflbError, OSError) as error:
             return _with_problem(report, str(error))
-        log.debug("audit: %d of what was repaired is programs, filters and devices", changed)
+        log.debug("audit: %d of what was repaired is programs and devices", changed)
         return Report(report.written + changed, report.removed, report.failed, report.seconds, report.problems)
 
     def _started(self) -> Writer:
@@ -326,13 +327,13 @@ class BpfDataplane:
                 )
 
     def canary(self) -> bool:
-        """Whether the pins of all maps and links are there (who flushed them flushed all), and XDP is attached."""
+        """Whether the pins of all maps and links are there (who flushed them flushed all), and devices run ours."""
         if not pins.complete(self._bpffs, KEY_VALUE):
             return False
         try:
             return self._devices is None or self._devices.intact()
         except OSError as error:
-            raise ApplyError("devices", "", error.errno or 0, f"XDP links cannot be read: {error.strerror}") from error
+            raise ApplyError("devices", "", error.errno or 0, f"programs cannot be read: {error.strerror}") from error
 
     def retire(self) -> bool:
         """Frontends go, so that no flow begins here; flows stay."""

@@ -4,14 +4,14 @@ Rules of this file: the kernel tells by netlink what has changed, and then the w
 followed step by step, so that nothing can be missed. Only devices that are new, changed or touched by somebody have
 their filters read. A device's failure is its own: it is a Problem, tried again by each `sync`.
 
-Filters: clsact, direct action, handle 0xeb, before everybody else's wherever that is possible (preference 1; also
-among other bpf filters there, where the newest runs first). Our programs end with TC_ACT_UNSPEC, so others' follow.
+The tc programs run at tcx where the kernel has it (`tcx`), else as filters (`clsact`). Of filters the kernel tells when
+somebody touches them; of tcx it does not, and `intact` is asked instead. Our programs end with TC_ACT_UNSPEC, so that
+others' follow.
 
 XDP (`xdp`) comes with the same look at everything: rows are written first, then programs attached, then the bits set
 that tell of them; and the other way round where they go.
 
-The clsact qdisc is removed with our filters only where we made it and nobody else's filter is in it. That we made it is
-a bit in the device's row, which survives us; where the row is lost, a clsact that held our filter alone counts as ours.
+That we made a device's clsact qdisc is a bit in its row, which survives us.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import fnmatch
 import functools
 import logging
 import select
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import syscall, tc, xdp_links
+from ebpflb.dataplane.bpf import clsact, syscall, tc, tcx, xdp_links
 from ebpflb.dataplane.bpf.artifact import Layout
-from ebpflb.dataplane.bpf.constants import DEVICE_BACK, DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PREFIX, TC_HOOKS
+from ebpflb.dataplane.bpf.constants import DEVICE_BACK, DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, TC_HOOKS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows, VlanRows
 from ebpflb.dataplane.bpf.edges import (
     is_edge,
@@ -44,7 +43,6 @@ from ebpflb.rtnetlink import Netlink
 
 log = logging.getLogger(__name__)
 
-_HANDLE = 0xEB
 _GROUPS = (
     rtnetlink.GROUP_LINK,
     rtnetlink.GROUP_TC,
@@ -55,21 +53,12 @@ _GROUPS = (
 )
 
 
-class Hooked(NamedTuple):
-    """A tc program for one side of clsact: its descriptor, id and name."""
-
-    parent: int
-    program: int
-    id: int
-    name: str
-
-
 class Devices:
     """The edge devices of the network namespace in which this was made.
 
     `ingress` and `egress` are descriptors of the tc programs, `map` that of `devices`, `layout` its value's, `vlans`
-    that of `vlans`; `patterns` are those of --devices; `xdp` has the XDP programs and is closed with this. Wait for
-    `fileno()`, then call `handle()`.
+    that of `vlans`; `patterns` are those of --devices; `xdp` has the XDP programs and is closed with this; `with_tcx`
+    says whether the tc programs run at tcx. Wait for `fileno()`, then call `handle()`, in that network namespace.
     """
 
     def __init__(
@@ -82,11 +71,13 @@ class Devices:
         *,
         vlans: int | None = None,
         xdp: Xdp | None = None,
+        with_tcx: bool = False,
     ) -> None:
         self._hooked = (
-            Hooked(tc.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
-            Hooked(tc.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
+            tc.Hooked(tc.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
+            tc.Hooked(tc.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
         )
+        self._tcx = tcx.Tcx(self._hooked) if with_tcx else None
         self._rows = Rows(map, layout)
         self._vlans = VlanRows(vlans) if vlans is not None else None
         self._xdp = xdp
@@ -112,7 +103,7 @@ class Devices:
         return self._ready.fileno()
 
     def close(self) -> None:
-        """Close the sockets; filters, links and rows stay."""
+        """Close the sockets; programs and rows stay."""
         self._ready.close()
         self._events.close()
         self._netlink.close()
@@ -153,7 +144,10 @@ class Devices:
         return self._xdp.told() if self._xdp is not None else ()
 
     def intact(self) -> bool:
-        """Whether the XDP programs that were attached still are. Costs next to nothing."""
+        """Whether the programs that were attached still are, where the kernel does not tell by itself. Costs little.
+        Raises OSError."""
+        if self._tcx is not None and not self._tcx.intact(self._attached):
+            return False
         return self._xdp is None or self._xdp.intact()
 
     def handle(self) -> bool:
@@ -177,7 +171,7 @@ class Devices:
         elif type in rtnetlink.ROUTE_EVENTS:
             if rtnetlink.is_default_route(body):
                 self._stale = self._routes_stale = True
-        elif type in tc.EVENTS and tc.index_of(body) in self._attached:
+        elif self._tcx is None and type in tc.EVENTS and tc.index_of(body) in self._attached:
             self._suspects.add(tc.index_of(body))
 
     def _forget(self) -> None:
@@ -201,8 +195,8 @@ class Devices:
         return self.sync()
 
     def sync(self) -> int:
-        """Attach where it is due, forget what has gone, write the rows that changed; how many filters, links and rows
-        were written. Raises OSError only if netlink itself fails."""
+        """Attach where it is due, forget what has gone, write the rows that changed; how many programs and rows were
+        written. Raises OSError only if netlink itself fails."""
         suspects, self._suspects = self._suspects, set()
         self._stale = False
         if self._routes_stale:
@@ -216,7 +210,7 @@ class Devices:
         for index in [index for index in self._attached if index not in edges]:
             made = self._attached.pop(index)
             if index in self._links:  # it has become a bond's slave, or the like
-                written += self._guarded(index, functools.partial(_release, self._netlink, made=made))
+                written += self._guarded(index, functools.partial(self._release, made=made))
         if self._xdp is not None:
             around = Surroundings(self._links, self._addresses, self._defaults, self._patterns, self._pod_interface)
             self._xdp.plan(edges, around)
@@ -246,38 +240,24 @@ class Devices:
         return written
 
     def _attach(self, index: int) -> int:
-        """Our filters on both sides, whatever was there; how many were written."""
-        created = tc.add_clsact(self._netlink, index)
-        there = tc.filters(self._netlink, index)
-        if not created and not there and tc.side_qdisc(self._netlink, index) == "ingress":
-            raise OSError(errno.EEXIST, "its ingress qdisc has no egress side; replace that by clsact")
-        made = created or self._attached.get(index, _made_by_us(self._rows.get(index), there))
-        written = sum(self._put(index, hooked, there) for hooked in self._hooked)
-        if written and index not in self._attached:
+        """Our programs on both sides, whatever was there; how many had to be attached."""
+        is_new = index not in self._attached
+        made = _made(self._rows.get(index)) if is_new else self._attached[index]
+        if self._tcx is None:
+            written, made = clsact.keep(self._netlink, index, self._hooked, made)
+        else:
+            written = self._tcx.keep(index)
+            if is_new:  # after that, so that no packet passes unseen
+                _, made = clsact.withdraw(self._netlink, index, made)
+        if written and is_new:
             log.info("attached to device %s", self._links[index].name)
-        self._attached[index] = made
+        self._attached[index] = bool(made)
         return written
 
-    def _put(self, index: int, hooked: Hooked, there: tuple[tc.Filter, ...]) -> int:
-        """One side's filter; whether it had to be written."""
-        side = [each for each in there if each.parent == hooked.parent]
-        mine = [each for each in side if _is_ours(each)]
-        for extra in mine[1:]:
-            tc.remove_filter(self._netlink, index, extra)
-        if mine and mine[0].program == hooked.id:
-            return 0
-        preference, handle = (mine[0].preference, mine[0].handle) if mine else (first_preference(side), _HANDLE)
-        tc.put_filter(
-            self._netlink,
-            index,
-            hooked.parent,
-            preference,
-            handle,
-            hooked.program,
-            hooked.name,
-            replace=bool(mine),
-        )
-        return 1
+    def _release(self, index: int, made: bool) -> int:
+        """None of our programs any more; how many there were."""
+        removed = self._tcx.release(index) if self._tcx is not None else 0
+        return removed + clsact.release(self._netlink, index, made)
 
     def _write_rows(self, edges: set[int]) -> int:
         """The rows of all edges, where they differ; rows of others go. How many were written."""
@@ -307,38 +287,9 @@ class Devices:
         return written
 
 
-def _is_ours(found: tc.Filter) -> bool:
-    return found.kind == "bpf" and found.name.startswith(PREFIX)
-
-
-def _made_by_us(row: Row | None, there: tuple[tc.Filter, ...]) -> bool:
-    """Whether we made a clsact that is there already: the row tells; without one, it holds ours and nobody else's."""
-    if row is not None:
-        return row.made
-    return bool(there) and all(map(_is_ours, there))
-
-
-def first_preference(side: Iterable[tc.Filter]) -> int:
-    """The lowest preference where our filter can be: a free one, or among bpf filters for all protocols."""
-    taken: dict[int, bool] = {}
-    for each in side:
-        shared = each.kind == "bpf" and each.protocol == tc.ALL_PROTOCOLS and each.handle != _HANDLE
-        taken[each.preference] = taken.get(each.preference, True) and shared
-    preference = 1
-    while not taken.get(preference, True):
-        preference += 1
-    return preference
-
-
-def _release(netlink: Netlink, index: int, made: bool) -> int:
-    """Remove our filters, and the clsact if we made it and it is empty now; how many filters were removed."""
-    there = tc.filters(netlink, index)
-    mine = [each for each in there if _is_ours(each)]
-    for each in mine:
-        tc.remove_filter(netlink, index, each)
-    if made and len(mine) == len(there) and tc.side_qdisc(netlink, index) == "clsact":
-        tc.remove_clsact(netlink, index)
-    return len(mine)
+def _made(row: Row | None) -> bool | None:
+    """Whether we made a device's clsact, as its row tells; None without one."""
+    return row.made if row is not None else None
 
 
 def installed(rows: Rows | None = None, *, remove: bool = False) -> tuple[str, ...]:
@@ -350,26 +301,23 @@ def installed(rows: Rows | None = None, *, remove: bool = False) -> tuple[str, .
     netlink = Netlink()
     try:
         for index, link in sorted(rtnetlink.links(netlink).items()):
-            there = tc.filters(netlink, index)
-            mine = [each for each in there if _is_ours(each)]
-            if is_ours(link):
-                lines.append(f"xdp program on {link.name}")
-                if remove:
-                    xdp_links.remove(netlink, link)
-            if not mine:
+            made = _made(rows.get(index) if rows else None)
+            xdp = [f"xdp program on {link.name}"] if is_ours(link) else []
+            packets = tcx.inventory(index, link.name)
+            filters = clsact.inventory(netlink, index, link.name, made)
+            lines += xdp + packets + filters
+            if not remove:
                 continue
-            made = _made_by_us(rows.get(index) if rows else None, there)
-            for each in mine:
-                side = "ingress" if each.parent == tc.INGRESS else "egress"
-                lines.append(f"filter {each.name} on {link.name} {side} pref {each.preference} handle {each.handle:#x}")
-            if made and len(mine) == len(there):
-                lines.append(f"qdisc clsact on {link.name}")
-            if remove:
-                try:
-                    _release(netlink, index, made)
-                except OSError as error:
-                    if error.errno != errno.ENODEV:
-                        raise
+            try:
+                if xdp:
+                    xdp_links.remove(netlink, link)
+                if packets:
+                    tcx.release(index)
+                if filters:
+                    clsact.release(netlink, index, made)
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
     finally:
         netlink.close()
     return tuple(lines)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
-from ebpflb.dataplane.bpf import maglev, syscall, tc
+from ebpflb.dataplane.bpf import maglev, syscall, tc, tcx
 from ebpflb.dataplane.bpf.artifact import compiler_version
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, cell, instruction, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
@@ -269,6 +269,7 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
     is_cgroup = where is not None and where.is_dir() and filesystem_of(where).type == "cgroup2"
     version = compiler_version()
     refusal = bpf_refusal()
+    with_tcx = tcx.supported()
     # Without bpf(2) nothing can be said about programs.
     able, helps = root and not refusal, "run as root" if not root else "bpf(2) first" if refusal else ""
     return (
@@ -287,9 +288,16 @@ def requirements(bpffs: Path, cgroup: Path | None = None, *, compiled: bool = Fa
         ),
         Requirement(
             "packet programs",
-            able and has_clsact(),
+            able and (with_tcx or has_clsact()),
             "tc programs on both sides of a device",
             helps or "kernel 5.10 or newer with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
+        ),
+        Requirement(
+            "tcx",
+            able and with_tcx,
+            "tc programs come to a device, and go, without a datagram lost",
+            helps or "kernel 6.6 or newer",
+            essential=False,
         ),
         Requirement(
             "errno of a refusal",

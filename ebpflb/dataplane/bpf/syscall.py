@@ -34,7 +34,8 @@ NOEXIST = 1
 EXIST = 2
 F_NO_PREALLOC = 1
 F_REPLACE_PROGRAM = 4
-"""link_update: only if the link still runs the program that the caller names."""
+"""link_update: only if the link still runs the program that the caller names; prog_attach: in place of that one."""
+_F_BEFORE = 8
 F_XDP_HAS_FRAGS = 1 << 5
 """prog_load: the XDP program takes frames that lie in several buffers (Linux 5.18)."""
 
@@ -47,6 +48,7 @@ _PERCPU = (MAP_PERCPU_HASH, MAP_PERCPU_ARRAY, MAP_LRU_PERCPU_HASH)
 _ARRAYS = (MAP_ARRAY, MAP_PERCPU_ARRAY)
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
+_PROG_ATTACH, _PROG_DETACH = 8, 9
 _TEST_RUN, _PROG_NEXT_ID, _MAP_NEXT_ID, _PROG_BY_ID, _MAP_BY_ID, _INFO, _PROG_QUERY = range(10, 17)
 _LOOKUP_BATCH, _, _UPDATE_BATCH, _DELETE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_BY_ID = range(24, 31)
 _LINK_NEXT_ID = 31
@@ -617,6 +619,21 @@ def prog_test_run(
     return TestRun(verdict, out.raw[:written], context_out.raw[: len(context)], duration)
 
 
+# ---- programs at devices (tcx, Linux 6.6), without a link: they stay until they are detached or the device goes
+
+
+def prog_attach(program: int, device: int, attach_type: int, replaced: int | None = None) -> None:
+    """Have a tc program run at a device, before all others, or in place of the program `replaced` in one step. `device`
+    is an index in the calling thread's network namespace."""
+    flags = _F_BEFORE if replaced is None else F_REPLACE_PROGRAM
+    _bpf(_PROG_ATTACH, _attributes("IIIII", device, program, attach_type, flags, replaced or 0))
+
+
+def prog_detach(program: int, device: int, attach_type: int) -> None:
+    """The reverse of `prog_attach`. Raises OSError(ENOENT) if the program does not run there."""
+    _bpf(_PROG_DETACH, _attributes("III", device, program, attach_type))
+
+
 # ---- links
 
 
@@ -650,11 +667,17 @@ def link_info(fd: int) -> LinkInfo:
 
 
 def prog_query(target: int, attach_type: int, effective: bool = False) -> tuple[int, tuple[int, ...]]:
-    """(attach flags, program ids) at a cgroup's descriptor; `effective` counts those of its ancestors."""
+    """(attach flags, program ids) at a cgroup's descriptor, or at a device by its index in the calling thread's network
+    namespace, in the order in which they run; `effective` counts those of a cgroup's ancestors.
+
+    Raises OSError: EINVAL where the kernel does not know the attach type."""
     room = 64
     while True:
         ids = ctypes.create_string_buffer(room * 4)
-        attributes = _attributes("IIIIQI", target, attach_type, 1 if effective else 0, 0, ctypes.addressof(ids), room)
+        # The last word is the revision (6.6), which the kernel writes whether or not it is told of room for it.
+        attributes = _attributes(
+            "IIIIQIIQQQQ", target, attach_type, int(effective), 0, ctypes.addressof(ids), room, 0, 0, 0, 0, 0
+        )
         try:
             _bpf(_PROG_QUERY, attributes)
         except OSError as error:

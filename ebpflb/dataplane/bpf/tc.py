@@ -17,7 +17,7 @@ RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 EVENTS = (RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER, RTM_DELTFILTER)
 
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
-"""Parents of the filters on clsact's two sides."""
+"""A device's two sides, as parents of the filters there."""
 
 ALL_PROTOCOLS = socket.htons(0x0003)
 """A filter's `protocol` (an EtherType in network order) that means every packet."""
@@ -25,6 +25,15 @@ ALL_PROTOCOLS = socket.htons(0x0003)
 _CLSACT_PARENT, _CLSACT_HANDLE = 0xFFFFFFF1, 0xFFFF0000
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _ACT_DIRECT = 1
+
+
+class Hooked(NamedTuple):
+    """A tc program for one side of a device, INGRESS or EGRESS: its descriptor, id and name."""
+
+    side: int
+    program: int
+    id: int
+    name: str
 
 
 class Filter(NamedTuple):
