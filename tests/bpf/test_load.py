@@ -23,6 +23,7 @@ from ebpflb.dataplane.bpf import facts, pins, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PROG_TYPE_CGROUP_SOCK_ADDR, Sizes
+from ebpflb.dataplane.bpf.layouts import SIZES
 from ebpflb.dataplane.bpf.programs import Programs, open_maps
 from ebpflb.errors import Unsupported, UserError
 from tests.conftest import cgroup2
@@ -276,9 +277,11 @@ def elsewhere(place: Place) -> Iterator[Place]:
 
 
 def run_as(programs: Programs, netns: int) -> None:
-    """Load and attach over settings of that network namespace, as a daemon that ends."""
+    """Load, write the settings of that network namespace and a frontend, and attach, as a daemon that ends."""
     try:
         programs.open()
+        width, size = SIZES["frontends"]
+        syscall.update(programs.maps["frontends"], bytes(width), bytes(size))
         row = struct.pack("=Q", netns).ljust(syscall.map_info(programs.maps["settings"]).value_size, b"\0")
         syscall.update(programs.maps["settings"], bytes(4), row)
         programs.attach()
@@ -296,6 +299,8 @@ def test_what_an_ebpflb_with_other_pins_left_is_replaced(
     link = syscall.link_create(foreign, cgroup, 10)
     try:
         caplog.clear()
+        place.loaded(small, 7)
+        assert len(place.attached()[10]) == 3 and not caplog.records, "without rows ours can take nobody's place"
         for _ in range(2):
             run_as(place.programs(small, 7), 7)
         ours = place.ids(pins.PROGRAMS)

@@ -194,16 +194,13 @@ class Programs:
             os.close(cgroup)
 
     def _succeed(self, cgroup: int, directory: Path) -> None:
-        """What another ebpflb left at this cgroup ends, once, now that ours run: the kernel runs the older ones first,
-        and sockets would be led by rows that nobody keeps any more."""
-        if self._looked:
-            return
-        self._looked = True
-        hooks = CGROUP_HOOKS.items()
+        """What another ebpflb left at this cgroup ends, once, when ours run and have rows: the kernel runs the older
+        ones first, and sockets would be led by rows that nobody keeps any more."""
         try:
-            maps = {syscall.map_info(fd).id for fd in self._maps.values()}
-            running = [(name, id) for name, hook in hooks for id in syscall.prog_query(cgroup, hook.attach_type)[1]]
-            found = others.among(running, maps, self._bpffs)
+            if self._looked or not self._has_rows():
+                return
+            self._looked = True
+            found = self._others(cgroup)
             left = [other for other in found if other.netns == self._netns]
             others.end(os.fstat(cgroup).st_ino, left)
         except OSError as error:
@@ -220,6 +217,18 @@ class Programs:
                 "ebpflb a --cgroup of its own",
                 directory, others.described(beside),
             )  # fmt: skip
+
+    def _has_rows(self) -> bool:
+        """Whether a frontend is there. Raises OSError."""
+        fd = self._maps["frontends"]
+        return syscall.next_key(fd, None, syscall.map_info(fd).key_size) is not None
+
+    def _others(self, cgroup: int) -> tuple[others.Other, ...]:
+        """The socket programs of other ebpflbs at a cgroup. Raises OSError."""
+        maps = {syscall.map_info(fd).id for fd in self._maps.values()}
+        hooks = CGROUP_HOOKS.items()
+        running = [(name, id) for name, hook in hooks for id in syscall.prog_query(cgroup, hook.attach_type)[1]]
+        return others.among(running, maps, self._bpffs)
 
     def _attach(self, program: Program, cgroup: int, directory: Path) -> bool:
         path = self._bpffs / pins.LINKS / program.name
