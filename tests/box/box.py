@@ -209,6 +209,7 @@ class Box:
         daemon = self.cluster.nodes[node].daemon
         assert daemon is not None and daemon.stop() == 0
         self.modes[node] = mode
+        self.cluster.under = mode.under
         self.cluster.start_daemon(node, *mode.options).wait_ready(30 * PACE)
         self.settle([node])
 

@@ -14,12 +14,13 @@ from contextlib import ExitStack
 import pytest
 
 from ebpflb.demo.network import Cni, Join
-from tests.box.box import NODES, SLO, Box
+from tests.box.box import NODES, PROTOCOLS, SLO, Box
 from tests.box.clients import Conversation, Target
 from tests.box.conftest import OnFailure, tidied
-from tests.box.modes import BPF, IPTABLES_LEGACY, IPTABLES_NFT, IPVS, Mode, kernel_has_ipvs
+from tests.box.modes import BPF, CLSACT, IPTABLES_LEGACY, IPTABLES_NFT, IPVS, Mode, kernel_has_ipvs
 from tests.box.services import ServiceInBox, leaving
 from tests.box.test_affinity import STICKY
+from tests.box.test_interplay import served_soon
 from tests.box.test_source_ranges import only
 from tests.box.traffic import Traffic
 
@@ -62,7 +63,7 @@ def test_switching_under_load_loses_no_new_connection_and_no_established_flow(ch
         traffic = [
             stack.enter_context(Traffic(changing, client, to, protocol))
             for client, to in targets.items()
-            for protocol in ("TCP", "UDP")
+            for protocol in PROTOCOLS
         ]
 
         def established() -> list[Conversation]:
@@ -80,6 +81,38 @@ def test_switching_under_load_loses_no_new_connection_and_no_established_flow(ch
             assert [conversation.ask() for conversation in conversations] == before
             conversations += established()
             before = [conversation.ask() for conversation in conversations]
+    assert {each.what: dict(each.failures) for each in traffic if each.failures} == {}
+
+
+@pytest.fixture
+def older(on_failure: OnFailure) -> Iterator[Box]:
+    """A box whose packet programs are filters."""
+    with Box(CLSACT, Cni.ROUTED, Join.ROUTES, NODES[:2]) as found:
+        yield from tidied(found, on_failure)
+
+
+def test_where_an_older_version_has_filters_a_newer_one_loses_nothing(older: Box) -> None:
+    """It replaces their programs in place; what is new, a pod, has its own at tcx. A packet meets either, or both."""
+    web = older.service("a2", "b1", kinds=["NodePort"])
+    asked = [(client, to) for family in FAMILIES for client, to in clients_of(web, family).items()]
+    with ExitStack() as stack:
+        traffic = [
+            stack.enter_context(Traffic(older, client, to, protocol)) for client, to in asked for protocol in PROTOCOLS
+        ]
+        conversations = [
+            stack.enter_context(older.clients.converse(older.place(client), to, "TCP")) for client, to in asked
+        ]
+        before = [conversation.ask() for conversation in conversations]
+        older.switch("node1", BPF)
+        pod = older.cluster.add_pod("node1", "new", sandboxed=True)
+        for each in traffic:
+            each.wait_for(20)
+        assert [conversation.ask() for conversation in conversations] == before
+        served_soon(older, "new", web.cluster_ip("ipv4"))
+        for family in FAMILIES:
+            older.expect("new", to=web.cluster_ip(family)).reaches("a2", "b1").sees_source("new")
+        older.check()
+        older.cluster.remove_pod(pod.name)
     assert {each.what: dict(each.failures) for each in traffic if each.failures} == {}
 
 

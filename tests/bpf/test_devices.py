@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import assembly, syscall, tc, tcx
+from ebpflb.dataplane.bpf import assembly, clsact, syscall, tc, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
@@ -423,25 +423,54 @@ def test_our_program_runs_before_a_foreign_one_which_runs_too(namespace: Namespa
         os.close(terminal)
 
 
-def test_filters_of_an_older_version_give_way(namespace: Namespace, modern: Loaded) -> None:
-    """Once ours run at tcx. The qdisc stays until it must go, since its going would cost datagrams; that it is ours is
-    remembered."""
+def test_filters_of_an_older_version_stay_until_they_go(namespace: Namespace, modern: Loaded) -> None:
+    """The change would cost packets; new devices have their programs at tcx. Never both: a packet would pass twice."""
     namespace.ip("link add eth0 type veth peer name far")
     before = namespace.qdiscs()
+
+    def where(device: str) -> tuple[bool, bool]:
+        with namespace.entered():
+            at_tcx = bool(tcx.running(namespace.index(device)))
+        return at_tcx, "ebpflb_ingress" in namespace.filters(device, "ingress")
+
     modern.with_tcx = False
     with running(namespace, modern):
-        assert modern.runs(namespace, "eth0") == OURS
+        assert (where("eth0"), where("far")) == ((False, True), (False, True))
     modern.with_tcx = True
-    for _ in range(2):
-        with running(namespace, modern):
-            assert modern.runs(namespace, "eth0") == OURS
-            assert "ebpflb" not in namespace.filters("eth0", "ingress") + namespace.filters("eth0", "egress")
+    os.close(modern.ingress)
+    modern.ingress = modern.load("tc_ingress")
+    with running(namespace, modern) as devices:
+        assert (where("eth0"), where("far")) == ((False, True), (False, True))
+        assert devices.audit() == 0
+        namespace.ip("link add late type veth peer name late-in")
+        until(devices, lambda: where("late") == (True, False), lambda: where("late"))
+        namespace.tc("qdisc del dev far clsact")
+        until(devices, lambda: where("far") == (True, False), lambda: where("far"))
+        assert devices.audit() == 0
+        assert devices.intact()
     with namespace.entered():
         promised = installed(modern.rows())
         assert "qdisc clsact on eth0" in promised
         assert installed(modern.rows(), remove=True) == promised
         assert installed(modern.rows()) == ()
+    namespace.ip("link del late")
     assert namespace.qdiscs() == before
+
+
+def test_filters_beside_programs_at_tcx_go(namespace: Namespace, modern: Loaded) -> None:
+    """An older version has run after a newer one, and knew of filters only."""
+    namespace.ip("link add eth0 type veth peer name far")
+    with running(namespace, modern):
+        pass
+    with namespace.entered():
+        netlink = Netlink()
+    with contextlib.closing(netlink):
+        older = tc.Hooked(tc.INGRESS, modern.ingress, syscall.prog_info(modern.ingress).id, "ebpflb_ingress")
+        clsact.keep(netlink, namespace.index("eth0"), [older], None)
+    assert "ebpflb_ingress" in namespace.filters("eth0", "ingress")
+    with running(namespace, modern):
+        assert modern.runs(namespace, "eth0") == OURS
+        assert namespace.filters("eth0", "ingress") == ""
 
 
 def test_a_thread_in_another_namespace_touches_nothing(namespace: Namespace, modern: Loaded) -> None:

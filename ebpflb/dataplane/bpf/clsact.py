@@ -1,5 +1,5 @@
 """Our filters under a device's clsact qdisc: how our programs run there where the kernel has no tcx (before Linux 6.6),
-and what an older ebpflb leaves on a kernel that has.
+or where an older ebpflb has put them.
 
 Rules of this file: direct action, handle 0xeb, before everybody else's filter wherever that is possible (preference 1;
 also among other bpf filters there, where the newest runs first). The qdisc is removed with our filters only where we
@@ -7,7 +7,7 @@ made it and nobody else's filter is in it. `made` says that: True or False as th
 row is lost; then a clsact that holds our filters alone counts as ours.
 
 A qdisc that comes or goes costs the datagrams that leave by the device meanwhile: the kernel has it drop everything for
-some milliseconds (dev_deactivate). That is why tcx is preferred, and why a qdisc is not removed before it must.
+some milliseconds (dev_deactivate). That is why tcx is preferred.
 """
 
 from __future__ import annotations
@@ -61,26 +61,20 @@ def first_preference(side: Iterable[tc.Filter]) -> int:
     return preference
 
 
-def withdraw(netlink: Netlink, index: int, made: bool | None) -> tuple[int, bool]:
-    """Remove our filters and leave the qdisc: how many there were, and `made` from now on."""
-    there = tc.filters(netlink, index)
-    mine = [each for each in there if is_ours(each)]
-    for each in mine:
-        tc.remove_filter(netlink, index, each)
-    return len(mine), _made(made, there)
+def is_at_work(netlink: Netlink, index: int) -> bool:
+    """Whether the device has a filter of ours."""
+    return any(map(is_ours, tc.filters(netlink, index)))
 
 
 def release(netlink: Netlink, index: int, made: bool | None) -> int:
     """Remove our filters, and the qdisc if we made it and it is empty then; how many filters were removed."""
-    removed, made = withdraw(netlink, index, made)
-    if made and is_empty(netlink, index):
+    there = tc.filters(netlink, index)
+    mine = [each for each in there if is_ours(each)]
+    for each in mine:
+        tc.remove_filter(netlink, index, each)
+    if _made(made, there) and len(mine) == len(there) and tc.side_qdisc(netlink, index) == "clsact":
         tc.remove_clsact(netlink, index)
-    return removed
-
-
-def is_empty(netlink: Netlink, index: int) -> bool:
-    """Whether the device has a clsact without filters."""
-    return tc.side_qdisc(netlink, index) == "clsact" and not tc.filters(netlink, index)
+    return len(mine)
 
 
 def inventory(netlink: Netlink, index: int, device: str, made: bool | None) -> list[str]:

@@ -4,9 +4,9 @@ Rules of this file: the kernel tells by netlink what has changed, and then the w
 followed step by step, so that nothing can be missed. Only devices that are new, changed or touched by somebody have
 their filters read. A device's failure is its own: it is a Problem, tried again by each `sync`.
 
-The tc programs run at tcx where the kernel has it (`tcx`), else as filters (`clsact`). Of filters the kernel tells when
-somebody touches them; of tcx it does not, and `intact` is asked instead. Our programs end with TC_ACT_UNSPEC, so that
-others' follow.
+The tc programs run at tcx where the kernel has it (`tcx`), else as filters (`clsact`), never as both: to the second, a
+packet that the first has translated is a client's own to a backend. A device with filters of an older ebpflb keeps them
+until they or it go. Of filters the kernel tells when somebody touches them; of tcx it does not, and `intact` is asked.
 
 XDP (`xdp`) comes with the same look at everything: rows are written first, then programs attached, then the bits set
 that tell of them; and the other way round where they go.
@@ -93,6 +93,7 @@ class Devices:
         self._addresses: tuple[rtnetlink.InterfaceAddress, ...] = ()
         self._defaults: dict[int, int] = {}
         self._attached: dict[int, bool] = {}  # ifindex -> whether we made its clsact
+        self._filtered: set[int] = set()  # those whose programs are filters
         self._failures: dict[int, str] = {}
         self._stale = True
         self._routes_stale = True
@@ -146,7 +147,7 @@ class Devices:
     def intact(self) -> bool:
         """Whether the programs that were attached still are, where the kernel does not tell by itself. Costs little.
         Raises OSError."""
-        if self._tcx is not None and not self._tcx.intact(self._attached):
+        if self._tcx is not None and not self._tcx.intact(self._attached.keys() - self._filtered):
             return False
         return self._xdp is None or self._xdp.intact()
 
@@ -171,7 +172,7 @@ class Devices:
         elif type in rtnetlink.ROUTE_EVENTS:
             if rtnetlink.is_default_route(body):
                 self._stale = self._routes_stale = True
-        elif self._tcx is None and type in tc.EVENTS and tc.index_of(body) in self._attached:
+        elif type in tc.EVENTS and tc.index_of(body) in self._filtered:
             self._suspects.add(tc.index_of(body))
 
     def _forget(self) -> None:
@@ -209,6 +210,7 @@ class Devices:
         written = 0
         for index in [index for index in self._attached if index not in edges]:
             made = self._attached.pop(index)
+            self._filtered.discard(index)
             if index in self._links:  # it has become a bond's slave, or the like
                 written += self._guarded(index, functools.partial(self._release, made=made))
         if self._xdp is not None:
@@ -243,15 +245,19 @@ class Devices:
         """Our programs on both sides, whatever was there; how many had to be attached."""
         is_new = index not in self._attached
         made = _made(self._rows.get(index)) if is_new else self._attached[index]
-        if self._tcx is None:
-            written, made = clsact.keep(self._netlink, index, self._hooked, made)
-        else:
+        filtered = clsact.is_at_work(self._netlink, index)
+        if self._tcx is not None and (not filtered or tcx.running(index)):
             written = self._tcx.keep(index)
-            if is_new:  # after that, so that no packet passes unseen
-                _, made = clsact.withdraw(self._netlink, index, made)
+            if filtered:  # an older version did not know of tcx
+                clsact.release(self._netlink, index, made)
+            made = False
+            self._filtered.discard(index)
+        else:
+            written, made = clsact.keep(self._netlink, index, self._hooked, made)
+            self._filtered.add(index)
         if written and is_new:
             log.info("attached to device %s", self._links[index].name)
-        self._attached[index] = bool(made)
+        self._attached[index] = made
         return written
 
     def _release(self, index: int, made: bool) -> int:
