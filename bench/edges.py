@@ -29,7 +29,7 @@ from bench.lab import Lab
 from bench.report import Figure
 from bench.wire import ACK, SYN, Tuple
 from bench.world import BACKEND_PORT, CLIENT_PORT, FIRST, LAST, SERVICE_PORT, World
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.artifact import load_artifact
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.facts import has_set_retval
@@ -91,7 +91,7 @@ def _begin(bench: Bench, flows: int) -> None:
         for leg in legs(bench):
             flags = SYN if "request" in leg.name else SYN | ACK
             there = bench.frame(leg.before(flow), flags)
-            result = syscall.prog_test_run(bench.world.programs[leg.program], there, bench.context(len(there)))
+            result = program_calls.prog_test_run(bench.world.programs[leg.program], there, bench.context(len(there)))
             if result.verdict != UNSPEC or result.data != bench.frame(leg.after(flow), flags):
                 raise EbpflbError(f"flow {flow}: {leg.name} went wrong: verdict {result.verdict}")
     bench.world.ports(FIRST, LAST)

@@ -21,7 +21,7 @@ from bench.lab import Lab
 from bench.replay import Bare, Packet, Replay, Variant, closing, measure
 from bench.wire import ACK, SYN, TCP, UDP, Tuple, frame, offsets
 from bench.world import BACKEND_PORT, CLIENT_PORT, FIRST, GATEWAY, NODE, SERVICE_PORT, Device, World
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP, XDP_HOOKS
 from ebpflb.demo import namespaces
@@ -29,7 +29,7 @@ from ebpflb.errors import EbpflbError
 from ebpflb.routes import packed
 
 XDP_PASS, XDP_TX = 2, 3
-Check = Callable[[syscall.TestRun, int], None]
+Check = Callable[[program_calls.TestRun, int], None]
 """Sees the last packet of a batch and its flow's number; raises EbpflbError where it is not right."""
 
 NEIGHBOUR = bytes((2, 0, 0, 0, 0, 0xFE))
@@ -102,7 +102,9 @@ class Bench(NamedTuple):
         """Send a flow's first packet and check what becomes of it."""
         self.world.ports(FIRST + flow, FIRST + flow)
         there = self.frame(self.request(flow, service), SYN)
-        result = syscall.prog_test_run(self.world.programs["xdp_ingress"], there, context=self.context(len(there)))
+        result = program_calls.prog_test_run(
+            self.world.programs["xdp_ingress"], there, context=self.context(len(there))
+        )
         if result.verdict != XDP_TX or result.data != self.sent(self.forwarded(flow, service), SYN):
             counted = {name: value for name, value in self.world.counted().items() if value}
             raise EbpflbError(f"flow {flow} was not sent on as it should be: verdict {result.verdict}, {counted}")
@@ -139,7 +141,7 @@ def becomes(bench: Bench, verdict: int, macs: bytes, expected: Callable[[int], T
     """A check of a packet's verdict, its Ethernet addresses and its tuple."""
     where = offsets(bench.version, bench.protocol)
 
-    def check(run: syscall.TestRun, flow: int) -> None:
+    def check(run: program_calls.TestRun, flow: int) -> None:
         right = run.verdict == verdict and run.data[:12] == macs
         if right and expected:
             there = frame(macs, expected(flow), bench.protocol)
@@ -211,4 +213,6 @@ def take(scenarios: Sequence[Scenario], type: int, empty: int, effort: Effort) -
 
 def empty_program(type: int, verdict: int) -> int:
     """A verdict and nothing else."""
-    return syscall.prog_load(type, assemble(move(0, verdict), EXIT), "empty", _ATTACH if type == PROG_TYPE_XDP else 0)
+    return program_calls.prog_load(
+        type, assemble(move(0, verdict), EXIT), "empty", _ATTACH if type == PROG_TYPE_XDP else 0
+    )

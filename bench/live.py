@@ -20,7 +20,7 @@ from bench.replay import Packet, Replay
 from bench.report import Figure, quartile_range
 from bench.world import FIRST, LAST, World
 from bench.xdp import established
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls
 from ebpflb.dataplane.bpf.artifact import load_artifact
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, cell, instruction, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP, XDP_HOOKS
@@ -37,7 +37,7 @@ class Peer:
     """The other end of the wire, which drops and counts all that comes."""
 
     def __init__(self, stack: ExitStack, ifindex: int) -> None:
-        self._count = syscall.map_create(_ARRAY, 4, 8, 1, name="bench_count")
+        self._count = map_calls.map_create(_ARRAY, 4, 8, 1, name="bench_count")
         stack.callback(os.close, self._count)
         attach_type = XDP_HOOKS["xdp_ingress"].attach_type
         code = assemble(
@@ -47,21 +47,21 @@ class Peer:
             move(0, _XDP_DROP),
             EXIT,
         )
-        program = syscall.prog_load(PROG_TYPE_XDP, code, "bench_drop", attach_type)
+        program = program_calls.prog_load(PROG_TYPE_XDP, code, "bench_drop", attach_type)
         stack.callback(os.close, program)
-        stack.callback(os.close, syscall.link_create(program, ifindex, attach_type, _NATIVE))
+        stack.callback(os.close, program_calls.link_create(program, ifindex, attach_type, _NATIVE))
 
     def received(self) -> int:
         """Frames so far."""
-        row = syscall.lookup(self._count, bytes(4), 8)
+        row = map_calls.lookup(self._count, bytes(4), 8)
         return int(struct.unpack("=Q", row)[0]) if row else 0
 
 
 def _send(program: int, packet: Packet, peer: Peer) -> float | None:
     """Nanoseconds for each frame from the program to the peer; None if some were lost."""
     before = peer.received()
-    result = syscall.prog_test_run(
-        program, packet.frame, context=packet.context, repeat=BATCH, flags=syscall.TEST_LIVE_FRAMES, room=0
+    result = program_calls.prog_test_run(
+        program, packet.frame, context=packet.context, repeat=BATCH, flags=program_calls.TEST_LIVE_FRAMES, room=0
     )
     return float(result.duration) if peer.received() - before >= BATCH else None
 

@@ -23,7 +23,7 @@ import msgspec
 from bench.clusters import bytes_of, cluster_ip, endpoint_ips, endpoint_slice, lists
 from bench.lab import Lab, ahead
 from bench.report import Figure, middle, percentile
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, syscall
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.demo import namespaces
 from ebpflb.errors import EbpflbError
@@ -256,13 +256,13 @@ class View:
         """Whether the route of Service `number` leads to a backend with this address, by lookups from the row on."""
         frontends, slots, backends = self._fds
         wanted = packed(address)
-        row = syscall.lookup(frontends, packed(cluster_ip(number)) + b"\x00\x50\x06\x00", 64)
+        row = map_calls.lookup(frontends, packed(cluster_ip(number)) + b"\x00\x50\x06\x00", 64)
         if row is None:
             return False
         first, count = int.from_bytes(row[8:12], "little"), int.from_bytes(row[12:16], "little")
         for slot in range(first + count - 1, first - 1, -1):
-            id = syscall.lookup(slots, slot.to_bytes(4, "little"), 4)
-            backend = syscall.lookup(backends, id, 28) if id is not None else None
+            id = map_calls.lookup(slots, slot.to_bytes(4, "little"), 4)
+            backend = map_calls.lookup(backends, id, 28) if id is not None else None
             if backend is not None and backend[:16] == wanted:
                 return True
         return False

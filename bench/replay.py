@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, instruction, map_descriptor, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP
 from ebpflb.errors import EbpflbError
@@ -128,11 +128,11 @@ class Replay:
         self.flow = 0
         self._open: list[int] = []
         try:
-            self._state = self._keep(syscall.map_create(_ARRAY, 4, 16, 1, name="bench_state"))
-            programs = self._keep(syscall.map_create(_PROGRAM_ARRAY, 4, 4, 1, name="bench_programs"))
+            self._state = self._keep(map_calls.map_create(_ARRAY, 4, 16, 1, name="bench_state"))
+            programs = self._keep(map_calls.map_create(_PROGRAM_ARRAY, 4, 4, 1, name="bench_programs"))
             code = _before(type == PROG_TYPE_XDP, packet, flows, self._state, programs)
-            self.program = self._keep(syscall.prog_load(type, code, "bench", attach_type))
-            syscall.update(programs, bytes(4), struct.pack("=I", program))
+            self.program = self._keep(program_calls.prog_load(type, code, "bench", attach_type))
+            map_calls.update(programs, bytes(4), struct.pack("=I", program))
         except BaseException:
             self.close()
             raise
@@ -150,10 +150,10 @@ class Replay:
     def at(self, flow: int, serial: int = 0) -> None:
         """The next run is of the flow `flow`; of fresh ones, that with number `serial`."""
         before = (flow - _STRIDE) % self._flows
-        syscall.update(self._state, bytes(4), struct.pack("=Qq", before, serial - 1))
+        map_calls.update(self._state, bytes(4), struct.pack("=Qq", before, serial - 1))
         self.flow = before
 
-    def run(self, repeat: int) -> tuple[syscall.TestRun, float]:
+    def run(self, repeat: int) -> tuple[program_calls.TestRun, float]:
         """The last packet of `repeat`, and the nanoseconds for each."""
         result, spent = _timed(self.program, self.packet, repeat)
         self.flow = (self.flow + repeat * _STRIDE) % self._flows
@@ -170,14 +170,14 @@ class Bare:
     def __init__(self, program: int, packet: Packet) -> None:
         self._program, self._packet = program, packet
 
-    def run(self, repeat: int) -> tuple[syscall.TestRun, float]:
+    def run(self, repeat: int) -> tuple[program_calls.TestRun, float]:
         """As Replay's."""
         return _timed(self._program, self._packet, repeat)
 
 
-def _timed(program: int, packet: Packet, repeat: int) -> tuple[syscall.TestRun, float]:
+def _timed(program: int, packet: Packet, repeat: int) -> tuple[program_calls.TestRun, float]:
     before = time.thread_time_ns()
-    result = syscall.prog_test_run(program, packet.frame, repeat=repeat, context=packet.context)
+    result = program_calls.prog_test_run(program, packet.frame, repeat=repeat, context=packet.context)
     return result, (time.thread_time_ns() - before) / repeat
 
 
@@ -188,7 +188,7 @@ class Variant(NamedTuple):
     name: str
     replay: Replay | Bare
     repeat: int
-    check: Callable[[syscall.TestRun, int], None] = lambda run, flow: None
+    check: Callable[[program_calls.TestRun, int], None] = lambda run, flow: None
 
 
 def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:

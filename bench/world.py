@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
 from ebpflb.dataplane.bpf.known import known_bit
@@ -95,7 +95,7 @@ class World:
         larger = {"frontends": services, "names": services, "backends": services * backends + 1}
         try:
             for name, spec in artifact.maps.items():
-                self.maps[name] = syscall.map_create(
+                self.maps[name] = map_calls.map_create(
                     spec.type,
                     spec.key.size,
                     spec.value.size,
@@ -107,7 +107,7 @@ class World:
                 program = artifact.programs[name]
                 attach_type = program.attach_type if program.type == PROG_TYPE_XDP else 0
                 self.types[name] = program.type, attach_type
-                self.programs[name] = syscall.prog_load(
+                self.programs[name] = program_calls.prog_load(
                     program.type, program.patched(self.maps), program.kernel_name, program.attach_type
                 )
             self._counters = artifact.counters
@@ -133,13 +133,13 @@ class World:
         for name, value in (values | {"snat_low": low, "snat_high": high}).items():
             field = self._settings.field(name)
             row[field.offset : field.offset + field.size] = value.to_bytes(field.size, "little")
-        syscall.update(self.maps["settings"], U32.pack(0), bytes(row))
+        map_calls.update(self.maps["settings"], U32.pack(0), bytes(row))
 
     def _device(self, device: Device, family: int) -> None:
         own = packed(NODE[family])
         ipv4, ipv6 = (own, bytes(16)) if family == 4 else (bytes(16), own)
         row = struct.pack("=16s16sII6sxx", ipv4, ipv6, DEVICE_XDP | DEVICE_REDIRECT, device.mtu, device.mac)
-        syscall.update(self.maps["devices"], U32.pack(device.number), row)
+        map_calls.update(self.maps["devices"], U32.pack(device.number), row)
 
     def _services(self, services: int, family: int, protocol: int, backends: int, masquerade: Masquerade) -> None:
         frontend_keys, frontends, rows = bytearray(), bytearray(), bytearray()
@@ -159,19 +159,19 @@ class World:
             known[bit // 64] |= 1 << bit % 64
         total = services * backends
         numbers = struct.pack(f"={total}I", *range(1, total + 1))
-        syscall.update(self.maps["backends"], U32.pack(0), BACKEND.pack(bytes(16), 0, 0, BACKEND_FREE, 0))
-        syscall.update_batch(self.maps["backends"], numbers, bytes(rows), total)
-        syscall.update_batch(self.maps["slots"], numbers, numbers, total)
+        map_calls.update(self.maps["backends"], U32.pack(0), BACKEND.pack(bytes(16), 0, 0, BACKEND_FREE, 0))
+        map_calls.update_batch(self.maps["backends"], numbers, bytes(rows), total)
+        map_calls.update_batch(self.maps["slots"], numbers, numbers, total)
         cells = struct.pack(f"={KNOWN_CELLS}I", *range(KNOWN_CELLS))
-        syscall.update_batch(self.maps["known"], cells, b"".join(map(U64.pack, known)), KNOWN_CELLS)
-        syscall.update_batch(self.maps["frontends"], bytes(frontend_keys), bytes(frontends), services)
+        map_calls.update_batch(self.maps["known"], cells, b"".join(map(U64.pack, known)), KNOWN_CELLS)
+        map_calls.update_batch(self.maps["frontends"], bytes(frontend_keys), bytes(frontends), services)
         for cidr in ("10.64.0.0/24", "192.0.2.1/32", "2001:db8::1/128"):  # as a node has: its pods and itself
             network, bits = packed_network(cidr)
-            syscall.update(self.maps["sources"], SOURCE_KEY.pack(bits, network), U32.pack(2))
+            map_calls.update(self.maps["sources"], SOURCE_KEY.pack(bits, network), U32.pack(2))
 
     def counted(self) -> dict[str, int]:
         """The counters so far."""
-        _, values, count = syscall.lookup_all(self.maps["counters"])
+        _, values, count = map_calls.lookup_all(self.maps["counters"])
         cpus = len(values) // count // 8
         numbers = struct.unpack(f"={count * cpus}Q", values)
         return {name: sum(numbers[at * cpus : (at + 1) * cpus]) for at, name in enumerate(self._counters)}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall, tcx
+from ebpflb.dataplane.bpf import program_calls, syscall, tcx
 from ebpflb.demo import namespaces
 from ebpflb.demo.cluster import Node
 from tests.box.box import SLO, Box
@@ -57,9 +57,9 @@ def drop_a_port(family: str) -> bytes:
 
 @contextmanager
 def somebody_elses_program(node: Node) -> Iterator[None]:
-    program = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, forbid_a_port(), "somebody", CGROUP_INET4_CONNECT)
+    program = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, forbid_a_port(), "somebody", CGROUP_INET4_CONNECT)
     cgroup = os.open(node.node_cgroup, os.O_RDONLY | os.O_DIRECTORY)
-    link = syscall.link_create(program, cgroup, CGROUP_INET4_CONNECT)
+    link = program_calls.link_create(program, cgroup, CGROUP_INET4_CONNECT)
     try:
         yield
     finally:
@@ -104,13 +104,13 @@ def test_another_packet_program(box: Box, family: str, first: str, where: str) -
     node = box.cluster.nodes["node1"]
     device = "veth-shared"
     pin = box.cluster.bpffs / "somebody"
-    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, drop_a_port(family), "somebody")
+    program = program_calls.prog_load(PROG_TYPE_SCHED_CLS, drop_a_port(family), "somebody")
     syscall.obj_pin(program, str(pin))
 
     def attach_theirs() -> None:
         if where == "tcx":
             with namespaces.inside(node.namespace):
-                syscall.prog_attach(program, socket.if_nametoindex(device), TCX_INGRESS)
+                program_calls.prog_attach(program, socket.if_nametoindex(device), TCX_INGRESS)
             return
         # Where ours runs as a filter too, it has made the qdisc, unless theirs came first.
         box.cluster.run(node, ["tc", "qdisc", "add", "dev", device, "clsact"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP
 from ebpflb.demo import namespaces
@@ -23,8 +23,8 @@ _XDP_PASS = assemble(move(0, 2), EXIT)
 def pass_everything(namespace: str, device: str, flags: int = XDP_FLAGS_DRV_MODE) -> None:
     """Run an XDP program on a device that lets every frame go on to the stack. It goes with the device, or by
     `run_nothing`. Raises OSError where another one runs."""
-    program = syscall.prog_load(
-        PROG_TYPE_XDP, _XDP_PASS, "pass_everything", _ATTACH_TYPE, flags=syscall.F_XDP_HAS_FRAGS
+    program = program_calls.prog_load(
+        PROG_TYPE_XDP, _XDP_PASS, "pass_everything", _ATTACH_TYPE, flags=program_calls.F_XDP_HAS_FRAGS
     )
     try:
         _set(namespace, device, program, flags | rtnetlink.XDP_FLAGS_UPDATE_IF_NOEXIST)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.demo import namespaces
@@ -39,7 +39,7 @@ def loaded_once(artifact: Artifact) -> Iterator[Loaded]:
 def hardware_sums(loaded_once: Loaded) -> bool:
     """Whether this kernel's test run can pretend that the device has summed the packet (Linux 6.16)."""
     try:
-        syscall.prog_test_run(loaded_once.programs["tc_egress"], bytes(64), flags=TEST_CHECKSUM_COMPLETE)
+        program_calls.prog_test_run(loaded_once.programs["tc_egress"], bytes(64), flags=TEST_CHECKSUM_COMPLETE)
     except OSError as error:
         assert error.errno == errno.EINVAL
         return False

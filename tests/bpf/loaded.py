@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact, Layout, source_directory
 from ebpflb.dataplane.bpf.constants import (
     BACKEND_FREE,
@@ -216,13 +216,13 @@ class Loaded:
                 if shared and name in shared:
                     self.maps[name] = os.dup(shared[name])
                     continue
-                self.maps[name] = syscall.map_create(
+                self.maps[name] = map_calls.map_create(
                     spec.type, spec.key.size, spec.value.size, sizes.get(name, spec.max_entries), spec.flags, name
                 )
             for name in programs or artifact.programs:
                 program = artifact.programs[name]
-                frags = syscall.F_XDP_HAS_FRAGS if program.type == PROG_TYPE_XDP and has_xdp_frags() else 0
-                self.programs[name] = syscall.prog_load(
+                frags = program_calls.F_XDP_HAS_FRAGS if program.type == PROG_TYPE_XDP and has_xdp_frags() else 0
+                self.programs[name] = program_calls.prog_load(
                     program.type, program.patched(self.maps), program.kernel_name, program.attach_type, flags=frags
                 )
         except BaseException:
@@ -256,8 +256,8 @@ class Loaded:
         """Remove all rows of these maps."""
         for name in names:
             fd = self.maps[name]
-            keys, _, count = syscall.lookup_all(fd)
-            syscall.delete_batch(fd, keys, count)
+            keys, _, count = map_calls.lookup_all(fd)
+            map_calls.delete_batch(fd, keys, count)
 
     def clear(self) -> None:
         """As new: no rows, no flows, counters at zero as `counters` sees them; settings of `put_settings`."""
@@ -265,7 +265,7 @@ class Loaded:
         self.forget_known()
         free = self.packer("backends").pack(state=BACKEND_FREE)
         for index in range(self._next_backend):
-            syscall.update(self.maps["backends"], struct.pack("=I", index), free)
+            map_calls.update(self.maps["backends"], struct.pack("=I", index), free)
         self._reset_ids()
         self._device = None
         self.put_settings()
@@ -283,11 +283,11 @@ class Loaded:
             "snat_high": 60999,
         }
         row |= values
-        syscall.update(self.maps["settings"], struct.pack("=I", 0), self.packer("settings").pack(**row))
+        map_calls.update(self.maps["settings"], struct.pack("=I", 0), self.packer("settings").pack(**row))
 
     def drop_settings(self) -> None:
         """An array's row cannot be deleted; what a fresh map holds is zeros."""
-        syscall.update(self.maps["settings"], struct.pack("=I", 0), bytes(self.artifact.maps["settings"].value.size))
+        map_calls.update(self.maps["settings"], struct.pack("=I", 0), bytes(self.artifact.maps["settings"].value.size))
 
     def put_device(self, device: Device, family: int, ifindex: int = 1) -> None:
         """The device that the next packets pass; test runs happen on the loopback device, which has index 1. Its
@@ -302,30 +302,30 @@ class Loaded:
         for each in (4, 6):
             if device.masquerade and family in (0, each):
                 row[f"ipv{each}"] = packed(address(device.masquerade, each))
-        syscall.update(self.maps["devices"], struct.pack("=I", ifindex), self.packer("devices").pack(**row))
+        map_calls.update(self.maps["devices"], struct.pack("=I", ifindex), self.packer("devices").pack(**row))
         if ifindex == 1:
             self._device = (device, family)
 
     def drop_device(self, ifindex: int) -> None:
         """A device without a row."""
-        syscall.delete(self.maps["devices"], struct.pack("=I", ifindex))
+        map_calls.delete(self.maps["devices"], struct.pack("=I", ifindex))
 
     def put_source(self, cidr: str, flags: int) -> None:
         """What an address is: bits SOURCE_…."""
         network, bits = packed_network(cidr)
         key = self.packer("sources", key=True).pack(prefix=bits, address=network)
-        syscall.update(self.maps["sources"], key, struct.pack("=I", flags))
+        map_calls.update(self.maps["sources"], key, struct.pack("=I", flags))
 
     def put_known(self, packed_address: bytes) -> None:
         """There may be rows of this address."""
         cell, bit = known_place(packed_address)
         self._known[cell] = self._known.get(cell, 0) | 1 << bit
-        syscall.update(self.maps["known"], struct.pack("=I", cell), struct.pack("=Q", self._known[cell]))
+        map_calls.update(self.maps["known"], struct.pack("=I", cell), struct.pack("=Q", self._known[cell]))
 
     def forget_known(self) -> None:
         """As if there were rows of no address."""
         for cell in self._known:
-            syscall.update(self.maps["known"], struct.pack("=I", cell), bytes(8))
+            map_calls.update(self.maps["known"], struct.pack("=I", cell), bytes(8))
         self._known = {}
 
     def put_owned(self, role: str, family: int) -> None:
@@ -333,12 +333,12 @@ class Loaded:
         key = packed(address(role, family))
         self.put_known(key)
         row = self.packer("owned").pack(namespace=b"default", name=role.encode())
-        syscall.update(self.maps["owned"], key, row)
+        map_calls.update(self.maps["owned"], key, row)
 
     def put_vlan(self, under: int, id: int, device: int) -> None:
         """Frames with this tag that enter by `under` belong to `device`."""
         key = self.packer("vlans", key=True).pack(device=under, id=id)
-        syscall.update(self.maps["vlans"], key, struct.pack("=I", device))
+        map_calls.update(self.maps["vlans"], key, struct.pack("=I", device))
 
     def put_backend(self, text: str, port: int, service: int, state: int = BackendState.ACTIVE) -> int:
         """A backend row; returns its id: the same one for the same backend of a Service."""
@@ -354,7 +354,7 @@ class Loaded:
     def set_backend(self, number: int, text: str, port: int, service: int, state: int = BackendState.ACTIVE) -> None:
         """A backend row with a given id."""
         row = self.packer("backends").pack(address=packed(text), port=port, weight=1, state=state, service=service)
-        syscall.update(self.maps["backends"], struct.pack("=I", number), row)
+        map_calls.update(self.maps["backends"], struct.pack("=I", number), row)
 
     def put_frontend(
         self,
@@ -379,7 +379,7 @@ class Loaded:
         key = self.packer("frontends", key=True).pack(
             address=packed(address(role, family)), port=port, protocol=int(PROTOCOLS[protocol])
         )
-        syscall.update(self.maps["frontends"], key, b"".join(rows))
+        map_calls.update(self.maps["frontends"], key, b"".join(rows))
         return service
 
     def _route_row(self, to: To, service: int, family: int) -> bytes:
@@ -394,11 +394,11 @@ class Loaded:
         start = self._next_slot
         self._next_slot += len(ids) + len(late)
         for number, backend in enumerate(ids + late):
-            syscall.update(self.maps["slots"], struct.pack("=I", start + number), struct.pack("=I", backend))
+            map_calls.update(self.maps["slots"], struct.pack("=I", start + number), struct.pack("=I", backend))
         if to.affinity and to.broken != "members":
             for number, backend in enumerate(ids):
                 key = struct.pack("=II", start, backend)
-                syscall.update(self.maps["members"], key, struct.pack("=I", number))
+                map_calls.update(self.maps["members"], key, struct.pack("=I", number))
         if to.table and to.broken != "table":
             self.put_table(start, to.table, len(ids))
         allowed = 0
@@ -409,7 +409,7 @@ class Loaded:
         for cidr in cidrs:
             network, bits = packed_network(cidr)
             key = self.packer("ranges", key=True).pack(prefix=32 + bits, ranges=allowed, address=network)
-            syscall.update(self.maps["ranges"], key, struct.pack("=I", 1))
+            map_calls.update(self.maps["ranges"], key, struct.pack("=I", 1))
         return self._route.pack(
             verdict=int(to.verdict),
             masquerade=int(to.masquerade),
@@ -430,12 +430,12 @@ class Loaded:
         for part in range(len(content) // TABLE_PART):
             piece = content[part * TABLE_PART : (part + 1) * TABLE_PART]
             key = struct.pack("=II", start, part)
-            syscall.update(self.maps["tables"], key, struct.pack(f"={TABLE_PART}H", *piece))
+            map_calls.update(self.maps["tables"], key, struct.pack(f"={TABLE_PART}H", *piece))
 
     # ---- reading back
 
     def _read_counters(self) -> dict[str, int]:
-        _, values, count = syscall.lookup_all(self.maps["counters"])
+        _, values, count = map_calls.lookup_all(self.maps["counters"])
         assert count == len(COUNTERS), "bpf/maps.h has counted other counters"
         cpus = len(values) // count // 8
         numbers = struct.unpack(f"={count * cpus}Q", values)
@@ -449,7 +449,7 @@ class Loaded:
 
     def flows(self) -> list[FlowRow]:
         """All rows of `flows`, sorted by hook and action."""
-        keys, values, count = syscall.lookup_all(self.maps["flows"])
+        keys, values, count = map_calls.lookup_all(self.maps["flows"])
         key, value = self.packer("flows", key=True), self.packer("flows")
         rows = []
         for number in range(count):
@@ -479,7 +479,7 @@ class Loaded:
 
     def clients(self) -> dict[tuple[bytes, int, int], tuple[int, int, int]]:
         """The rows of `affinity`: {(client, service, kind): (backend, position, seen)}."""
-        keys, values, count = syscall.lookup_all(self.maps["affinity"])
+        keys, values, count = map_calls.lookup_all(self.maps["affinity"])
         found = {}
         for at in range(count):
             client, service, kind = struct.unpack_from("=16sIB", keys, 24 * at)
@@ -488,18 +488,18 @@ class Loaded:
 
     def age_clients(self, seconds: float) -> None:
         """Every client's last new connection was so much longer ago."""
-        keys, values, count = syscall.lookup_all(self.maps["affinity"])
+        keys, values, count = map_calls.lookup_all(self.maps["affinity"])
         for at in range(count):
             backend, position, seen = struct.unpack_from("=IIQ", values, 16 * at)
             row = struct.pack("=IIQ", backend, position, seen - int(seconds * SECOND))
-            syscall.update(self.maps["affinity"], keys[24 * at : 24 * (at + 1)], row)
+            map_calls.update(self.maps["affinity"], keys[24 * at : 24 * (at + 1)], row)
 
     # ---- packets
 
     def run(self, program: str, frame: bytes, context: bytes = b"") -> Ran:
         """One packet through one program, by the flags of `self.flags`."""
         try:
-            result = syscall.prog_test_run(self.programs[program], frame, context, flags=self.flags)
+            result = program_calls.prog_test_run(self.programs[program], frame, context, flags=self.flags)
         except OSError as error:
             if error.errno == errno.EBADMSG:
                 raise AssertionError("hardware's sum of the packet is no longer the packet's") from None

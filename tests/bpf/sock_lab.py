@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS
 from ebpflb.dataplane.bpf.facts import netns_cookie
@@ -143,7 +143,7 @@ def attached(loaded: Loaded, cgroup: int) -> Iterator[None]:
     links = []
     try:
         for name, hook in CGROUP_HOOKS.items():
-            links.append(syscall.link_create(loaded.programs[name], cgroup, hook.attach_type))
+            links.append(program_calls.link_create(loaded.programs[name], cgroup, hook.attach_type))
         yield
     finally:
         for link in links:

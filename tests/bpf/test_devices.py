@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import assembly, clsact, syscall, tc, tcx
+from ebpflb.dataplane.bpf import assembly, clsact, map_calls, program_calls, syscall, tc, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, PROG_TYPE_SCHED_CLS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows
@@ -47,7 +47,7 @@ class Loaded:
         sizes = {"slots": 64, "backends": 64, "flows": 1024, "sockets": 64, "fragments": 64}
         self.artifact = artifact
         self.maps = {
-            spec.name: syscall.map_create(
+            spec.name: map_calls.map_create(
                 spec.type,
                 spec.key.size,
                 spec.value.size,
@@ -62,7 +62,7 @@ class Loaded:
 
     def load(self, name: str) -> int:
         program = self.artifact.programs[name]
-        return syscall.prog_load(program.type, program.patched(self.maps), program.kernel_name)
+        return program_calls.prog_load(program.type, program.patched(self.maps), program.kernel_name)
 
     def rows(self) -> Rows:
         return Rows(self.maps["devices"], self.layout)
@@ -284,7 +284,7 @@ def counting_program(map: int) -> int:
         + assembly.move(0, -1)
         + assembly.EXIT
     )
-    return syscall.prog_load(PROG_TYPE_SCHED_CLS, code, "foreign")
+    return program_calls.prog_load(PROG_TYPE_SCHED_CLS, code, "foreign")
 
 
 def test_foreign_filter_is_kept_and_works(namespace: Namespace, filtering: Loaded) -> None:
@@ -293,7 +293,7 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, filtering: Loade
     namespace.ip("link set eth0 up")
     namespace.ip("link set far up")
     index = namespace.index("eth0")
-    cells = syscall.map_create(syscall.MAP_ARRAY, 4, 8, 1)
+    cells = map_calls.map_create(map_calls.MAP_ARRAY, 4, 8, 1)
     foreign = counting_program(cells)
     ipv4 = socket.htons(0x0800)
     with namespace.entered():
@@ -314,8 +314,8 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, filtering: Loade
             counter = struct.pack("=I", filtering.artifact.counters.index("PACKET_TOO_SHORT"))
 
             def seen() -> tuple[bool, bool]:
-                ours = syscall.lookup(filtering.maps["counters"], counter, syscall.percpu_size(8))
-                return any(syscall.lookup(cells, bytes(4), 8) or b""), any(ours or b"")
+                ours = map_calls.lookup(filtering.maps["counters"], counter, map_calls.percpu_size(8))
+                return any(map_calls.lookup(cells, bytes(4), 8) or b""), any(ours or b"")
 
             until(devices, lambda: seen() == (True, True), seen)
         with namespace.entered():
@@ -331,7 +331,7 @@ def test_foreign_filter_is_kept_and_works(namespace: Namespace, filtering: Loade
 def test_our_filter_runs_before_a_foreign_bpf_filter(namespace: Namespace, filtering: Loaded) -> None:
     """Another bpf filter holds preference 1 and ends processing: ours shares the preference and comes first."""
     namespace.ip("link add eth0 type veth peer name far")
-    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
+    terminal = program_calls.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
     with namespace.entered():
         other = Netlink()
     try:
@@ -394,7 +394,7 @@ def test_a_program_that_somebody_detached_is_noticed_and_comes_back(namespace: N
     namespace.ip("link add eth0 type veth peer name far")
     with running(namespace, modern) as devices:
         assert devices.intact()
-        syscall.prog_detach(modern.egress, namespace.index("eth0"), TCX_EGRESS)
+        program_calls.prog_detach(modern.egress, namespace.index("eth0"), TCX_EGRESS)
         assert not devices.intact()
         assert devices.audit() == 1
         assert devices.intact()
@@ -404,21 +404,21 @@ def test_a_program_that_somebody_detached_is_noticed_and_comes_back(namespace: N
 def test_our_program_runs_before_a_foreign_one_which_runs_too(namespace: Namespace, modern: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     index = namespace.index("eth0")
-    terminal = syscall.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
-    number = syscall.prog_info(terminal).id
+    terminal = program_calls.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
+    number = program_calls.prog_info(terminal).id
     try:
         with running(namespace, modern):
             pass
         with namespace.entered():
             installed(remove=True)
-            syscall.prog_attach(terminal, index, TCX_INGRESS)
+            program_calls.prog_attach(terminal, index, TCX_INGRESS)
         with running(namespace, modern) as devices:
-            ours = syscall.prog_info(modern.ingress).id
-            assert syscall.prog_query(index, TCX_INGRESS)[1] == (ours, number)
+            ours = program_calls.prog_info(modern.ingress).id
+            assert program_calls.prog_query(index, TCX_INGRESS)[1] == (ours, number)
             assert devices.audit() == 0
         with namespace.entered():
             installed(remove=True)
-            assert syscall.prog_query(index, TCX_INGRESS)[1] == (number,)
+            assert program_calls.prog_query(index, TCX_INGRESS)[1] == (number,)
     finally:
         os.close(terminal)
 
@@ -465,7 +465,7 @@ def test_filters_beside_programs_at_tcx_go(namespace: Namespace, modern: Loaded)
     with namespace.entered():
         netlink = Netlink()
     with contextlib.closing(netlink):
-        older = tc.Hooked(tc.INGRESS, modern.ingress, syscall.prog_info(modern.ingress).id, "ebpflb_ingress")
+        older = tc.Hooked(tc.INGRESS, modern.ingress, program_calls.prog_info(modern.ingress).id, "ebpflb_ingress")
         clsact.keep(netlink, namespace.index("eth0"), [older], None)
     assert "ebpflb_ingress" in namespace.filters("eth0", "ingress")
     with running(namespace, modern):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from ebpflb.ctnetlink import Answer, end
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.dataplane.bpf.retiring import flows_kept, leave
 from ebpflb.dataplane.bpf.succeeding import spare_ports
@@ -144,7 +144,7 @@ def test_datagrams_do_not_keep_a_retired_dataplane(node: Loaded) -> None:
     _enters(node, request, request.but(destination="remote", dport=8080), 4)
     leave(_maps(node))
     assert flows_kept(_maps(node), _now(node), HOUR) == 0
-    assert syscall.lookup_all(node.maps["frontends"])[2] == 0
+    assert map_calls.lookup_all(node.maps["frontends"])[2] == 0
 
 
 def _masqueraded(node: Loaded, request: Packet, family: int) -> tuple[Packet, Packet]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, TC_HOOKS, XDP_HOOKS, Sizes
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, SIZES, check_layouts
@@ -88,9 +88,9 @@ def test_a_field_is_found_by_name(artifact: Artifact) -> None:
 def test_kernel_agrees_with_the_artifact(artifact: Artifact) -> None:
     """A map made from its specification is what the specification says."""
     for spec in artifact.maps.values():
-        fd = syscall.map_create(spec.type, spec.key.size, spec.value.size, 16, spec.flags, "test")
+        fd = map_calls.map_create(spec.type, spec.key.size, spec.value.size, 16, spec.flags, "test")
         try:
-            info = syscall.map_info(fd)
+            info = map_calls.map_info(fd)
             assert (info.type, info.key_size, info.value_size, info.flags, info.max_entries) == (
                 spec.type,
                 spec.key.size,

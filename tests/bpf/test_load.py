@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpflb.dataplane.bpf import facts, pins, syscall
+from ebpflb.dataplane.bpf import facts, map_calls, pins, program_calls, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PROG_TYPE_CGROUP_SOCK_ADDR, Sizes
@@ -73,7 +73,9 @@ class Place:
         """Program ids by attach type, as the cgroup has them."""
         fd = os.open(self.cgroup, os.O_RDONLY)
         try:
-            return {hook.attach_type: syscall.prog_query(fd, hook.attach_type)[1] for hook in CGROUP_HOOKS.values()}
+            return {
+                hook.attach_type: program_calls.prog_query(fd, hook.attach_type)[1] for hook in CGROUP_HOOKS.values()
+            }
         finally:
             os.close(fd)
 
@@ -114,11 +116,11 @@ def test_restart_changes_nothing(place: Place, small: Artifact) -> None:
 def test_rows_outlive_the_process(place: Place, small: Artifact) -> None:
     first = place.programs(small)
     first.open()
-    syscall.update(first.maps["slots"], struct.pack("=I", 7), struct.pack("=I", 77))
+    map_calls.update(first.maps["slots"], struct.pack("=I", 7), struct.pack("=I", 77))
     first.close()
     found = open_maps(place.bpffs, small)
     assert found is not None
-    assert syscall.lookup(found["slots"], struct.pack("=I", 7), 4) == struct.pack("=I", 77)
+    assert map_calls.lookup(found["slots"], struct.pack("=I", 7), 4) == struct.pack("=I", 77)
     for fd in found.values():
         os.close(fd)
 
@@ -175,7 +177,7 @@ def settle(place: Place, artifact: Artifact, netns: int, layout: int) -> None:
     struct.pack_into("=Q", row, spec.value.field("netns").offset, netns)
     struct.pack_into("=I", row, spec.value.field("layout").offset, layout)
     fd = syscall.obj_get(str(place.bpffs / "maps" / "settings"))
-    syscall.update(fd, bytes(4), bytes(row))
+    map_calls.update(fd, bytes(4), bytes(row))
     os.close(fd)
 
 
@@ -209,7 +211,7 @@ def test_a_pin_that_somebody_removed_comes_back(place: Place, small: Artifact) -
 def test_a_link_that_somebody_detached_comes_back(place: Place, small: Artifact) -> None:
     place.loaded(small)
     link = syscall.obj_get(str(place.bpffs / "links" / "connect6"))
-    syscall.link_detach(link)
+    program_calls.link_detach(link)
     os.close(link)
     assert place.attached()[11] == ()
     assert place.loaded(small) == (False, 1)
@@ -232,15 +234,15 @@ def test_another_cgroup_is_taken_up(place: Place, small: Artifact) -> None:
 
 
 def test_another_program_that_tolerates_others_keeps_running(place: Place, small: Artifact) -> None:
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
+    foreign = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
     cgroup = os.open(place.cgroup, os.O_RDONLY)
-    link = syscall.link_create(foreign, cgroup, 10)
+    link = program_calls.link_create(foreign, cgroup, 10)
     try:
         place.loaded(small)
-        wanted = {syscall.prog_info(foreign).id, place.ids(pins.PROGRAMS)["connect4"]}
+        wanted = {program_calls.prog_info(foreign).id, place.ids(pins.PROGRAMS)["connect4"]}
         assert set(place.attached()[10]) == wanted
         pins.remove_all(place.bpffs)
-        assert place.attached()[10] == (syscall.prog_info(foreign).id,)
+        assert place.attached()[10] == (program_calls.prog_info(foreign).id,)
     finally:
         for fd in (link, cgroup, foreign):
             os.close(fd)
@@ -248,8 +250,8 @@ def test_another_program_that_tolerates_others_keeps_running(place: Place, small
 
 def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place: Place, small: Artifact) -> None:
     """One such at a cgroup inside ours: both run for the processes there."""
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
-    number = syscall.prog_info(foreign).id
+    foreign = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
+    number = program_calls.prog_info(foreign).id
     inner = place.cgroup / "inner"
     inner.mkdir()
     attach = ["bpftool", "cgroup", "attach", str(inner), "connect4", "id", str(number)]
@@ -258,7 +260,7 @@ def test_a_program_that_tolerates_no_other_does_so_for_those_below_it_only(place
     try:
         place.loaded(small)
         both = {number, place.ids(pins.PROGRAMS)["connect4"]}
-        assert set(syscall.prog_query(directory, 10, effective=True)[1]) == both
+        assert set(program_calls.prog_query(directory, 10, effective=True)[1]) == both
     finally:
         os.close(directory)
         os.close(foreign)
@@ -281,9 +283,9 @@ def run_as(programs: Programs, netns: int) -> None:
     try:
         programs.open()
         width, size = SIZES["frontends"]
-        syscall.update(programs.maps["frontends"], bytes(width), bytes(size))
-        row = struct.pack("=Q", netns).ljust(syscall.map_info(programs.maps["settings"]).value_size, b"\0")
-        syscall.update(programs.maps["settings"], bytes(4), row)
+        map_calls.update(programs.maps["frontends"], bytes(width), bytes(size))
+        row = struct.pack("=Q", netns).ljust(map_calls.map_info(programs.maps["settings"]).value_size, b"\0")
+        map_calls.update(programs.maps["settings"], bytes(4), row)
         programs.attach()
     finally:
         programs.close()
@@ -294,9 +296,9 @@ def test_what_an_ebpflb_with_other_pins_left_is_replaced(
 ) -> None:
     """Its programs would run before ours, by rows that nobody keeps. It is said once whose they were."""
     run_as(elsewhere.programs(small), 7)
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
+    foreign = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
     cgroup = os.open(place.cgroup, os.O_RDONLY)
-    link = syscall.link_create(foreign, cgroup, 10)
+    link = program_calls.link_create(foreign, cgroup, 10)
     try:
         caplog.clear()
         place.loaded(small, 7)
@@ -304,7 +306,7 @@ def test_what_an_ebpflb_with_other_pins_left_is_replaced(
         for _ in range(2):
             run_as(place.programs(small, 7), 7)
         ours = place.ids(pins.PROGRAMS)
-        assert set(place.attached()[10]) == {ours["connect4"], syscall.prog_info(foreign).id}
+        assert set(place.attached()[10]) == {ours["connect4"], program_calls.prog_info(foreign).id}
         assert all(
             place.attached()[hook.attach_type] == (ours[name],)
             for name, hook in CGROUP_HOOKS.items()
@@ -351,8 +353,8 @@ def test_an_ebpflb_whose_pins_are_gone_is_told_so(
 
 @pytest.mark.parametrize("where", ["at the cgroup", "above it"])
 def test_a_program_that_tolerates_no_other_is_named(place: Place, small: Artifact, where: str) -> None:
-    foreign = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
-    number = syscall.prog_info(foreign).id
+    foreign = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, move(0, 1) + EXIT, "foreign", 10)
+    number = program_calls.prog_info(foreign).id
     inner = place.cgroup / "inner"
     inner.mkdir()
     subprocess.run(["bpftool", "cgroup", "attach", str(place.cgroup), "connect4", "id", str(number)], check=True)
@@ -442,7 +444,11 @@ def test_bpffs_is_mounted_where_it_is_missing() -> None:
 
 
 def exists(kind: str, number: int) -> bool:
-    opener = {pins.MAPS: syscall.map_by_id, pins.PROGRAMS: syscall.program_by_id, pins.LINKS: syscall.link_by_id}[kind]
+    opener = {
+        pins.MAPS: map_calls.map_by_id,
+        pins.PROGRAMS: program_calls.program_by_id,
+        pins.LINKS: program_calls.link_by_id,
+    }[kind]
     try:
         os.close(opener(number))
     except OSError as error:
@@ -478,7 +484,7 @@ def test_cleanup_after_the_cgroup_has_gone(place: Place, small: Artifact) -> Non
 
 def test_cleanup_keeps_what_is_not_ours(place: Place, small: Artifact) -> None:
     place.loaded(small)
-    foreign = syscall.map_create(syscall.MAP_HASH, 4, 4, 1, 0, "foreign")
+    foreign = map_calls.map_create(map_calls.MAP_HASH, 4, 4, 1, 0, "foreign")
     path = place.bpffs / "maps" / "foreign"
     try:
         syscall.obj_pin(foreign, str(path))

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_POD
 from ebpflb.routes import BackendState, Masquerade
@@ -452,8 +452,8 @@ def test_a_full_flow_table_still_forwards_new_flows(artifact: Artifact, family: 
 def test_a_reply_whose_row_has_gone_is_untouched(node: Loaded, protocol: str, family: int) -> None:
     _remote_nodeport(node, protocol, family)
     flow = _masqueraded(node, protocol, family)
-    keys, _, count = syscall.lookup_all(node.maps["flows"])
-    syscall.delete_batch(node.maps["flows"], keys, count)
+    keys, _, count = map_calls.lookup_all(node.maps["flows"])
+    map_calls.delete_batch(node.maps["flows"], keys, count)
     _passes(node, "ingress", flow.beyond.reply(), flow.beyond.reply(), family)
     _passes(node, "egress", flow.inside.reply(), flow.inside.reply(), family)
     # The client's next packet makes all rows anew.

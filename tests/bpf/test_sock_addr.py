@@ -12,7 +12,7 @@ import socket
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, CGROUP_HOOKS, POD_SOCKETS_IPV4, POD_SOCKETS_IPV6
 from ebpflb.dataplane.bpf.facts import has_set_retval
@@ -387,13 +387,13 @@ def test_two_sets_of_programs_translate_once(lab: Lab, artifact: Artifact, famil
     """During an upgrade old and new programs may both be attached; both share the pinned maps."""
     lab.loaded.put_frontend("vip", 80, protocol, family, To((("local", 8080),)))
     again = {
-        name: syscall.prog_load(
+        name: program_calls.prog_load(
             program.type, program.patched(lab.loaded.maps), program.kernel_name, program.attach_type
         )
         for name, program in artifact.programs.items()
         if name in CGROUP_HOOKS
     }
-    links = [syscall.link_create(fd, lab.cgroup, CGROUP_HOOKS[name].attach_type) for name, fd in again.items()]
+    links = [program_calls.link_create(fd, lab.cgroup, CGROUP_HOOKS[name].attach_type) for name, fd in again.items()]
     try:
         server = lab.server("local", 8080, family, protocol)
         client = lab.client(family, protocol)

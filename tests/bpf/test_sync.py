@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpflb.dataplane.bpf import facts, pins, syscall
+from ebpflb.dataplane.bpf import facts, map_calls, pins, program_calls, syscall
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, CLIENT_NETNS, ROUTE, U32
@@ -503,7 +503,7 @@ def _attached_programs(node: Node) -> set[int]:
     for pin in pins.ours(node.bpffs):
         if pin.kind == pins.LINKS:
             fd = syscall.obj_get(str(pin.path))
-            found.add(syscall.link_info(fd).program)
+            found.add(program_calls.link_info(fd).program)
             os.close(fd)
     return found
 
@@ -542,7 +542,7 @@ def carried(node: Node, id: int, *cells: int) -> None:
     """Write what the first CPU would have counted for a Service."""
     fd = syscall.obj_get(str(node.bpffs / pins.MAPS / "traffic"))
     try:
-        syscall.update(fd, U32.pack(id), struct.pack("=3Q", *cells).ljust(syscall.percpu_size(24), b"\0"))
+        map_calls.update(fd, U32.pack(id), struct.pack("=3Q", *cells).ljust(map_calls.percpu_size(24), b"\0"))
     finally:
         os.close(fd)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import facts, syscall
+from ebpflb.dataplane.bpf import facts, map_calls, program_calls, syscall
 from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
 
@@ -28,7 +28,7 @@ def make() -> Iterator[Make]:
     fds: list[int] = []
 
     def create(type: int, key: int, value: int, entries: int, flags: int = 0) -> int:
-        fds.append(syscall.map_create(type, key, value, entries, flags, "test_syscall"))
+        fds.append(map_calls.map_create(type, key, value, entries, flags, "test_syscall"))
         return fds[-1]
 
     yield create
@@ -45,10 +45,10 @@ def number_key(number: int) -> bytes:
 
 
 KINDS = [
-    pytest.param(syscall.MAP_HASH, 4, 0, number_key, id="hash"),
-    pytest.param(syscall.MAP_HASH, 4, syscall.F_NO_PREALLOC, number_key, id="hash without preallocation"),
-    pytest.param(syscall.MAP_LRU_HASH, 4, 0, number_key, id="lru hash"),
-    pytest.param(syscall.MAP_LPM_TRIE, 8, syscall.F_NO_PREALLOC, lpm_key, id="lpm trie"),
+    pytest.param(map_calls.MAP_HASH, 4, 0, number_key, id="hash"),
+    pytest.param(map_calls.MAP_HASH, 4, map_calls.F_NO_PREALLOC, number_key, id="hash without preallocation"),
+    pytest.param(map_calls.MAP_LRU_HASH, 4, 0, number_key, id="lru hash"),
+    pytest.param(map_calls.MAP_LPM_TRIE, 8, map_calls.F_NO_PREALLOC, lpm_key, id="lpm trie"),
 ]
 
 
@@ -57,14 +57,14 @@ KINDS = [
 def test_batches(make: Make, type: int, size: int, flags: int, key: Callable[[int], bytes], count: int) -> None:
     fd = make(type, size, 12, 131072, flags)
     wanted = {key(number): struct.pack("=III", number, 7, number + 1) for number in range(count)}
-    syscall.update_batch(fd, b"".join(wanted), b"".join(wanted.values()), count)
-    keys, values, found = syscall.lookup_all(fd)
+    map_calls.update_batch(fd, b"".join(wanted), b"".join(wanted.values()), count)
+    keys, values, found = map_calls.lookup_all(fd)
     assert found == count
     assert rows(keys, values, size, 12) == wanted
     # Every second one goes, and some that never were.
     gone = [key(number) for number in range(0, count, 2)] + [key(number) for number in range(100000, 100005)]
-    syscall.delete_batch(fd, b"".join(gone), len(gone))
-    keys, values, found = syscall.lookup_all(fd)
+    map_calls.delete_batch(fd, b"".join(gone), len(gone))
+    keys, values, found = map_calls.lookup_all(fd)
     for each in gone:
         wanted.pop(each, None)
     assert rows(keys, values, size, 12) == wanted
@@ -78,34 +78,34 @@ def rows(keys: bytes, values: bytes, key: int, value: int) -> dict[bytes, bytes]
 def test_one_by_one(make: Make, type: int, size: int, flags: int, key: Callable[[int], bytes]) -> None:
     fd = make(type, size, 8, 64, flags)
     one, other = key(1), key(2)
-    assert syscall.lookup(fd, one, 8) is None
-    assert syscall.next_key(fd, None, size) is None
-    syscall.update(fd, one, b"12345678")
-    assert syscall.lookup(fd, one, 8) == b"12345678"
-    assert syscall.next_key(fd, None, size) == one
-    assert syscall.next_key(fd, one, size) is None
-    syscall.update(fd, one, b"87654321", syscall.EXIST)
+    assert map_calls.lookup(fd, one, 8) is None
+    assert map_calls.next_key(fd, None, size) is None
+    map_calls.update(fd, one, b"12345678")
+    assert map_calls.lookup(fd, one, 8) == b"12345678"
+    assert map_calls.next_key(fd, None, size) == one
+    assert map_calls.next_key(fd, one, size) is None
+    map_calls.update(fd, one, b"87654321", map_calls.EXIST)
     with pytest.raises(OSError) as refused:
-        syscall.update(fd, other, bytes(8), syscall.EXIST)
+        map_calls.update(fd, other, bytes(8), map_calls.EXIST)
     assert refused.value.errno == errno.ENOENT
     with pytest.raises(FileExistsError):
-        syscall.update(fd, one, bytes(8), syscall.NOEXIST)
-    assert syscall.delete(fd, one)
-    assert not syscall.delete(fd, one)
+        map_calls.update(fd, one, bytes(8), map_calls.NOEXIST)
+    assert map_calls.delete(fd, one)
+    assert not map_calls.delete(fd, one)
 
 
 def test_batch_that_overflows_says_how_far_it_came(make: Make) -> None:
-    fd = make(syscall.MAP_HASH, 4, 8, 10)
+    fd = make(map_calls.MAP_HASH, 4, 8, 10)
     keys = struct.pack("=12I", *range(12))
-    with pytest.raises(syscall.BatchError) as refused:
-        syscall.update_batch(fd, keys, bytes(96), 12)
+    with pytest.raises(map_calls.BatchError) as refused:
+        map_calls.update_batch(fd, keys, bytes(96), 12)
     assert (refused.value.errno, refused.value.done) == (errno.E2BIG, 10)
-    assert syscall.lookup_all(fd)[2] == 10
+    assert map_calls.lookup_all(fd)[2] == 10
 
 
 def test_array(make: Make) -> None:
-    fd = make(syscall.MAP_ARRAY, 4, 8, 10)
-    syscall.update_batch(fd, struct.pack("=10I", *range(10)), struct.pack("=10Q", *range(10)), 10)
+    fd = make(map_calls.MAP_ARRAY, 4, 8, 10)
+    map_calls.update_batch(fd, struct.pack("=10I", *range(10)), struct.pack("=10Q", *range(10)), 10)
     for start, count, expected in (
         (0, 10, range(10)),
         (3, 4, range(3, 7)),
@@ -113,76 +113,76 @@ def test_array(make: Make) -> None:
         (10, 1, ()),
         (0, 0, ()),
     ):
-        keys, values, found = syscall.lookup_range(fd, start, count)
+        keys, values, found = map_calls.lookup_range(fd, start, count)
         numbers = list(expected)
         assert found == len(numbers)
         assert keys == struct.pack(f"={found}I", *numbers)
         assert values == struct.pack(f"={found}Q", *numbers)
-    with pytest.raises(syscall.BatchError) as refused:
-        syscall.delete_batch(fd, bytes(4), 1)
+    with pytest.raises(map_calls.BatchError) as refused:
+        map_calls.delete_batch(fd, bytes(4), 1)
     assert refused.value.errno == errno.EINVAL
 
 
 def test_a_map_type_without_batches_is_served_one_by_one(make: Make) -> None:
     """An array of programs, which no kernel so far does in batches: descriptors go in, ids come out."""
     fd = make(MAP_PROG_ARRAY, 4, 4, 8)
-    program = syscall.prog_load(PROG_TYPE_SCHED_CLS, move(0, 0) + EXIT, "test_batch")
+    program = program_calls.prog_load(PROG_TYPE_SCHED_CLS, move(0, 0) + EXIT, "test_batch")
     try:
         keys = struct.pack("=3I", 1, 4, 6)
-        syscall.update_batch(fd, keys, struct.pack("=I", program) * 3, 3)
-        number = struct.pack("=I", syscall.prog_info(program).id)
-        assert syscall.lookup_all(fd) == (keys, number * 3, 3)
-        with pytest.raises(syscall.BatchError) as refused:
-            syscall.update_batch(fd, struct.pack("=3I", 1, 99, 6), struct.pack("=I", program) * 3, 3)
+        map_calls.update_batch(fd, keys, struct.pack("=I", program) * 3, 3)
+        number = struct.pack("=I", program_calls.prog_info(program).id)
+        assert map_calls.lookup_all(fd) == (keys, number * 3, 3)
+        with pytest.raises(map_calls.BatchError) as refused:
+            map_calls.update_batch(fd, struct.pack("=3I", 1, 99, 6), struct.pack("=I", program) * 3, 3)
         assert (refused.value.errno, refused.value.done) == (errno.E2BIG, 1)
-        syscall.delete_batch(fd, struct.pack("=3I", 1, 2, 6), 3)
-        assert syscall.lookup_all(fd) == (struct.pack("=I", 4), number, 1)
+        map_calls.delete_batch(fd, struct.pack("=3I", 1, 2, 6), 3)
+        assert map_calls.lookup_all(fd) == (struct.pack("=I", 4), number, 1)
     finally:
         os.close(program)
 
 
 def test_percpu_values_have_a_cell_for_each_cpu(make: Make) -> None:
-    fd = make(syscall.MAP_PERCPU_ARRAY, 4, 8, 3)
-    size = syscall.percpu_size(8)
-    assert size == 8 * syscall.possible_cpus()
-    cells = struct.pack(f"={syscall.possible_cpus()}Q", *range(1, syscall.possible_cpus() + 1))
-    syscall.update(fd, number_key(1), cells)
-    assert syscall.lookup(fd, number_key(1), size) == cells
-    keys, values, count = syscall.lookup_all(fd)
+    fd = make(map_calls.MAP_PERCPU_ARRAY, 4, 8, 3)
+    size = map_calls.percpu_size(8)
+    assert size == 8 * map_calls.possible_cpus()
+    cells = struct.pack(f"={map_calls.possible_cpus()}Q", *range(1, map_calls.possible_cpus() + 1))
+    map_calls.update(fd, number_key(1), cells)
+    assert map_calls.lookup(fd, number_key(1), size) == cells
+    keys, values, count = map_calls.lookup_all(fd)
     assert (keys, values, count) == (struct.pack("=III", 0, 1, 2), bytes(size) + cells + bytes(size), 3)
 
 
 @pytest.mark.parametrize("type", [PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP])
 def test_program_runs_on_a_packet(type: int) -> None:
-    fd = syscall.prog_load(type, move(0, 2) + EXIT, "test_run")
+    fd = program_calls.prog_load(type, move(0, 2) + EXIT, "test_run")
     try:
         packet = bytes(range(64))
-        ran = syscall.prog_test_run(fd, packet, repeat=3)
+        ran = program_calls.prog_test_run(fd, packet, repeat=3)
         assert (ran.verdict, ran.data) == (2, packet)
-        info = syscall.prog_info(fd)
+        info = program_calls.prog_info(fd)
         assert (info.type, info.name, info.map_ids) == (type, "test_run", ())
-        assert info.id in set(syscall.program_ids())
+        assert info.id in set(program_calls.program_ids())
     finally:
         os.close(fd)
 
 
 def test_refused_program_says_why() -> None:
-    with pytest.raises(syscall.VerifierError) as refused:
-        syscall.prog_load(PROG_TYPE_SCHED_CLS, EXIT, "no_result")
+    with pytest.raises(program_calls.VerifierError) as refused:
+        program_calls.prog_load(PROG_TYPE_SCHED_CLS, EXIT, "no_result")
     assert refused.value.errno == errno.EACCES
     assert "R0 !read_ok" in str(refused.value)
     assert "R0 !read_ok" in refused.value.log
 
 
 def test_objects_are_found_by_id(make: Make) -> None:
-    fd = make(syscall.MAP_HASH, 4, 8, 10)
-    number = syscall.map_info(fd).id
-    assert number in set(syscall.map_ids())
-    again = syscall.map_by_id(number)
-    assert syscall.map_info(again) == syscall.map_info(fd)
+    fd = make(map_calls.MAP_HASH, 4, 8, 10)
+    number = map_calls.map_info(fd).id
+    assert number in set(map_calls.map_ids())
+    again = map_calls.map_by_id(number)
+    assert map_calls.map_info(again) == map_calls.map_info(fd)
     os.close(again)
     with pytest.raises(FileNotFoundError):
-        syscall.map_by_id((1 << 31) - 1)
+        map_calls.map_by_id((1 << 31) - 1)
 
 
 def test_network_namespace_is_told_by_a_program_too(tmp_path: Path) -> None:

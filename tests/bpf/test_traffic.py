@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.routes import Masquerade
@@ -45,7 +45,7 @@ def node(loaded: Loaded) -> Loaded:
 
 def carried(node: Loaded) -> dict[int, tuple[int, int, int]]:
     """(connections, packets, bytes) of each Service, summed over the CPUs."""
-    keys, values, count = syscall.lookup_all(node.maps["traffic"])
+    keys, values, count = map_calls.lookup_all(node.maps["traffic"])
     width = len(values) // count if count else 0
     found = {}
     for at in range(count):

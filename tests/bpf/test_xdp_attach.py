@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import assembly, pins, syscall
+from ebpflb.dataplane.bpf import assembly, map_calls, pins, program_calls, syscall
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, PROG_TYPE_XDP
 from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
 from ebpflb.dataplane.bpf.devices import Devices, installed
@@ -46,8 +46,8 @@ _numbers = itertools.count()
 
 def program(name: str, *, frags: bool = True) -> int:
     """An XDP program that passes everything up, and takes frames in several buffers where the kernel has that."""
-    flags = syscall.F_XDP_HAS_FRAGS if frags and has_xdp_frags() else 0
-    return syscall.prog_load(PROG_TYPE_XDP, PASS, name, XDP, flags=flags)
+    flags = program_calls.F_XDP_HAS_FRAGS if frags and has_xdp_frags() else 0
+    return program_calls.prog_load(PROG_TYPE_XDP, PASS, name, XDP, flags=flags)
 
 
 def drivers_tell() -> bool:
@@ -68,10 +68,10 @@ class Node:
         self.bpffs = Path("/sys/fs/bpf") / f"ebpflb-xdp-{os.getpid()}-{next(_numbers)}"
         pins.prepare(self.bpffs)
         self.layout = device_layout()
-        self.map = syscall.map_create(syscall.MAP_HASH, 4, self.layout.size, 64, 0, "test_devices")
-        self.vlans = syscall.map_create(syscall.MAP_HASH, 8, 4, 64, 0, "test_vlans")
+        self.map = map_calls.map_create(map_calls.MAP_HASH, 4, self.layout.size, 64, 0, "test_devices")
+        self.vlans = map_calls.map_create(map_calls.MAP_HASH, 8, 4, 64, 0, "test_vlans")
         self.tc = [
-            syscall.prog_load(3, assembly.move(0, -1) + assembly.EXIT, name)
+            program_calls.prog_load(3, assembly.move(0, -1) + assembly.EXIT, name)
             for name in ("ebpflb_ingress", "ebpflb_egress")
         ]
         self.descriptors = [self.map, self.vlans, *self.tc]
@@ -96,7 +96,7 @@ class Node:
             xdp = Xdp(mode, self.bpffs / pins.LINKS, program, unable)
             devices = Devices(self.tc[0], self.tc[1], self.map, self.layout, patterns, vlans=self.vlans, xdp=xdp)
             try:
-                yield Daemon(self, devices, syscall.prog_info(program).id if program is not None else 0)
+                yield Daemon(self, devices, program_calls.prog_info(program).id if program is not None else 0)
             finally:
                 devices.close()
 
@@ -121,7 +121,7 @@ class Node:
         """The id of the pinned link."""
         fd = syscall.obj_get(str(self.bpffs / pins.LINKS / f"xdp-{self.link(device).ifindex}"))
         try:
-            return syscall.link_info(fd).id
+            return program_calls.link_info(fd).id
         finally:
             os.close(fd)
 
@@ -206,7 +206,7 @@ def test_a_native_veth_sends_only_once_its_other_end_takes_frames(node: Node) ->
         assert len(daemon.problems()) == 1
         wire = node.link("wire").ifindex
         other = node.own(program("foreign"))
-        link = syscall.link_create(other, wire, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
+        link = program_calls.link_create(other, wire, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
         daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
         assert daemon.problems() == []
         os.close(link)
@@ -285,9 +285,9 @@ def test_another_mode_takes_the_place_of_the_one_before(node: Node) -> None:
 @pytest.mark.parametrize("mode", [NATIVE, GENERIC])
 def test_somebody_elses_program_is_kept_until_it_goes(node: Node, mode: str) -> None:
     foreign = node.own(program("foreign"))
-    number = syscall.prog_info(foreign).id
+    number = program_calls.prog_info(foreign).id
     with node.namespace.entered():
-        link = syscall.link_create(foreign, node.link("eth0").ifindex, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
+        link = program_calls.link_create(foreign, node.link("eth0").ifindex, XDP, rtnetlink.XDP_FLAGS_DRV_MODE)
     with node.running(mode) as daemon:
         assert node.running_on("eth0") == ((NATIVE, number),)
         assert daemon.told("eth0") == (OFF, f"somebody else's XDP program runs there (foreign, id {number})")
@@ -296,7 +296,7 @@ def test_somebody_elses_program_is_kept_until_it_goes(node: Node, mode: str) -> 
         assert node.bits("eth0") == 0
         assert daemon.devices.audit() == 0
         assert "ebpflb_ingress" in node.namespace.filters("eth0", "ingress")
-        syscall.link_detach(link)
+        program_calls.link_detach(link)
         os.close(link)
         daemon.devices.audit()
         assert node.running_on("eth0") == ((mode, daemon.program),)
@@ -408,10 +408,10 @@ def test_a_device_with_vlans_shows_their_tags_to_xdp_or_runs_none(node: Node) ->
         )
         daemon.until(lambda: bool(node.running_on("eth0")), lambda: daemon.told("eth0"))
         key = VLAN_KEY.pack(node.link("eth0").ifindex, 7)
-        assert syscall.lookup(node.vlans, key, 4) == U32.pack(node.link("eth0.7").ifindex)
+        assert map_calls.lookup(node.vlans, key, 4) == U32.pack(node.link("eth0.7").ifindex)
         assert node.bits("eth0.7") == 0
         node.namespace.ip("link del eth0.7")
-        daemon.until(lambda: syscall.lookup(node.vlans, key, 4) is None, lambda: syscall.lookup(node.vlans, key, 4))
+        daemon.until(lambda: map_calls.lookup(node.vlans, key, 4) is None, lambda: map_calls.lookup(node.vlans, key, 4))
 
 
 def test_a_device_that_joins_a_bridge_loses_xdp_at_once(node: Node) -> None:
@@ -433,8 +433,8 @@ def test_a_link_that_somebody_detached_or_unpinned_is_noticed_and_made_again(nod
         assert daemon.devices.intact()
         path = node.bpffs / pins.LINKS / f"xdp-{node.link('eth0').ifindex}"
         link = syscall.obj_get(str(path))
-        before = syscall.link_info(link).id
-        syscall.link_detach(link)
+        before = program_calls.link_info(link).id
+        program_calls.link_detach(link)
         os.close(link)
         assert not daemon.devices.intact()
         assert daemon.devices.audit() > 0
@@ -483,9 +483,9 @@ def test_cleanup_removes_ours_and_leaves_a_foreign_one(node: Node, pin_survives:
     node.namespace.ip("link add eth1 type veth peer name wire1")
     node.namespace.ip("addr add 198.51.100.1/24 dev eth1")
     foreign = node.own(program("foreign"))
-    number = syscall.prog_info(foreign).id
+    number = program_calls.prog_info(foreign).id
     with node.namespace.entered():
-        link = syscall.link_create(foreign, node.link("eth1").ifindex, XDP, rtnetlink.XDP_FLAGS_SKB_MODE)
+        link = program_calls.link_create(foreign, node.link("eth1").ifindex, XDP, rtnetlink.XDP_FLAGS_SKB_MODE)
     with node.running(GENERIC) as daemon:
         assert node.running_on("eth0") == ((GENERIC, daemon.program),)
         if not pin_survives:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.demo import namespaces
 from ebpflb.routes import Masquerade
@@ -60,13 +60,13 @@ def age(lab: Lab, *actions: int) -> None:
     value = lab.node.packer("flows")
     seen = value.layout.field("seen")
     action = value.layout.field("action").offset
-    keys, values, count = syscall.lookup_all(fd)
+    keys, values, count = map_calls.lookup_all(fd)
     size, key_size = value.layout.size, lab.node.packer("flows", key=True).layout.size
     for at in range(count):
         row = bytearray(values[at * size : (at + 1) * size])
         if row[action] in actions:
             row[seen.offset : seen.offset + 8] = bytes(8)
-            syscall.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
+            map_calls.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
 
 
 # ---- Who begins, and who goes on
@@ -291,12 +291,12 @@ def forget_ways(lab: Lab) -> None:
     value, key_size = lab.node.packer("flows"), lab.node.packer("flows", key=True).layout.size
     way = value.layout.field("way")
     until = next(each for each in way.fields if each.name == "until")
-    keys, values, count = syscall.lookup_all(fd)
+    keys, values, count = map_calls.lookup_all(fd)
     size, at_until = value.layout.size, way.offset + until.offset
     for at in range(count):
         row = bytearray(values[at * size : (at + 1) * size])
         row[at_until : at_until + until.bytes] = bytes(until.bytes)
-        syscall.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
+        map_calls.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
 
 
 @both_protocols
@@ -452,11 +452,11 @@ def evict(lab: Lab, action: int) -> None:
     """Rows of an action are gone, as a full table's are."""
     fd = lab.node.maps["flows"]
     value, size = lab.node.packer("flows"), lab.node.packer("flows", key=True).layout.size
-    keys, values, count = syscall.lookup_all(fd)
+    keys, values, count = map_calls.lookup_all(fd)
     for at in range(count):
         row = values[at * value.layout.size : (at + 1) * value.layout.size]
         if value.get(row, "action") == action:
-            syscall.delete(fd, keys[at * size : (at + 1) * size])
+            map_calls.delete(fd, keys[at * size : (at + 1) * size])
 
 
 @both_protocols

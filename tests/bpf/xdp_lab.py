@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_XDP
@@ -94,9 +94,9 @@ class Lab:
         self.node.clear()
         for name in ("hops", "marks"):
             spec = self.node.artifact.maps[name]
-            width = syscall.percpu_size(spec.value.size) if name == "hops" else spec.value.size
+            width = map_calls.percpu_size(spec.value.size) if name == "hops" else spec.value.size
             keys = struct.pack(f"={spec.max_entries}I", *range(spec.max_entries))
-            syscall.update_batch(self.node.maps[name], keys, bytes(width * spec.max_entries), spec.max_entries)
+            map_calls.update_batch(self.node.maps[name], keys, bytes(width * spec.max_entries), spec.max_entries)
         for name, device in uplinks(**devices).items():
             self.put_device(name, device)
         self.node.put_vlan(self.index["up0"], VLAN, self.index["tag7"])
@@ -212,10 +212,10 @@ def laboratory(artifact: Artifact, sizes: Mapping[str, int] | None = None) -> It
             lab = Lab(node, namespace, {name: socket.if_nametoindex(name) for name in WIRES})
             # A veth's receive queue can be named once it has an XDP program: any but ours, which would count.
             code = assemble(move(0, XDP_PASS), EXIT)
-            passing = syscall.prog_load(PROG_TYPE_XDP, code, "passing", _XDP_ATTACH)
+            passing = program_calls.prog_load(PROG_TYPE_XDP, code, "passing", _XDP_ATTACH)
             stack.callback(os.close, passing)
             for index in lab.index.values():
-                link = syscall.link_create(passing, index, _XDP_ATTACH, _IN_THE_DRIVER)
+                link = program_calls.link_create(passing, index, _XDP_ATTACH, _IN_THE_DRIVER)
                 stack.callback(os.close, link)
             try:
                 lab.xdp(bytes(64))

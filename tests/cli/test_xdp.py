@@ -98,7 +98,7 @@ def test_a_program_that_somebody_else_runs_is_kept_and_told(tmp_path: Path) -> N
 
 FOREIGN = """
 import sys
-from ebpflb.dataplane.bpf import assembly, syscall
-fd = syscall.prog_load(6, assembly.move(0, 2) + assembly.EXIT, "foreign")
+from ebpflb.dataplane.bpf import assembly, program_calls, syscall
+fd = program_calls.prog_load(6, assembly.move(0, 2) + assembly.EXIT, "foreign")
 syscall.obj_pin(fd, sys.argv[1])
 """

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, Field, Layout, MapSpec, Program, Relocation, Request, read_sources
 from ebpflb.dataplane.bpf.constants import hook
 from ebpflb.dataplane.bpf.flatten import enumerators, flatten, numbers
@@ -102,7 +102,7 @@ class Compiled:
     def maps(self) -> Iterator[MapSpec]:
         """Specifications of the source's maps, as the kernel has made them."""
         for name, table in self._tables.items():
-            made = syscall.map_info(table.map_fd)
+            made = map_calls.map_info(table.map_fd)
             # Of a per-CPU table, Leaf is one value for each CPU and sLeaf the value.
             key, value = layout_of(table.Key), layout_of(getattr(table, "sLeaf", table.Leaf))
             if (key.size, value.size) != (made.key_size, made.value_size):

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ebpflb.dataplane import Report, Requirement
-from ebpflb.dataplane.bpf import devices, facts, maglev, pins, syscall, tcx
+from ebpflb.dataplane.bpf import devices, facts, maglev, map_calls, pins, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
@@ -319,7 +319,7 @@ class BpfDataplane:
 
     def _refuse_other_version(self, descriptors: Mapping[str, int]) -> None:
         for table in KEY_VALUE:
-            info = syscall.map_info(descriptors[table]) if table in descriptors else None
+            info = map_calls.map_info(descriptors[table]) if table in descriptors else None
             if info is None or (info.key_size, info.value_size) != SIZES[table]:
                 what = "missing" if info is None else "of another version"
                 raise UserError(
@@ -361,7 +361,7 @@ class BpfDataplane:
         fd = pins.opened(self._bpffs / pins.MAPS / "devices")
         try:
             rows = None
-            if fd is not None and syscall.map_info(fd).value_size == SIZES["devices"][1]:
+            if fd is not None and map_calls.map_info(fd).value_size == SIZES["devices"][1]:
                 rows = Rows(fd, device_layout())
             return devices.installed(rows, remove=remove)
         except OSError as error:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.artifact import Field, Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_CLSACT
 from ebpflb.dataplane.bpf.layouts import REQUIRED, U32, VLAN_KEY, size_of
@@ -53,7 +53,7 @@ class Rows:
 
     def read(self) -> None:
         """Take the copy from the kernel."""
-        keys, values, count = syscall.lookup_all(self._map)
+        keys, values, count = map_calls.lookup_all(self._map)
         self._held = {
             index: self._unpack(values[at * self._size : (at + 1) * self._size])
             for at, index in enumerate(struct.unpack(f"={count}I", keys))
@@ -80,7 +80,7 @@ class Rows:
         fields = (row.ipv4, row.ipv6, U32.pack(row.flags), U32.pack(row.mtu), row.mac)
         for at, field in zip(self._at, fields, strict=True):
             value[at : at + len(field)] = field
-        syscall.update(self._map, U32.pack(index), bytes(value))
+        map_calls.update(self._map, U32.pack(index), bytes(value))
         self._held[index] = row
         return 1
 
@@ -88,7 +88,7 @@ class Rows:
         """Remove the rows of all other devices; how many."""
         gone = set(self._held) - set(indexes)
         for index in gone:
-            syscall.delete(self._map, U32.pack(index))
+            map_calls.delete(self._map, U32.pack(index))
             del self._held[index]
         return len(gone)
 
@@ -103,7 +103,7 @@ class VlanRows:
 
     def read(self) -> None:
         """Take the copy from the kernel."""
-        keys, values, _ = syscall.lookup_all(self._map)
+        keys, values, _ = map_calls.lookup_all(self._map)
         self._held = {
             (parent, id): index
             for (parent, id), (index,) in zip(VLAN_KEY.iter_unpack(keys), U32.iter_unpack(values), strict=True)
@@ -113,12 +113,12 @@ class VlanRows:
         """Make these the rows, (parent, id) -> device; how many were written or removed. Raises OSError."""
         changed = 0
         for key in set(self._held) - set(wanted):
-            syscall.delete(self._map, VLAN_KEY.pack(*key))
+            map_calls.delete(self._map, VLAN_KEY.pack(*key))
             del self._held[key]
             changed += 1
         for key, index in wanted.items():
             if self._held.get(key) != index:
-                syscall.update(self._map, VLAN_KEY.pack(*key), U32.pack(index))
+                map_calls.update(self._map, VLAN_KEY.pack(*key), U32.pack(index))
                 self._held[key] = index
                 changed += 1
         return changed

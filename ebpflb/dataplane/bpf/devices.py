@@ -24,7 +24,7 @@ import select
 from collections.abc import Callable
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import clsact, syscall, tc, tcx, xdp_links
+from ebpflb.dataplane.bpf import clsact, program_calls, tc, tcx, xdp_links
 from ebpflb.dataplane.bpf.artifact import Layout
 from ebpflb.dataplane.bpf.constants import DEVICE_BACK, DEVICE_CLSACT, DEVICE_PEER, DEVICE_POD, TC_HOOKS
 from ebpflb.dataplane.bpf.device_rows import Row, Rows, VlanRows
@@ -74,8 +74,8 @@ class Devices:
         with_tcx: bool = False,
     ) -> None:
         self._hooked = (
-            tc.Hooked(tc.INGRESS, ingress, syscall.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
-            tc.Hooked(tc.EGRESS, egress, syscall.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
+            tc.Hooked(tc.INGRESS, ingress, program_calls.prog_info(ingress).id, TC_HOOKS["tc_ingress"].kernel_name),
+            tc.Hooked(tc.EGRESS, egress, program_calls.prog_info(egress).id, TC_HOOKS["tc_egress"].kernel_name),
         )
         self._tcx = tcx.Tcx(self._hooked) if with_tcx else None
         self._rows = Rows(map, layout)

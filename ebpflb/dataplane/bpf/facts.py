@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpflb.dataplane import Requirement
-from ebpflb.dataplane.bpf import maglev, syscall, tc, tcx
+from ebpflb.dataplane.bpf import maglev, map_calls, program_calls, syscall, tc, tcx
 from ebpflb.dataplane.bpf.artifact import compiler_version
 from ebpflb.dataplane.bpf.assembly import EXIT, assemble, call, cell, instruction, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
@@ -98,7 +98,7 @@ def cookie_by_program(cgroup: Path | None) -> int | None:
     inner = cgroup / f"ebpflb-{os.getpid()}"
     with ExitStack() as stack:
         try:
-            told = syscall.map_create(syscall.MAP_ARRAY, 4, 8, 1, 0, "ebpflb_cookie")
+            told = map_calls.map_create(map_calls.MAP_ARRAY, 4, 8, 1, 0, "ebpflb_cookie")
             stack.callback(os.close, told)
             code = assemble(
                 instruction(0xBF, 6, 1),  # r6 = context
@@ -110,15 +110,15 @@ def cookie_by_program(cgroup: Path | None) -> int | None:
                 move(0, 1),
                 EXIT,
             )
-            program = syscall.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, code, "ebpflb_cookie", _CONNECT4)
+            program = program_calls.prog_load(PROG_TYPE_CGROUP_SOCK_ADDR, code, "ebpflb_cookie", _CONNECT4)
             stack.callback(os.close, program)
             inner.mkdir()
             stack.callback(inner.rmdir)
             directory = os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, directory)
-            stack.callback(os.close, syscall.link_create(program, directory, _CONNECT4))
+            stack.callback(os.close, program_calls.link_create(program, directory, _CONNECT4))
             _connect_in(inner)
-            cookie = syscall.lookup(told, bytes(4), 8)
+            cookie = map_calls.lookup(told, bytes(4), 8)
         except OSError:
             return None
     return struct.unpack("=Q", cookie)[0] or None if cookie else None
@@ -143,9 +143,9 @@ def jiffies_per_second() -> int:
 
 def jiffies() -> int:
     """The lower 32 bits of the kernel's jiffies: nothing but a program can ask for them. Raises OSError."""
-    fd = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(call(_HELPER_JIFFIES), EXIT), "ebpflb_jiffies")
+    fd = program_calls.prog_load(PROG_TYPE_SCHED_CLS, assemble(call(_HELPER_JIFFIES), EXIT), "ebpflb_jiffies")
     try:
-        return syscall.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
+        return program_calls.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
     finally:
         os.close(fd)
 
@@ -173,7 +173,7 @@ def free_ports(low: int, high: int) -> tuple[int, int]:
 def loads(type: int, code: bytes, attach_type: int = 0, flags: int = 0) -> bool:
     """Whether the kernel accepts a program."""
     try:
-        os.close(syscall.prog_load(type, code, "ebpflb_probe", attach_type, flags=flags))
+        os.close(program_calls.prog_load(type, code, "ebpflb_probe", attach_type, flags=flags))
     except OSError:
         return False
     return True
@@ -196,7 +196,7 @@ def has_socket_programs() -> bool:
 def has_xdp_frags() -> bool:
     """Whether XDP programs may take frames that lie in several buffers (5.18), without which drivers refuse them where
     the MTU is larger than a buffer."""
-    return loads(PROG_TYPE_XDP, _XDP_PASS, _XDP, syscall.F_XDP_HAS_FRAGS)
+    return loads(PROG_TYPE_XDP, _XDP_PASS, _XDP, program_calls.F_XDP_HAS_FRAGS)
 
 
 def has_clsact() -> bool:
@@ -211,7 +211,7 @@ def has_clsact() -> bool:
             return
         requests = Netlink()
         try:
-            program = syscall.prog_load(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT), "ebpflb_probe")
+            program = program_calls.prog_load(PROG_TYPE_SCHED_CLS, assemble(move(0, -1), EXIT), "ebpflb_probe")
             try:
                 tc.add_clsact(requests, _LOOPBACK)
                 for parent in (tc.INGRESS, tc.EGRESS):
@@ -236,7 +236,7 @@ def bpf_refusal() -> str:
     if not syscall.supported():
         return "its number on this kind of machine is not known"
     try:
-        next(syscall.map_ids(), None)
+        next(map_calls.map_ids(), None)
     except OSError as error:
         # Without the capability for it, the kernel itself says EPERM to this question.
         if error.errno == errno.ENOSYS or (error.errno == errno.EPERM and may_administrate()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.layouts import SIZES
 
 # A refused row splits its batch; small batches keep the copying of what is left small.
@@ -46,7 +46,7 @@ class KernelMaps:
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
         self._descriptors = descriptors
-        self._infos = {table: syscall.map_info(fd) for table, fd in descriptors.items()}
+        self._infos = {table: map_calls.map_info(fd) for table, fd in descriptors.items()}
 
     @property
     def capacity(self) -> Mapping[str, int]:
@@ -57,7 +57,7 @@ class KernelMaps:
         width, size = SIZES[table]
 
         def update(at: int, end: int) -> None:
-            syscall.update_batch(fd, keys[at * width : end * width], values[at * size : end * size], end - at)
+            map_calls.update_batch(fd, keys[at * width : end * width], values[at * size : end * size], end - at)
 
         return _in_batches(len(keys) // width, update)
 
@@ -66,24 +66,24 @@ class KernelMaps:
         width, _ = SIZES[table]
 
         def delete(at: int, end: int) -> None:
-            syscall.delete_batch(fd, keys[at * width : end * width], end - at)
+            map_calls.delete_batch(fd, keys[at * width : end * width], end - at)
 
         return _in_batches(len(keys) // width, delete)
 
     def read(self, table: str) -> tuple[bytes, bytes]:
-        keys, values, _ = syscall.lookup_all(self._descriptors[table], self._infos[table])
+        keys, values, _ = map_calls.lookup_all(self._descriptors[table], self._infos[table])
         return keys, values
 
     def sums(self, table: str) -> dict[bytes, int]:
         width, size = SIZES[table]
         found: dict[bytes, int] = {}
-        for keys, values in syscall.lookup_batches(self._descriptors[table], self._infos[table], _BATCH // 2):
+        for keys, values in map_calls.lookup_batches(self._descriptors[table], self._infos[table], _BATCH // 2):
             for at in range(len(keys) // width):
                 found[bytes(keys[at * width : (at + 1) * width])] = hash(bytes(values[at * size : (at + 1) * size]))
         return found
 
     def read_array(self, table: str, start: int, count: int) -> bytes:
-        return syscall.lookup_range(self._descriptors[table], start, count, self._infos[table])[1]
+        return map_calls.lookup_range(self._descriptors[table], start, count, self._infos[table])[1]
 
 
 def _in_batches(count: int, act: Callable[[int, int], None]) -> dict[int, int]:
@@ -95,7 +95,7 @@ def _in_batches(count: int, act: Callable[[int, int], None]) -> dict[int, int]:
         try:
             act(at, end)
             at = end
-        except syscall.BatchError as error:
+        except map_calls.BatchError as error:
             at += error.done
             refused[at] = error.errno or 0
             at += 1

@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import pins, syscall
+from ebpflb.dataplane.bpf import map_calls, pins, program_calls
 from ebpflb.dataplane.bpf.constants import PREFIX
 from ebpflb.dataplane.bpf.facts import filesystem_of
 from ebpflb.errors import EbpflbError
@@ -37,11 +37,11 @@ def among(programs: Iterable[tuple[str, int]], maps: AbstractSet[int], near: Pat
     found: list[tuple[str, int, tuple[int, ...]]] = []
     for function, number in programs:
         try:
-            fd = syscall.program_by_id(number)
+            fd = program_calls.program_by_id(number)
         except FileNotFoundError:
             continue  # it has gone meanwhile
         try:
-            info = syscall.prog_info(fd)
+            info = program_calls.prog_info(fd)
         finally:
             os.close(fd)
         if info.name.startswith(PREFIX) and maps.isdisjoint(info.map_ids):
@@ -68,7 +68,7 @@ def pinned(program: int, function: str, near: Path) -> Path | None:
             if fd is None:
                 continue
             try:
-                if syscall.prog_info(fd).id == program:
+                if program_calls.prog_info(fd).id == program:
                     return Path(directory)
             finally:
                 os.close(fd)
@@ -85,15 +85,15 @@ def end(cgroup: int, others: Iterable[Other]) -> int:
     """Detach these from the cgroup of that inode number; how many links there were. Raises OSError."""
     programs = {other.id for other in others}
     ended = 0
-    for number in syscall.link_ids():
+    for number in program_calls.link_ids():
         try:
-            fd = syscall.link_by_id(number)
+            fd = program_calls.link_by_id(number)
         except FileNotFoundError:
             continue
         try:
-            info = syscall.link_info(fd)
+            info = program_calls.link_info(fd)
             if info.cgroup == cgroup and info.program in programs:
-                syscall.link_detach(fd)
+                program_calls.link_detach(fd)
                 ended += 1
         finally:
             os.close(fd)
@@ -104,14 +104,14 @@ def _owner(maps: Iterable[int]) -> int:
     """The network namespace that the `settings` among these maps tell of; 0 without them."""
     for number in maps:
         try:
-            fd = syscall.map_by_id(number)
+            fd = map_calls.map_by_id(number)
         except FileNotFoundError:
             continue
         try:
-            info = syscall.map_info(fd)
+            info = map_calls.map_info(fd)
             # Of all versions of the row, the owner is at the same place.
             if info.name == f"{PREFIX}settings" and info.value_size >= 8:
-                row = syscall.lookup(fd, bytes(info.key_size), info.value_size) or bytes(8)
+                row = map_calls.lookup(fd, bytes(info.key_size), info.value_size) or bytes(8)
                 (owner,) = struct.unpack_from("=Q", row)
                 return int(owner)
         finally:

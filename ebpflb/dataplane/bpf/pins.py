@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls, program_calls, syscall
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX
 from ebpflb.dataplane.bpf.facts import filesystem_of
 from ebpflb.errors import ApplyError, UserError
@@ -137,21 +137,21 @@ def _identify(kind: str, fd: int, path: Path) -> tuple[str, int] | None:
     """(kernel name, id) of the object, if it is of that kind."""
     target = os.readlink(f"/proc/self/fd/{fd}")
     if kind == MAPS and "bpf-map" in target:
-        described = syscall.map_info(fd)
+        described = map_calls.map_info(fd)
         return described.name, described.id
     if kind == PROGRAMS and "bpf-prog" in target:
-        program = syscall.prog_info(fd)
+        program = program_calls.prog_info(fd)
         return program.name, program.id
     if kind == LINKS and ("bpf_link" in target or "bpf-link" in target):
-        link = syscall.link_info(fd)
+        link = program_calls.link_info(fd)
         try:
-            attached = syscall.program_by_id(link.program)
+            attached = program_calls.program_by_id(link.program)
         except FileNotFoundError:
             # Its cgroup has gone and took the program along: the name of the pin is all there is to tell by.
             hook = CGROUP_HOOKS.get(path.name.removesuffix(_FRESH))
             return (hook.kernel_name, link.id) if hook else None
         try:
-            return syscall.prog_info(attached).name, link.id
+            return program_calls.prog_info(attached).name, link.id
         finally:
             os.close(attached)
     return None
@@ -193,6 +193,6 @@ def _detach(path: Path) -> None:
         return
     try:
         with contextlib.suppress(OSError):  # kernels before 5.9 leave it to the pin's removal
-            syscall.link_detach(link)
+            program_calls.link_detach(link)
     finally:
         os.close(link)

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from ebpflb.dataplane.bpf import others, pins, syscall
+from ebpflb.dataplane.bpf import map_calls, others, pins, program_calls, syscall
 from ebpflb.dataplane.bpf.artifact import Artifact, MapSpec, Program
 from ebpflb.dataplane.bpf.constants import CGROUP_HOOKS, PREFIX, PROG_TYPE_XDP
 from ebpflb.dataplane.bpf.facts import cgroup2_root, filesystem_of, has_xdp_frags
@@ -83,7 +83,7 @@ class Programs:
             self._make_maps()
         else:
             self._maps = found
-        frags = syscall.F_XDP_HAS_FRAGS if self._xdp and has_xdp_frags() else 0
+        frags = program_calls.F_XDP_HAS_FRAGS if self._xdp and has_xdp_frags() else 0
         for program in self._artifact.programs.values():
             if program.type != PROG_TYPE_XDP:
                 self._programs[program.name] = self._load(program)
@@ -128,12 +128,12 @@ class Programs:
         if fd is None:
             return
         try:
-            info = syscall.map_info(fd)
+            info = map_calls.map_info(fd)
             # Of all versions of the row, the owner is at the same place.
             at = spec.value.field("netns").offset if spec else 0
             if self._netns is None or info.value_size < at + 8:
                 return
-            row = syscall.lookup(fd, bytes(info.key_size), info.value_size) or bytes(info.value_size)
+            row = map_calls.lookup(fd, bytes(info.key_size), info.value_size) or bytes(info.value_size)
         finally:
             os.close(fd)
         (owner,) = struct.unpack_from("=Q", row, at)
@@ -157,10 +157,10 @@ class Programs:
         """The pinned program if it is what we would load, else a new one, pinned in its place. `flags` are BPF_F_…"""
         path = self._bpffs / pins.PROGRAMS / program.name
         try:
-            fresh = syscall.prog_load(
+            fresh = program_calls.prog_load(
                 program.type, program.patched(self._maps), program.kernel_name, program.attach_type, flags=flags
             )
-        except syscall.VerifierError as error:
+        except program_calls.VerifierError as error:
             log.error("%s", error.log)
             if error.errno == errno.EPERM:
                 raise UserError("loading BPF programs is not permitted: run as root") from None
@@ -221,13 +221,13 @@ class Programs:
     def _has_rows(self) -> bool:
         """Whether a frontend is there. Raises OSError."""
         fd = self._maps["frontends"]
-        return syscall.next_key(fd, None, syscall.map_info(fd).key_size) is not None
+        return map_calls.next_key(fd, None, map_calls.map_info(fd).key_size) is not None
 
     def _others(self, cgroup: int) -> tuple[others.Other, ...]:
         """The socket programs of other ebpflbs at a cgroup. Raises OSError."""
-        maps = {syscall.map_info(fd).id for fd in self._maps.values()}
+        maps = {map_calls.map_info(fd).id for fd in self._maps.values()}
         hooks = CGROUP_HOOKS.items()
-        running = [(name, id) for name, hook in hooks for id in syscall.prog_query(cgroup, hook.attach_type)[1]]
+        running = [(name, id) for name, hook in hooks for id in program_calls.prog_query(cgroup, hook.attach_type)[1]]
         return others.among(running, maps, self._bpffs)
 
     def _attach(self, program: Program, cgroup: int, directory: Path) -> bool:
@@ -236,12 +236,12 @@ class Programs:
         link = pins.opened(path)
         if link is not None:
             try:
-                info = syscall.link_info(link)
+                info = program_calls.link_info(link)
                 # The cgroup's inode number is 0 once the cgroup has been removed or the link been detached.
                 if info.cgroup == os.fstat(cgroup).st_ino:
-                    if info.program == syscall.prog_info(fd).id:
+                    if info.program == program_calls.prog_info(fd).id:
                         return False
-                    syscall.link_update(link, fd)
+                    program_calls.link_update(link, fd)
                     return True
             except OSError as error:
                 raise ApplyError(
@@ -250,7 +250,7 @@ class Programs:
             finally:
                 os.close(link)
         try:
-            made = syscall.link_create(fd, cgroup, program.attach_type)
+            made = program_calls.link_create(fd, cgroup, program.attach_type)
         except OSError as error:
             raise _refused(error, program, directory) from error
         try:
@@ -284,7 +284,7 @@ def open_maps(bpffs: Path, artifact: Artifact) -> dict[str, int] | None:
             reason = reason or f"the map {spec.name} is missing"
             continue
         found[spec.name] = fd
-        info = syscall.map_info(fd)
+        info = map_calls.map_info(fd)
         have = (info.type, info.key_size, info.value_size, info.max_entries, info.flags)
         want = (spec.type, spec.key.size, spec.value.size, spec.max_entries, spec.flags)
         if have != want:
@@ -310,14 +310,14 @@ def _other_layout(maps: Mapping[str, int], artifact: Artifact) -> str:
     spec = artifact.maps.get("settings")
     if layout is None or spec is None:
         return ""
-    row = syscall.lookup(maps["settings"], bytes(spec.key.size), spec.value.size) or bytes(spec.value.size)
+    row = map_calls.lookup(maps["settings"], bytes(spec.key.size), spec.value.size) or bytes(spec.value.size)
     (have,) = struct.unpack_from("=I", row, spec.value.field("layout").offset)
     return f"their layout is {have} instead of {layout}" if have not in (0, layout) else ""
 
 
 def _create(spec: MapSpec) -> int:
     try:
-        return syscall.map_create(
+        return map_calls.map_create(
             spec.type, spec.key.size, spec.value.size, spec.max_entries, spec.flags, PREFIX + spec.name
         )
     except OSError as error:
@@ -331,21 +331,21 @@ def _create(spec: MapSpec) -> int:
 def _identity(kind: str, fd: int) -> int:
     """The kernel's id of a map or program; 0 for something else."""
     try:
-        return syscall.map_info(fd).id if kind == pins.MAPS else syscall.prog_info(fd).id
+        return map_calls.map_info(fd).id if kind == pins.MAPS else program_calls.prog_info(fd).id
     except OSError:
         return 0
 
 
 def _same(one: int, other: int) -> bool:
     """Whether two programs have the same instructions over the same maps."""
-    first, second = syscall.prog_info(one), syscall.prog_info(other)
+    first, second = program_calls.prog_info(one), program_calls.prog_info(other)
     return (first.type, first.tag, first.map_ids) == (second.type, second.tag, second.map_ids)
 
 
 def _attached(cgroup: Path, attach_type: int) -> tuple[int, tuple[int, ...]]:
     fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return syscall.prog_query(fd, attach_type)
+        return program_calls.prog_query(fd, attach_type)
     finally:
         os.close(fd)
 

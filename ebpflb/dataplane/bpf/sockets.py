@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import map_calls
 from ebpflb.dataplane.bpf.layouts import SOCKET_KEY, SOCKET_VALUE
 from ebpflb.model import Protocol
 from ebpflb.rtnetlink import Netlink
@@ -80,7 +80,7 @@ class Orphans:
 
     def _cookies(self, gone: set[int]) -> set[int]:
         """The sockets that were given one of these backends, as far as the map still knows."""
-        keys, values, _ = syscall.lookup_all(self._map)
+        keys, values, _ = map_calls.lookup_all(self._map)
         found = set()
         rows = zip(SOCKET_KEY.iter_unpack(keys), SOCKET_VALUE.iter_unpack(values), strict=True)
         for (cookie, _, _, protocol, direction), (_, _, _, backend, _) in rows:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf import syscall, tc
+from ebpflb.dataplane.bpf import program_calls, tc
 from ebpflb.dataplane.bpf.constants import PREFIX
 from ebpflb.dataplane.bpf.xdp_links import namespace
 
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 def supported() -> bool:
     """Whether this kernel has tcx."""
     try:
-        syscall.prog_query(_LOOPBACK, _ATTACH_TYPES[tc.INGRESS])
+        program_calls.prog_query(_LOOPBACK, _ATTACH_TYPES[tc.INGRESS])
     except OSError:
         return False
     return True
@@ -44,7 +44,7 @@ def running(index: int) -> tuple[Running, ...]:
     found = []
     for side, attach_type in _ATTACH_TYPES.items():
         try:
-            _, programs = syscall.prog_query(index, attach_type)
+            _, programs = program_calls.prog_query(index, attach_type)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENODEV):
                 continue
@@ -91,9 +91,9 @@ class Tcx:
         written = 0
         if len(others) == len(mine):
             older = others.pop(0) if others else None
-            replaced = syscall.program_by_id(older.id) if older is not None else None
+            replaced = program_calls.program_by_id(older.id) if older is not None else None
             try:
-                syscall.prog_attach(hooked.program, index, _ATTACH_TYPES[hooked.side], replaced)
+                program_calls.prog_attach(hooked.program, index, _ATTACH_TYPES[hooked.side], replaced)
             finally:
                 if replaced is not None:
                     os.close(replaced)
@@ -113,7 +113,7 @@ class Tcx:
         for index in indexes:
             try:
                 for each in self._hooked:
-                    if each.id not in syscall.prog_query(index, _ATTACH_TYPES[each.side])[1]:
+                    if each.id not in program_calls.prog_query(index, _ATTACH_TYPES[each.side])[1]:
                         return False
             except OSError as error:
                 if error.errno != errno.ENODEV:
@@ -126,9 +126,9 @@ class Tcx:
 
 
 def _detach(index: int, each: Running) -> None:
-    program = syscall.program_by_id(each.id)
+    program = program_calls.program_by_id(each.id)
     try:
-        syscall.prog_detach(program, index, _ATTACH_TYPES[each.side])
+        program_calls.prog_detach(program, index, _ATTACH_TYPES[each.side])
     finally:
         os.close(program)
 
@@ -136,10 +136,10 @@ def _detach(index: int, each: Running) -> None:
 def _name(program: int) -> str:
     """The name of a program; "" if it has gone."""
     try:
-        fd = syscall.program_by_id(program)
+        fd = program_calls.program_by_id(program)
     except FileNotFoundError:
         return ""
     try:
-        return syscall.prog_info(fd).name
+        return program_calls.prog_info(fd).name
     finally:
         os.close(fd)

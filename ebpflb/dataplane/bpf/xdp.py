@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import others, pins, syscall
+from ebpflb.dataplane.bpf import others, pins, program_calls
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
 from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, carries_vlans, wish
 from ebpflb.dataplane.bpf.xdp_features import Features, sends
@@ -54,7 +54,7 @@ class Xdp:
         self._mode = mode
         self._directory = links
         self._program = program
-        self._id = syscall.prog_info(program).id if program is not None else 0
+        self._id = program_calls.prog_info(program).id if program is not None else 0
         self._unable = unable
         self._netlink = Netlink()
         self._namespace = namespace()
@@ -94,7 +94,7 @@ class Xdp:
     def intact(self) -> bool:
         """Whether every link that was made is in force, and pinned."""
         return all(
-            os.path.lexists(self._pin(index)) and syscall.link_info(fd).device == index
+            os.path.lexists(self._pin(index)) and program_calls.link_info(fd).device == index
             for index, fd in self._links.items()
         )
 
@@ -211,10 +211,10 @@ class Xdp:
         place, flags = _PLACES[mode]
         fd = self._link_of(link)
         if fd is not None:
-            runs = syscall.link_info(fd).program
+            runs = program_calls.link_info(fd).program
             if link.xdp == ((place, runs),):
                 if runs != self._id:
-                    syscall.link_update(fd, self._program)
+                    program_calls.link_update(fd, self._program)
                 self._modes[index] = mode
                 return int(self._put_pin(index, fd) or runs != self._id)
         if fd is not None or is_ours(link):
@@ -224,7 +224,7 @@ class Xdp:
         if namespace() != self._namespace:
             raise Unwilling("this thread is in another network namespace")
         try:
-            made = syscall.link_create(self._program, index, _HOOK.attach_type, flags)
+            made = program_calls.link_create(self._program, index, _HOOK.attach_type, flags)
         except OSError as error:
             raise Unwilling(self._explained(error, index, flags)) from None
         self._links[index], self._modes[index] = made, mode
@@ -246,7 +246,7 @@ class Xdp:
         pinned = self._opened(index)
         if pinned is not None:
             try:
-                if syscall.link_info(pinned).id == syscall.link_info(fd).id:
+                if program_calls.link_info(pinned).id == program_calls.link_info(fd).id:
                     return False
             finally:
                 os.close(pinned)
@@ -264,7 +264,7 @@ class Xdp:
             return None
         if fd is not None:
             with contextlib.suppress(OSError):
-                if syscall.link_info(fd).type == syscall.LINK_XDP:
+                if program_calls.link_info(fd).type == program_calls.LINK_XDP:
                     return fd
             os.close(fd)
         return None
@@ -293,7 +293,7 @@ class Xdp:
         now on."""
         if self._program is None:
             return
-        maps = frozenset(syscall.prog_info(self._program).map_ids)
+        maps = frozenset(program_calls.prog_info(self._program).map_ids)
         found = others.among((("xdp_ingress", program) for _, program in link.xdp), maps, self._directory)
         if found:
             log.warning(
@@ -308,7 +308,7 @@ class Xdp:
         if fd is not None:
             self._links[index] = fd
             with contextlib.suppress(FileNotFoundError):  # it has ended with its device
-                syscall.link_detach(fd)
+                program_calls.link_detach(fd)
         elif link is not None and is_ours(link):
             remove(self._netlink, link)
         if link is not None:

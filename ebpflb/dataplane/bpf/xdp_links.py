@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import syscall
+from ebpflb.dataplane.bpf import program_calls
 from ebpflb.dataplane.bpf.constants import PREFIX
 from ebpflb.rtnetlink import Link, Netlink
 
@@ -30,20 +30,20 @@ def foreign(link: Link) -> str:
 
 def runs_on(fd: int, link: Link) -> bool:
     """Whether `fd` is a link by which a device runs a program."""
-    info = syscall.link_info(fd)
-    return info.type == syscall.LINK_XDP and info.device == link.ifindex
+    info = program_calls.link_info(fd)
+    return info.type == program_calls.LINK_XDP and info.device == link.ifindex
 
 
 def find(link: Link) -> int | None:
     """A descriptor of the link by which a device runs its program, wherever that is pinned; None without one. A link
     tells its device's number, which other namespaces have too, and so it must tell the same program."""
     programs = {program for _, program in link.xdp}
-    for number in syscall.link_ids():
+    for number in program_calls.link_ids():
         try:
-            fd = syscall.link_by_id(number)
+            fd = program_calls.link_by_id(number)
         except OSError:
             continue  # it has gone meanwhile
-        if runs_on(fd, link) and syscall.link_info(fd).program in programs:
+        if runs_on(fd, link) and program_calls.link_info(fd).program in programs:
             return fd
         os.close(fd)
     return None
@@ -54,12 +54,12 @@ def remove(netlink: Netlink, link: Link) -> None:
     fd = find(link)
     if fd is not None:
         try:
-            syscall.link_detach(fd)
+            program_calls.link_detach(fd)
         finally:
             os.close(fd)
         return
     for place, program in link.xdp:
-        expected = syscall.program_by_id(program)
+        expected = program_calls.program_by_id(program)
         try:
             flags = FLAGS.get(place, 0) | rtnetlink.XDP_FLAGS_REPLACE
             rtnetlink.set_xdp(netlink, link.ifindex, -1, flags, expected)
@@ -76,10 +76,10 @@ def namespace() -> tuple[int, int]:
 def _name(program: int) -> str:
     """The name of a program; "" if it has gone. Raises PermissionError to who may not ask."""
     try:
-        fd = syscall.program_by_id(program)
+        fd = program_calls.program_by_id(program)
     except FileNotFoundError:
         return ""
     try:
-        return syscall.prog_info(fd).name
+        return program_calls.prog_info(fd).name
     finally:
         os.close(fd)
