@@ -15,7 +15,7 @@ from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
 from ebpflb.commands.patience import Patience, require_privilege, unheard
 from ebpflb.config import Config
 from ebpflb.errors import Unsupported
-from ebpflb.model import ServiceName
+from ebpflb.model import Address, ServiceName
 from ebpflb.output import (
     Format,
     Item,
@@ -35,7 +35,7 @@ from ebpflb.overview import found_in
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
 from ebpflb.problems import in_order
 from ebpflb.reconcile import Desired
-from ebpflb.routes import Key, Route, RouteTable, key_order
+from ebpflb.routes import Key, Route, RouteTable, address_order, key_order
 from ebpflb.source import Source
 
 log = logging.getLogger("ebpflb.look")
@@ -153,6 +153,16 @@ def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | N
     return [(key, want.get(key), have.get(key)) for key in sorted(keys, key=key_order)]
 
 
+def owner_differences(
+    want: RouteTable, have: RouteTable
+) -> list[tuple[Address, ServiceName | None, ServiceName | None]]:
+    """Every cluster IP whose Service differs, by which its undefined ports are refused: (address, wanted, held)."""
+    addresses = [
+        address for address in {*want.owned, *have.owned} if want.owned.get(address) != have.owned.get(address)
+    ]
+    return [(each, want.owned.get(each), have.owned.get(each)) for each in sorted(addresses, key=address_order)]
+
+
 def _held(config: Config, parts: Parts) -> RouteTable:
     """What the kernel holds; nothing, if nothing is programmed."""
     try:
@@ -170,19 +180,24 @@ def compare(config: Config, parts: Parts, *, kind: str, service: ServiceName | N
         for key, new, old in differences(want, have)
         if service is None or any(route is not None and route.service[:2] == service for route in (new, old))
     ]
+    owners = [
+        (address, new, old)
+        for address, new, old in owner_differences(want, have)
+        if service is None or service in (new, old)
+    ]
     locality = want.locality != have.locality and service is None
-    status = CHANGES if rows or locality else OK
+    status = CHANGES if rows or owners or locality else OK
     if form.structured:
-        items = [_change_item(*row) for row in rows]
+        items = [_change_item(*row) for row in rows] + [_owner_item(*row) for row in owners]
         if locality:
             items.append(_locality_item(want, have))
         return Result(document(kind, items, form), status)
     if status == OK:
         return Result("nothing to do: the kernel holds what the source says\n", status)
-    return Result(_changes_text(rows, want if locality else None, wide=form is Format.WIDE), status)
+    return Result(_changes_text(rows, owners, want if locality else None, wide=form is Format.WIDE), status)
 
 
-def _change(new: Route | None, old: Route | None) -> str:
+def _change(new: object | None, old: object | None) -> str:
     return "add" if old is None else "remove" if new is None else "change"
 
 
@@ -195,6 +210,19 @@ def _change_item(key: Key, new: Route | None, old: Route | None) -> Item:
         "service": service_item(owner.service) if owner else None,
         "wanted": route_item(key, new) if new else None,
         "held": route_item(key, old) if old else None,
+    }
+
+
+def _owner_item(address: Address, new: ServiceName | None, old: ServiceName | None) -> Item:
+    def named(owner: ServiceName | None) -> Item | None:
+        return owner._asdict() if owner else None
+
+    return {
+        "change": _change(new, old),
+        "clusterIP": address,
+        "service": named(new or old),
+        "wanted": named(new),
+        "held": named(old),
     }
 
 
@@ -211,7 +239,10 @@ def _locality_item(want: RouteTable, have: RouteTable) -> Item:
 
 
 def _changes_text(
-    rows: Sequence[tuple[Key, Route | None, Route | None]], locality: RouteTable | None, wide: bool
+    rows: Sequence[tuple[Key, Route | None, Route | None]],
+    owners: Sequence[tuple[Address, ServiceName | None, ServiceName | None]],
+    locality: RouteTable | None,
+    wide: bool,
 ) -> str:
     text = ""
     for title, pick in (("add", 0), ("change", 0), ("remove", 1)):
@@ -219,6 +250,10 @@ def _changes_text(
         listed = [(key, route) for key, route in part if route is not None]
         if listed:
             text += f"{title} {len(listed)}:\n{routes_table(listed, wide)}\n"
+    if owners:
+        lines = [(address, str(new or ""), str(old or "")) for address, new, old in owners]
+        text += "change whose cluster IPs refuse undefined ports:\n"
+        text += table(("CLUSTER-IP", "WANTED", "HELD"), lines) + "\n"
     if locality is not None:
         found = locality.locality
         cells = [("node addresses", ",".join(found.node_addresses)), ("pod CIDRs", ",".join(found.pod_cidrs))]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import tcx
+from ebpflb.dataplane.bpf import map_calls, pins, syscall, tcx
+from ebpflb.dataplane.bpf.owned import pack_owner
+from ebpflb.model import ServiceName
+from ebpflb.routes import packed
 from tests.cli.place import Place, alive, place_in, until
 
 pytestmark = [pytest.mark.root, pytest.mark.box]
@@ -136,6 +140,29 @@ def test_without_a_daemon_the_kernel_still_answers(place: Place) -> None:
         said = place.ebpflb("dump", what, "-o", "json")
         assert said.status == 0, said
     assert "start it with" in place.ebpflb("status").one_line
+
+
+def test_verify_tells_whose_cluster_ips_refuse_undefined_ports(place: Place) -> None:
+    """A row that is missing, and one that is nobody's: by name, though every frontend is as it should be."""
+    shop(place)
+    assert place.ebpflb("run", "--once").status == 0
+    fd = syscall.obj_get(str(place.bpffs / pins.MAPS / "owned"))
+    try:
+        assert map_calls.delete(fd, packed("10.96.0.80"))
+        row = pack_owner(ServiceName("shop", "gone"))
+        assert row is not None
+        map_calls.update(fd, packed("10.96.0.99"), row)
+    finally:
+        os.close(fd)
+    said = place.ebpflb("verify", "-o", "json")
+    assert said.status == 5
+    web, gone = ({"namespace": "shop", "name": name} for name in ("web", "gone"))
+    assert said.items == [
+        {"change": "add", "clusterIP": "10.96.0.80", "service": web, "wanted": web, "held": None},
+        {"change": "remove", "clusterIP": "10.96.0.99", "service": gone, "wanted": None, "held": gone},
+    ]
+    assert place.ebpflb("run", "--once").status == 0
+    assert place.ebpflb("verify").status == 0
 
 
 def test_a_plan_says_what_a_sync_would_change(place: Place) -> None:

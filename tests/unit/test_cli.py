@@ -496,6 +496,53 @@ def test_what_tells_local_clients_is_planned_too(shell: Shell, manifests: str) -
     assert "10.180.0.0/16" in said.out
 
 
+WEB_OWNS = ServiceName("ns", "web")
+OLD_OWNS = ServiceName("ns", "old")
+
+
+@pytest.mark.parametrize("command", ["plan", "verify"])
+@pytest.mark.parametrize(
+    ("want", "held", "change"),
+    [(WEB_OWNS, None, "add"), (WEB_OWNS, OLD_OWNS, "change"), (None, OLD_OWNS, "remove")],
+)
+def test_whose_a_cluster_ip_is_is_compared_too(
+    shell: Shell, manifests: str, command: str, want: ServiceName | None, held: ServiceName | None, change: str
+) -> None:
+    """Its undefined ports are refused by that, whatever rows there are."""
+    address = "172.30.0.41"
+    world = World(
+        routes(*both(), owned={address: want} if want else {}),
+        held=routes(*both(), owned={address: held} if held else {}),
+    )
+    said = shell(world, command, "--manifests", manifests, "-o", "json")
+    assert said.status == 5
+    names = [{"namespace": each.namespace, "name": each.name} if each else None for each in (want, held)]
+    assert said.items == [
+        {"change": change, "clusterIP": address, "service": names[0] or names[1], "wanted": names[0], "held": names[1]}
+    ]
+    said = shell(world, command, "--manifests", manifests)
+    assert said.status == 5
+    assert said.out.splitlines()[1:] == [
+        "CLUSTER-IP   WANTED  HELD",
+        f"{address}  {str(want or '-'):6}  {held or '-'}",
+    ]
+
+
+def test_whose_cluster_ips_are_is_shown_in_order_and_by_service(shell: Shell, manifests: str) -> None:
+    owned = {address: WEB_OWNS for address in ("fd00:172:30::41", "172.30.0.100", "172.30.0.41")}
+    world = World(routes(*both(), owned=owned), held=routes(*both(), owned={"172.30.0.9": OLD_OWNS}))
+    said = shell(world, "verify", "--manifests", manifests, "-o", "json")
+    assert [item["clusterIP"] for item in said.items] == [
+        "172.30.0.9",
+        "172.30.0.41",
+        "172.30.0.100",
+        "fd00:172:30::41",
+    ]
+    said = shell(world, "verify", "--manifests", manifests, "-o", "json", "--service", "ns/old")
+    assert [item["clusterIP"] for item in said.items] == ["172.30.0.9"]
+    assert shell(world, "verify", "--manifests", manifests, "--service", "ns/other").status == 0
+
+
 def test_a_plan_of_one_service(shell: Shell, manifests: str) -> None:
     world = World(routes(*both(), *both("172.30.0.42", name="other")), held=routes(*both()))
     assert shell(world, "plan", "--manifests", manifests, "--service", "ns/web").status == 0

@@ -145,7 +145,8 @@ def routes(held: Held) -> RouteTable:
                 continue
             rows[frontend, Scope.INTERNAL], rows[frontend, Scope.EXTERNAL] = pair
             if said.kind is Kind.CLUSTER_IP:
-                owned[frontend.address] = said.service.service
+                owner = said.service.service
+                owned[frontend.address] = min(owner, owned.get(frontend.address, owner))  # as policy has it
     local = Locality(
         tuple(sorted(held.node_addresses, key=address_order)), tuple(sorted(cidrs, key=cidr_order)), interface
     )
