@@ -260,6 +260,7 @@ def _settings(service: Service, facts: Facts, problems: list[Problem]) -> _Setti
     if not service.annotations:
         return _Settings(service.affinity_seconds, default, Forwarding.SNAT)
     _remark_on_algorithm(service, facts, problems)
+    _remark_on_forwarding(service, facts, problems)
     return _Settings(
         service.affinity_seconds,
         _annotated(service, "algorithm", _ALGORITHMS, default, problems),
@@ -278,6 +279,18 @@ def _remark_on_algorithm(service: Service, facts: Facts, problems: list[Problem]
         f"({', '.join(facts.algorithms)}); backends are chosen at random"
     )
     problems.append(Problem(str(service.name), reason, "AlgorithmNotSupported"))
+
+
+def _remark_on_forwarding(service: Service, facts: Facts, problems: list[Problem]) -> None:
+    """As of an algorithm."""
+    asked = dict(service.annotations).get("forwarding")
+    if facts.direct_return or _FORWARDINGS.get(asked or "") is not Forwarding.DSR:
+        return
+    reason = (
+        f"annotation ebpflb/forwarding: {asked} is none that this node's dataplane has (snat); what it balances is "
+        "carried by NAT, and replies come back through this node"
+    )
+    problems.append(Problem(str(service.name), reason, "ForwardingNotSupported"))
 
 
 def _annotated(service: Service, key: str, values: Mapping[str, _T], default: _T, problems: list[Problem]) -> _T:

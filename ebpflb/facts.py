@@ -16,6 +16,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     """`nodeport_addresses` are sorted; `detectors` are the families in which pods are told from others; `node_ips` has
     this node's main address of either family (loopback where it has none, as kube-proxy). `algorithms` are those that
     can be had, () for all. `health_addresses` are those that answer health checks, by family: () is all, None is none.
+    `direct_return`: whether that can be had.
     """
 
     node: str
@@ -28,6 +29,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     algorithms: tuple[str, ...]
     locality: Locality
     health_addresses: tuple[tuple[Address, ...] | None, tuple[Address, ...] | None] = ((), ())
+    direct_return: bool = True
 
     def concern(self, service: Service, slices: tuple[EndpointSlice, ...], before: Facts) -> bool:
         """Whether the routes of `service` may differ under these facts from those under the facts `before`."""
@@ -38,6 +40,8 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
             before.default_algorithm,
             before.algorithms,
         ):
+            return True
+        if self.direct_return != before.direct_return and service.annotations:
             return True
         if self.nodeport_addresses != before.nodeport_addresses and any(port.node_port for port in service.ports):
             return True
@@ -67,6 +71,7 @@ def facts_of(node: Node, options: ProxyOptions) -> Facts:
         algorithms=options.algorithms,
         locality=locality,
         health_addresses=(_health_addresses(node, options, Family.IPV4), _health_addresses(node, options, Family.IPV6)),
+        direct_return=options.direct_return,
     )
 
 

@@ -189,6 +189,7 @@ class ProxyOptions(msgspec.Struct, frozen=True, gc=False):
     `nodeport_addresses`: CIDRs; empty means every local address; `nodeport_primary` means the primary ones only.
     `localhost_nodeports`: whether IPv4 loopback addresses carry NodePorts too. `default_algorithm`: the label of how a
     backend is chosen where a Service does not say; `algorithms`: of those that can be had here, () for all.
+    `direct_return`: whether replies can be had to go around this node (`ebpflb/forwarding: dsr`).
     """
 
     masquerade_all: bool = False
@@ -201,3 +202,4 @@ class ProxyOptions(msgspec.Struct, frozen=True, gc=False):
     localhost_nodeports: bool = True
     default_algorithm: str = "random"
     algorithms: tuple[str, ...] = ()
+    direct_return: bool = True

@@ -166,6 +166,7 @@ def options(
     localhost_nodeports: bool = True,
     default_algorithm: str = "random",
     algorithms: Sequence[str] = (),
+    direct_return: bool = True,
 ) -> ProxyOptions:
     """The operator's options; unlike the product's default, a cluster CIDR is given."""
     return ProxyOptions(
@@ -179,6 +180,7 @@ def options(
         localhost_nodeports=localhost_nodeports,
         default_algorithm=default_algorithm,
         algorithms=tuple(algorithms),
+        direct_return=direct_return,
     )
 
 

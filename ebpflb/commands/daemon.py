@@ -26,7 +26,7 @@ from ebpflb.commands.status import Identity, status_document
 from ebpflb.config import STACK, Config
 from ebpflb.control import Control, listen
 from ebpflb.dataplane import Dataplane
-from ebpflb.dataplane.limits import ALGORITHMS
+from ebpflb.dataplane.limits import ALGORITHMS, limited
 from ebpflb.errors import EbpflbError, Unsupported
 from ebpflb.log import hold_repeats
 from ebpflb.loop import Stop, Worker, run, stop_on_signals
@@ -84,7 +84,12 @@ class _Daemon:
         stop: Stop,
         once: bool,
     ) -> None:
-        proxy = msgspec.structs.replace(config.proxy, algorithms=ALGORITHMS.get(chosen.dataplane.name, ()))
+        carrier = chosen.dataplane.name
+        proxy = msgspec.structs.replace(
+            config.proxy,
+            algorithms=ALGORITHMS.get(carrier, ()),
+            direct_return=not limited(carrier, "forwarding"),
+        )
         self._config = msgspec.structs.replace(config, proxy=proxy)
         self._parts = parts
         self._ladder = ladder

@@ -142,6 +142,22 @@ def test_without_a_daemon_the_kernel_still_answers(place: Place) -> None:
     assert "start it with" in place.ebpflb("status").one_line
 
 
+def test_a_service_that_asks_for_what_the_dataplane_does_not_do_is_named(place: Place) -> None:
+    """It is served nevertheless; and it is over when it asks no more."""
+    notes = "annotations: {ebpflb/forwarding: dsr, ebpflb/algorithm: round-robin}"
+    place.write("web.yaml", WEB.replace("name: web}", f"name: web, {notes}}}") + "---\n" + endpoints("10.244.1.7"))
+    place.start()
+
+    def problems() -> list[object]:
+        (status,) = place.ebpflb("status", "-o", "json").items
+        return [(each["subject"], each["code"]) for each in status["problems"]]  # type: ignore[attr-defined]
+
+    assert problems() == [("shop/web", "AlgorithmNotSupported"), ("shop/web", "ForwardingNotSupported")]
+    assert backends(place) == ["10.244.1.7"]
+    place.write("web.yaml", WEB + "---\n" + endpoints("10.244.1.7"))
+    until("nothing is asked for any more", lambda: not problems())
+
+
 def test_verify_tells_whose_cluster_ips_refuse_undefined_ports(place: Place) -> None:
     """A row that is missing, and one that is nobody's: by name, though every frontend is as it should be."""
     shop(place)

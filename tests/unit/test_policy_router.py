@@ -239,6 +239,22 @@ def test_another_dataplane_leaves_the_rows_and_remarks_on_what_it_does_not_have(
     assert [problem.code for problem in second.problems[name_of("ns1/asking")]] == ["AlgorithmNotSupported"]
 
 
+def test_another_dataplane_remarks_on_direct_return() -> None:
+    """To whom it concerns: only Services with annotations are looked at again."""
+    router = Router()
+    asking = service("ns1/asking", annotations=[("forwarding", "dsr")])
+    other = service("ns1/other", "172.30.0.42")
+    first = router.update(snapshot(asking, other), None, options())
+    second = router.update(snapshot(asking, other), frozenset(), options(direct_return=False))
+    assert second == first and not first.problems
+    assert router.recomputed == 1
+    assert [problem.code for problem in second.problems[name_of("ns1/asking")]] == ["ForwardingNotSupported"]
+    third = router.update(
+        snapshot(service("ns1/asking"), other), frozenset([name_of("ns1/asking")]), options(direct_return=False)
+    )
+    assert not third.problems
+
+
 def test_touched_names_of_nothing() -> None:
     router = Router()
     assert router.update(snapshot(), frozenset([name_of("ns1/nobody")]), options()) == routes(snapshot(), options())

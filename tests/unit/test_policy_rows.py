@@ -279,6 +279,21 @@ def test_a_service_that_asks_for_another_algorithm_than_there_is_hears_of_it(
     assert all(remark in problem.reason and "random, maglev" in problem.reason for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("asked", "had", "remark"),
+    [("dsr", False, True), ("dsr", True, False), ("snat", False, False), ("", False, False)],
+)
+def test_a_service_that_asks_for_direct_return_where_there_is_none_hears_of_it(
+    asked: str, had: bool, remark: bool
+) -> None:
+    annotations = [("forwarding", asked)] if asked else []
+    table = routes(snapshot(service(annotations=annotations), TWO), options(direct_return=had))
+    assert {route.forwarding for route in table.values()} == {Forwarding.DSR if asked == "dsr" else Forwarding.SNAT}
+    problems = table.problems.get(name_of("ns1/svc1"), ())
+    assert [problem.code for problem in problems] == (["ForwardingNotSupported"] if remark else [])
+    assert all("ebpflb/forwarding: dsr" in problem.reason and "by NAT" in problem.reason for problem in problems)
+
+
 def test_locality() -> None:
     this = node(addresses=["fd00::2", "192.168.0.2", "127.0.0.1", "::1"])
     table = routes(snapshot(node=this), options(cluster_cidrs=["fd00:10::/32", "10.0.0.0/8"]))
