@@ -17,9 +17,9 @@ from ebpflb.dataplane.bpf.syscall import (
     NAME,
     NUMBER,
     Buffer,
+    all_ids,
     bpf,
     bpf_attr,
-    ids,
     invoke,
     name_of,
     object_info,
@@ -84,7 +84,7 @@ def map_info(fd: int) -> MapInfo:
 
 def map_ids() -> Iterator[int]:
     """The ids of all maps of this machine."""
-    return ids(_MAP_NEXT_ID)
+    return all_ids(_MAP_NEXT_ID)
 
 
 def map_by_id(id: int) -> int:
@@ -93,6 +93,8 @@ def map_by_id(id: int) -> int:
 
 
 class _Element(ctypes.Structure):
+    """One entry's bpf_attr, with the address that the kernel is to write to."""
+
     _fields_ = (
         ("map", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
@@ -114,12 +116,15 @@ class _ElementIn(ctypes.Structure):
     )
 
 
+_ELEMENT = ctypes.sizeof(_Element)
+
+
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """The value at `key`, None if there is none. `value_size` is what the kernel writes: for a per-CPU map,
     `percpu_size(...)`."""
     value = ctypes.create_string_buffer(value_size)
     element = _Element(fd, 0, key, ctypes.addressof(value), 0)
-    if invoke(NUMBER, _LOOKUP, ctypes.addressof(element), 32) < 0:
+    if invoke(NUMBER, _LOOKUP, ctypes.addressof(element), _ELEMENT) < 0:
         if ctypes.get_errno() == errno.ENOENT:
             return None
         raise refusal()
@@ -129,14 +134,14 @@ def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
 def update(fd: int, key: bytes, value: bytes, flags: int = ANY) -> None:
     """Set one entry. `flags`: ANY, NOEXIST or EXIST."""
     element = _ElementIn(fd, 0, key, value, flags)
-    if invoke(NUMBER, _UPDATE, ctypes.addressof(element), 32) < 0:
+    if invoke(NUMBER, _UPDATE, ctypes.addressof(element), _ELEMENT) < 0:
         raise refusal()
 
 
 def delete(fd: int, key: bytes) -> bool:
     """Remove one entry; False if there was none."""
     element = _ElementIn(fd, 0, key, None, 0)
-    if invoke(NUMBER, _DELETE, ctypes.addressof(element), 32) < 0:
+    if invoke(NUMBER, _DELETE, ctypes.addressof(element), _ELEMENT) < 0:
         if ctypes.get_errno() == errno.ENOENT:
             return False
         raise refusal()
@@ -147,7 +152,7 @@ def next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
     """The key after `key` (None: the first one), None at the end. A key that has gone leads to the first one."""
     following = ctypes.create_string_buffer(key_size)
     element = _Element(fd, 0, key, ctypes.addressof(following), 0)
-    if invoke(NUMBER, _NEXT_KEY, ctypes.addressof(element), 32) < 0:
+    if invoke(NUMBER, _NEXT_KEY, ctypes.addressof(element), _ELEMENT) < 0:
         if ctypes.get_errno() == errno.ENOENT:
             return None
         raise refusal()
@@ -166,59 +171,49 @@ def percpu_size(value_size: int) -> int:
     return (value_size + 7) // 8 * 8 * possible_cpus()
 
 
-def _unbatched(error: OSError) -> bool:
-    """Whether a batch command failed because the map's type has none."""
-    return error.errno in (ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP)
+# ---- Many at once
 
 
 def update_batch(fd: int, keys: Buffer, values: Buffer, count: int, flags: int = ANY) -> None:
     """Set `count` entries, keys and values each back to back. Raises BatchError when the kernel refuses one."""
     if count == 0:
         return
-    attributes = bpf_attr("QQQQIIQQ", 0, 0, pointer(keys), pointer(values), count, fd, flags, 0)
+    attributes = _batch_attr(fd, pointer(keys), pointer(values), count, flags)
     try:
         bpf(_UPDATE_BATCH, attributes)
         return
     except OSError as error:
-        done = _batch_count(attributes)
-        # An error before the first entry leaves the count as it was given.
-        done = 0 if done >= count else done
+        done = _done(attributes, count)
         if done or not _unbatched(error):
             raise BatchError(error.errno or 0, done) from None
-    key_size, value_size = len(keys) // count, len(values) // count
+    width, size = len(keys) // count, len(values) // count
     for number in range(count):
+        key, value = keys[number * width : (number + 1) * width], values[number * size : (number + 1) * size]
         try:
-            update(
-                fd,
-                bytes(keys[number * key_size : (number + 1) * key_size]),
-                bytes(values[number * value_size : (number + 1) * value_size]),
-                flags,
-            )
+            update(fd, bytes(key), bytes(value), flags)
         except OSError as error:
             raise BatchError(error.errno or 0, number) from None
 
 
 def delete_batch(fd: int, keys: Buffer, count: int) -> None:
     """Remove `count` entries; those that are not there are no error. Raises BatchError."""
-    key_size = len(keys) // count if count else 0
+    width = len(keys) // count if count else 0
     start = 0
     while start < count:
-        rest = bytes(keys[start * key_size :])
-        attributes = bpf_attr("QQQQIIQQ", 0, 0, pointer(rest), 0, count - start, fd, 0, 0)
+        attributes = _batch_attr(fd, pointer(keys) + start * width, 0, count - start)
         try:
             bpf(_DELETE_BATCH, attributes)
             return
         except OSError as error:
-            done = _batch_count(attributes)
-            done = 0 if done >= count - start else done
+            done = _done(attributes, count - start)
             if error.errno == errno.ENOENT:
-                start += done + 1
+                start += done + 1  # behind the one that is not there
                 continue
             if done or not _unbatched(error):
                 raise BatchError(error.errno or 0, start + done) from None
         for number in range(start, count):
             try:
-                delete(fd, bytes(keys[number * key_size : (number + 1) * key_size]))
+                delete(fd, bytes(keys[number * width : (number + 1) * width]))
             except OSError as error:
                 raise BatchError(error.errno or 0, number) from None
         return
@@ -231,34 +226,19 @@ def lookup_all(fd: int, info: MapInfo | None = None) -> tuple[bytes, bytes, int]
     the one-by-one way starts over (and drops doubles) where an entry is deleted under it.
     """
     info = info or map_info(fd)
-    value_size = percpu_size(info.value_size) if info.type in _PERCPU else info.value_size
     if info.type in _ARRAYS:
         return lookup_range(fd, 0, info.max_entries, info)
+    keys, values = bytearray(), bytearray()
+    total = 0
     try:
-        return _lookup_hash(fd, info, value_size)
+        for some_keys, some_values, count in _batches(fd, info, 16384):
+            keys += some_keys
+            values += some_values
+            total += count
     except OSError as error:
         if not _unbatched(error):
             raise
-    found: dict[bytes, bytes] = {}
-    key: bytes | None = None
-    steps = 0
-    while (key := next_key(fd, key, info.key_size)) is not None:
-        value = lookup(fd, key, value_size)
-        if value is not None:
-            found[key] = value
-        steps += 1
-        if steps > 4 * info.max_entries + 64:
-            raise OSError(errno.EAGAIN, "the map changes faster than it can be read")
-    return b"".join(found), b"".join(found.values()), len(found)
-
-
-def _lookup_hash(fd: int, info: MapInfo, value_size: int) -> tuple[bytes, bytes, int]:
-    keys, values = bytearray(), bytearray()
-    total = 0
-    for some_keys, some_values, count in _batches(fd, info, value_size, 16384):
-        keys += some_keys
-        values += some_values
-        total += count
+        return _one_by_one(fd, info)
     return bytes(keys), bytes(values), total
 
 
@@ -266,35 +246,47 @@ def lookup_batches(fd: int, info: MapInfo, step: int) -> Iterator[tuple[Buffer, 
     """As `lookup_all` of a hash, about `step` entries at a time: (keys, values) of each batch, for rows so large that
     not all of them should be in memory at once."""
     try:
-        for keys, values, _ in _batches(fd, info, info.value_size, step):
+        for keys, values, _ in _batches(fd, info, step):
             yield bytes(keys), bytes(values)
     except OSError as error:
         if not _unbatched(error):
             raise
-        found = lookup_all(fd, info)  # one by one, then
-        yield found[0], found[1]
+        yield _one_by_one(fd, info)[:2]
 
 
-def _batches(fd: int, info: MapInfo, value_size: int, step: int) -> Iterator[tuple[memoryview, memoryview, int]]:
-    """(keys, values, count) of each batch. The cursor is opaque; the kernel wants room for a whole bucket, hence the
-    growing step."""
+def lookup_range(fd: int, start: int, count: int, info: MapInfo | None = None) -> tuple[bytes, bytes, int]:
+    """Entries `start` … `start + count` of an array: (keys, values, count); fewer where the array ends."""
+    info = info or map_info(fd)
+    size = _value_size(info)
+    count = max(0, min(count, info.max_entries - start))
+    if count == 0:
+        return b"", b"", 0
+    keys, values = bytearray(count * 4), bytearray(count * size)
+    # The kernel goes on after the key that it is given.
+    before, after = ctypes.create_string_buffer(struct.pack("=I", max(start - 1, 0)), 4), ctypes.create_string_buffer(4)
+    cursors = (ctypes.addressof(before) if start else 0, ctypes.addressof(after))
+    try:
+        bpf(_LOOKUP_BATCH, _batch_attr(fd, pointer(keys), pointer(values), count, cursors=cursors))
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            if not _unbatched(error):
+                raise
+            wanted = [struct.pack("=I", index) for index in range(start, start + count)]
+            return b"".join(wanted), b"".join([lookup(fd, key, size) or bytes(size) for key in wanted]), count
+    return bytes(keys), bytes(values), count
+
+
+def _batches(fd: int, info: MapInfo, step: int) -> Iterator[tuple[memoryview, memoryview, int]]:
+    """(keys, values, count) of each batch of a hash. The cursor is opaque; the kernel wants room for a whole bucket,
+    hence the growing step."""
     step = min(info.max_entries, step)
-    cursor_size = max(info.key_size, 4)
-    cursors = (ctypes.create_string_buffer(cursor_size), ctypes.create_string_buffer(cursor_size))
+    width, size = info.key_size, _value_size(info)
+    here, there = (ctypes.create_string_buffer(max(width, 4)) for _ in range(2))
     first = True
     while True:
-        room_keys, room_values = bytearray(step * info.key_size), bytearray(step * value_size)
-        attributes = bpf_attr(
-            "QQQQIIQQ",
-            0 if first else ctypes.addressof(cursors[0]),
-            ctypes.addressof(cursors[1]),
-            pointer(room_keys),
-            pointer(room_values),
-            step,
-            fd,
-            0,
-            0,
-        )
+        keys, values = bytearray(step * width), bytearray(step * size)
+        cursors = (0 if first else ctypes.addressof(here), ctypes.addressof(there))
+        attributes = _batch_attr(fd, pointer(keys), pointer(values), step, cursors=cursors)
         ended = False
         try:
             bpf(_LOOKUP_BATCH, attributes)
@@ -305,47 +297,55 @@ def _batches(fd: int, info: MapInfo, value_size: int, step: int) -> Iterator[tup
             if error.errno != errno.ENOENT:
                 raise
             ended = True
-        count = _batch_count(attributes)
-        yield memoryview(room_keys)[: count * info.key_size], memoryview(room_values)[: count * value_size], count
+        count = _count(attributes)
+        yield memoryview(keys)[: count * width], memoryview(values)[: count * size], count
         if ended:
             return
         first = False
-        cursors = (cursors[1], cursors[0])
+        here, there = there, here
 
 
-def lookup_range(fd: int, start: int, count: int, info: MapInfo | None = None) -> tuple[bytes, bytes, int]:
-    """Entries `start` … `start + count` of an array: (keys, values, count); fewer where the array ends."""
-    info = info or map_info(fd)
-    value_size = percpu_size(info.value_size) if info.type in _PERCPU else info.value_size
-    count = max(0, min(count, info.max_entries - start))
-    if count == 0:
-        return b"", b"", 0
-    keys, values = bytearray(count * 4), bytearray(count * value_size)
-    # The kernel goes on after the key that it is given.
-    before, after = ctypes.create_string_buffer(struct.pack("=I", max(start - 1, 0)), 4), ctypes.create_string_buffer(4)
-    attributes = bpf_attr(
-        "QQQQIIQQ",
-        ctypes.addressof(before) if start else 0,
-        ctypes.addressof(after),
-        pointer(keys),
-        pointer(values),
-        count,
-        fd,
-        0,
-        0,
-    )
-    try:
-        bpf(_LOOKUP_BATCH, attributes)
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            if not _unbatched(error):
-                raise
-            wanted = [struct.pack("=I", index) for index in range(start, start + count)]
-            cells = [lookup(fd, key, value_size) or bytes(value_size) for key in wanted]
-            return b"".join(wanted), b"".join(cells), count
-    return bytes(keys), bytes(values), count
+def _one_by_one(fd: int, info: MapInfo) -> tuple[bytes, bytes, int]:
+    """As `lookup_all`, of a map type without batch commands."""
+    size = _value_size(info)
+    found: dict[bytes, bytes] = {}
+    key: bytes | None = None
+    steps = 0
+    while (key := next_key(fd, key, info.key_size)) is not None:
+        value = lookup(fd, key, size)
+        if value is not None:
+            found[key] = value
+        steps += 1
+        if steps > 4 * info.max_entries + 64:
+            raise OSError(errno.EAGAIN, "the map changes faster than it can be read")
+    return b"".join(found), b"".join(found.values()), len(found)
 
 
-def _batch_count(attributes: ctypes.Array[ctypes.c_char]) -> int:
+def _value_size(info: MapInfo) -> int:
+    """Bytes of a value as the system call passes it."""
+    return percpu_size(info.value_size) if info.type in _PERCPU else info.value_size
+
+
+def _unbatched(error: OSError) -> bool:
+    """Whether a batch command failed because the map's type has none."""
+    return error.errno in (ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def _batch_attr(
+    fd: int, keys: int, values: int, count: int, flags: int = 0, *, cursors: tuple[int, int] = (0, 0)
+) -> ctypes.Array[ctypes.c_char]:
+    """The bpf_attr of a batch command, by addresses: `cursors` say where it begins, and where it leaves off."""
+    return bpf_attr("QQQQIIQQ", *cursors, keys, values, count, fd, flags, 0)
+
+
+def _count(attributes: ctypes.Array[ctypes.c_char]) -> int:
+    """How many entries a batch command says that it has done."""
     count: int = struct.unpack_from("=I", attributes, 32)[0]
     return count
+
+
+def _done(attributes: ctypes.Array[ctypes.c_char], count: int) -> int:
+    """How many of `count` a batch did before it was refused: an error before the first leaves the count as it was
+    given."""
+    done = _count(attributes)
+    return 0 if done >= count else done

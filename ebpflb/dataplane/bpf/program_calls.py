@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf.syscall import NAME, bpf, bpf_attr, ids, name_of, object_info, pointer
+from ebpflb.dataplane.bpf.syscall import NAME, all_ids, bpf, bpf_attr, name_of, object_info, pointer
 
 F_REPLACE_PROGRAM = 4
 """link_update: only if the link still runs the program that the caller names; prog_attach: in place of that one."""
@@ -142,12 +142,24 @@ def prog_info(fd: int) -> ProgramInfo:
 
 def program_ids() -> Iterator[int]:
     """The ids of all programs of this machine."""
-    return ids(_PROG_NEXT_ID)
+    return all_ids(_PROG_NEXT_ID)
 
 
 def program_by_id(id: int) -> int:
     """A descriptor of the program; raises OSError(ENOENT) if it has gone."""
     return bpf(_PROG_BY_ID, bpf_attr("III", id, 0, 0))
+
+
+def program_name(id: int) -> str:
+    """The name of a program; "" if it has gone. Raises PermissionError to who may not ask."""
+    try:
+        fd = program_by_id(id)
+    except FileNotFoundError:
+        return ""
+    try:
+        return prog_info(fd).name
+    finally:
+        os.close(fd)
 
 
 def prog_test_run(
@@ -260,7 +272,7 @@ def link_info(fd: int) -> LinkInfo:
 
 def link_ids() -> Iterator[int]:
     """The ids of all links of this machine."""
-    return ids(_LINK_NEXT_ID)
+    return all_ids(_LINK_NEXT_ID)
 
 
 def link_by_id(id: int) -> int:

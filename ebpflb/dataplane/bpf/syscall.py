@@ -108,7 +108,7 @@ def name_of(field: bytes) -> str:
     return field.partition(b"\0")[0].decode(errors="replace")
 
 
-def ids(next_id: int) -> Iterator[int]:
+def all_ids(next_id: int) -> Iterator[int]:
     """All ids that the command `next_id` leads through, one after the other."""
     current = 0
     while True:

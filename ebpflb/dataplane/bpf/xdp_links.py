@@ -19,12 +19,12 @@ FLAGS = {rtnetlink.XDP_DRIVER: rtnetlink.XDP_FLAGS_DRV_MODE, rtnetlink.XDP_GENER
 
 def is_ours(link: Link) -> bool:
     """Whether what a device runs is ours."""
-    return bool(link.xdp) and all(_name(program).startswith(PREFIX) for _, program in link.xdp)
+    return bool(link.xdp) and all(program_calls.program_name(program).startswith(PREFIX) for _, program in link.xdp)
 
 
 def foreign(link: Link) -> str:
     """What stands in our way on a device, for an operator."""
-    programs = ", ".join(f"{_name(program) or 'unnamed'}, id {program}" for _, program in link.xdp)
+    programs = ", ".join(f"{program_calls.program_name(program) or 'unnamed'}, id {program}" for _, program in link.xdp)
     return f"somebody else's XDP program runs there ({programs})"
 
 
@@ -71,15 +71,3 @@ def namespace() -> tuple[int, int]:
     """Which network namespace this thread is in: the system call that makes a link takes that one."""
     found = os.stat("/proc/thread-self/ns/net")
     return found.st_dev, found.st_ino
-
-
-def _name(program: int) -> str:
-    """The name of a program; "" if it has gone. Raises PermissionError to who may not ask."""
-    try:
-        fd = program_calls.program_by_id(program)
-    except FileNotFoundError:
-        return ""
-    try:
-        return program_calls.prog_info(fd).name
-    finally:
-        os.close(fd)
