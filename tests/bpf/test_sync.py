@@ -589,8 +589,8 @@ def test_cleanup_leaves_nothing(node: Node, namespace: Namespace) -> None:
     before = namespace.qdiscs()
     dataplane = node.started()
     dataplane.sync(table(2))
-    assert namespace.qdiscs() != before
     assert len(dataplane.inventory()) > 20
+    assert any("veth0" in line for line in dataplane.inventory())
     dataplane.cleanup()
     assert dataplane.inventory() == ()
     assert namespace.qdiscs() == before
