@@ -13,12 +13,12 @@ import json
 import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple
 
 from bench import world as numbers
 from bench.lab import Lab
-from bench.replay import Bare, Packet, Replay, Variant, closing, measure
+from bench.replay import Bare, Packet, Replay, Variant, measure
 from bench.wire import ACK, SYN, TCP, UDP, Tuple, frame, offsets
 from bench.world import BACKEND_PORT, CLIENT_PORT, FIRST, GATEWAY, NODE, SERVICE_PORT, Device, World
 from ebpflb.dataplane.bpf import program_calls
@@ -191,9 +191,13 @@ class Effort(NamedTuple):
 def take(scenarios: Sequence[Scenario], type: int, empty: int, effort: Effort) -> dict[str, Measured]:
     """Measure scenarios by name, all in turn, each beside the `empty` program of the same type."""
     attach_type = _ATTACH if type == PROG_TYPE_XDP else 0
-    ours = [Replay(each.program, type, each.packet, each.flows, attach_type) for each in scenarios]
-    none = [Replay(empty, type, each.packet, each.flows, attach_type) for each in scenarios]
-    with closing([*ours, *none]):
+    with ExitStack() as stack:
+
+        def replay(program: int, of: Scenario) -> Replay:
+            return stack.enter_context(closing(Replay(program, type, of.packet, of.flows, attach_type)))
+
+        ours = [replay(each.program, each) for each in scenarios]
+        none = [replay(empty, each) for each in scenarios]
         variants = []
         for each, mine, bare in zip(scenarios, ours, none, strict=True):
             repeat = effort.repeat // 10 if each.fresh else effort.repeat

@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ebpflb.dataplane.bpf import map_calls, program_calls
@@ -127,12 +126,13 @@ class Replay:
         self._flows = flows
         self.flow = 0
         self._open: list[int] = []
+        self._programs: int | None = None
         try:
             self._state = self._keep(map_calls.map_create(_ARRAY, 4, 16, 1, name="bench_state"))
-            programs = self._keep(map_calls.map_create(_PROGRAM_ARRAY, 4, 4, 1, name="bench_programs"))
-            code = _before(type == PROG_TYPE_XDP, packet, flows, self._state, programs)
+            self._programs = self._keep(map_calls.map_create(_PROGRAM_ARRAY, 4, 4, 1, name="bench_programs"))
+            code = _before(type == PROG_TYPE_XDP, packet, flows, self._state, self._programs)
             self.program = self._keep(program_calls.prog_load(type, code, "bench", attach_type))
-            map_calls.update(programs, bytes(4), struct.pack("=I", program))
+            map_calls.update(self._programs, bytes(4), struct.pack("=I", program))
         except BaseException:
             self.close()
             raise
@@ -142,8 +142,17 @@ class Replay:
         return descriptor
 
     def close(self) -> None:
-        """Let go of everything but the program itself."""
-        for descriptor in self._open:
+        """Let go of everything but the program itself.
+
+        With an array's last descriptor the kernel begins to empty it in the background, waiting for all CPUs with each
+        program in it; an array that somebody looks at meanwhile, as who lists all maps does, may stay for ever (the
+        reference that prog_array_map_clear takes is lost where its work waits already; Linux 6.18). Of an empty one
+        whose user has gone there is next to nothing to do, and no time for that.
+        """
+        if self._programs is not None:
+            map_calls.delete(self._programs, bytes(4))
+            self._programs = None
+        for descriptor in reversed(self._open):
             os.close(descriptor)
         self._open = []
 
@@ -200,13 +209,3 @@ def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
             variant.check(result, variant.replay.flow)
             samples[variant.name].append(spent)
     return samples
-
-
-@contextmanager
-def closing(replays: Sequence[Replay]) -> Iterator[None]:
-    """Closes them all at the end."""
-    try:
-        yield
-    finally:
-        for replay in replays:
-            replay.close()
