@@ -281,7 +281,7 @@ static inline int parse_error6(void *data, void *end, struct packet *packet)
 	return GO_ON;
 }
 
-/* A later fragment's ports are those of its first one, if this hook has translated that. */
+/* Later fragments have no ports: theirs are those of the first one, if this hook has translated that. */
 static inline struct fragment_key fragment_of(const struct packet *packet)
 {
 	struct fragment_key key = {};
@@ -306,6 +306,16 @@ static inline int recall_ports(struct packet *packet)
 	packet->key.source_port = first->source_port;
 	packet->key.destination_port = first->destination_port;
 	return GO_ON;
+}
+
+static inline void remember_ports(const struct packet *packet)
+{
+	struct fragment_key key = fragment_of(packet);
+	struct fragment first = {};
+
+	first.source_port = packet->key.source_port;
+	first.destination_port = packet->key.destination_port;
+	fragments.update(&key, &first);
 }
 
 /* Everything behind the Ethernet header, whose protocol the caller has found. */

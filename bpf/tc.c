@@ -10,8 +10,9 @@
  *   reply     enters: this node -> client (destination)   leaves: backend -> frontend (source)
  *
  * An established packet costs one lookup in `flows` at each hook. Rules: PASS leaves a packet exactly as it came and
- * lets other filters see it; a packet that matches no row is PASS; every other early end is counted; half a
- * translation is never sent. Where it is asked for, flows between two pods go around the stack. Frames with a VLAN tag belong to the VLAN's device and are met there.
+ * lets other programs see it; a packet that matches no row is PASS; every other early end is counted; half a
+ * translation is never sent. Where it is asked for, flows between two pods go around the stack. Frames with a VLAN tag
+ * belong to the VLAN's device and are met there.
  */
 #include <uapi/linux/pkt_cls.h>
 
@@ -21,6 +22,7 @@
 #include "lookup.h"
 #include "parse.h"
 #include "admit.h"
+#include "row.h"
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"

@@ -19,6 +19,7 @@
 #include "lookup.h"
 #include "parse.h"
 #include "admit.h"
+#include "row.h"
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"
