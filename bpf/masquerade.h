@@ -9,6 +9,7 @@
 #ifndef EBPFLB_MASQUERADE_H
 #define EBPFLB_MASQUERADE_H
 
+#include "admit.h"
 #include "flow.h"
 
 /* Whether a socket of this node could take the reply: its port is then not ours to give out. */
