@@ -36,10 +36,8 @@ from ebpflb.routes import (
     ServicePortName,
     Verdict,
 )
-from tests.bpf.namespaces import Namespace
-from tests.bpf.test_sync import LOCALITY, Node
-from tests.bpf.test_sync import SIZES as CAPACITY
-from tests.conftest import cgroup2
+from tests.bpf.dataplanes import LOCALITY, Node, own_namespace, own_node
+from tests.bpf.dataplanes import SIZES as CAPACITY
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
@@ -50,15 +48,8 @@ OLD, NEW = Backend("10.180.9.1", 8080, state=BackendState.DRAINING), Backend("10
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    hierarchy = cgroup2()
-    assert hierarchy is not None
-    namespace = Namespace()
-    namespace.ip("link set lo up")
-    with namespace.entered():
-        made = Node(hierarchy)
+    with own_namespace(), own_node() as made:
         yield made
-        made.remove()
-    namespace.remove()
 
 
 def started(node: Node, maglev_table_size: int = SIZES[8]) -> BpfDataplane:

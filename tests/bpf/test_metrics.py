@@ -15,9 +15,7 @@ from ebpflb.metrics import Metrics
 from ebpflb.observer import Attempt
 from ebpflb.overview import counting
 from ebpflb.routes import RouteTable
-from tests.bpf.namespaces import Namespace
-from tests.bpf.test_sync import SIZES, Node, carried, table
-from tests.conftest import cgroup2
+from tests.bpf.dataplanes import SIZES, Node, carried, own_namespace, own_node, table
 from tests.fakes import FakeClock
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -25,15 +23,8 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    hierarchy = cgroup2()
-    assert hierarchy is not None
-    namespace = Namespace()
-    namespace.ip("link set lo up")
-    with namespace.entered():
-        made = Node(hierarchy)
+    with own_namespace(), own_node() as made:
         yield made
-        made.remove()
-    namespace.remove()
 
 
 class Shown:

@@ -16,9 +16,8 @@ import pytest
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.model import Protocol
 from ebpflb.routes import Backend, Frontend, Key, Kind, Locality, Route, RouteTable, Scope, ServicePortName, Verdict
+from tests.bpf.dataplanes import Node, own_node
 from tests.bpf.namespaces import Namespace
-from tests.bpf.test_sync import Node
-from tests.conftest import cgroup2
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
@@ -47,11 +46,8 @@ else:
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    hierarchy = cgroup2()
-    assert hierarchy is not None
-    made = Node(hierarchy)
-    yield made
-    made.remove()
+    with own_node() as made:
+        yield made
 
 
 @pytest.fixture

@@ -6,18 +6,14 @@ happens. What the maps hold is read by a second dataplane that has nothing but t
 
 from __future__ import annotations
 
-import itertools
 import os
-import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from ebpflb.dataplane.bpf import facts, map_calls, pins, program_calls, syscall
+from ebpflb.dataplane.bpf import facts, pins, program_calls, syscall
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, CLIENT_NETNS, ROUTE, U32
@@ -28,111 +24,45 @@ from ebpflb.errors import UserError
 from ebpflb.model import Protocol
 from ebpflb.routes import (
     Algorithm,
-    Backend,
     BackendState,
     Frontend,
     Key,
     Kind,
     Locality,
-    Masquerade,
     Route,
     RouteTable,
-    Scope,
-    ServicePortName,
     Verdict,
     cidr_order,
 )
+from tests.bpf.dataplanes import (
+    BIGGER,
+    LOCALITY,
+    ROOMY,
+    SIDE,
+    SIZES,
+    Node,
+    carried,
+    own_namespace,
+    own_node,
+    rows,
+    service,
+    table,
+)
 from tests.bpf.namespaces import Namespace
-from tests.conftest import cgroup2
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
-
-ROOMY = {"frontends": 80, "backends": 80, "slots": 80, "services": 80, "ranges": 80}
-ROOMY |= {"owned": 80, "tables": 80}
-SIDE = {"flows": 64, "sockets": 64, "fragments": 64, "sources": 16, "devices": 8, "clients": 64}
-SIZES = Sizes(**ROOMY, **SIDE)
-BIGGER = Sizes(**{**ROOMY, "frontends": 160}, **SIDE)
-_numbers = itertools.count()
-
-LOCALITY = Locality(("127.0.0.1", "192.168.0.2", "::1"), ("10.180.0.0/24", "fd00:10::/64"), "cali*")
-
-
-class Node:
-    """A node's dataplanes: each `dataplane()` is another process's, as far as the kernel can tell."""
-
-    def __init__(self, hierarchy: Path) -> None:
-        name = f"ebpflb-sync-{os.getpid()}-{next(_numbers)}"
-        self.bpffs = Path("/sys/fs/bpf") / name
-        self.cgroup = hierarchy / name
-        self.cgroup.mkdir()
-        self.made: list[BpfDataplane] = []
-
-    def dataplane(self, sizes: Sizes = SIZES) -> BpfDataplane:
-        made = BpfDataplane(self.bpffs, self.cgroup, sizes=sizes)
-        self.made.append(made)
-        return made
-
-    def started(self, sizes: Sizes = SIZES) -> BpfDataplane:
-        made = self.dataplane(sizes)
-        made.start()
-        return made
-
-    def restarted(self) -> BpfDataplane:
-        for each in self.made:
-            each.close()
-        return self.started()
-
-    def remove(self) -> None:
-        for each in self.made:
-            each.close()
-        BpfDataplane(self.bpffs, self.cgroup).cleanup()
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                self.cgroup.rmdir()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, f"{self.cgroup} stays busy"
-                time.sleep(0.01)
 
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
-    made = Namespace()
-    made.ip("link set lo up")
-    with made.entered():
+    with own_namespace() as made:
         yield made
-    made.remove()
 
 
 @pytest.fixture
 def node(namespace: Namespace) -> Iterator[Node]:
-    hierarchy = cgroup2()
-    assert hierarchy is not None
-    made = Node(hierarchy)
-    yield made
-    made.remove()
-
-
-def service(number: int) -> ServicePortName:
-    return ServicePortName("default", f"s{number}", "http")
-
-
-def rows(number: int, count: int = 2, **more: object) -> dict[Key, Route]:
-    """Both scopes of Service `number`, IPv6 for the odd ones."""
-    address, pod = ("fd00:30::{}", "fd00:10::{}") if number % 2 else ("172.30.0.{}", "10.180.0.{}")
-    to = tuple(Backend(pod.format(10 * number + at + 1), 8080) for at in range(count))
-    route = Route(service(number), Kind.CLUSTER_IP, Verdict.FORWARD, to, Masquerade.NOT_POD)
-    external = msgspec.structs.replace(route, masquerade=Masquerade.ALWAYS, **more)
-    frontend = Frontend(address.format(number + 1), 80, Protocol.TCP)
-    return {(frontend, Scope.INTERNAL): route, (frontend, Scope.EXTERNAL): external}
-
-
-def table(count: int) -> RouteTable:
-    found: dict[Key, Route] = {}
-    for number in range(count):
-        found |= rows(number, source_ranges=() if number else ("10.0.0.0/8", "203.0.113.0/24"))
-    return RouteTable(found, LOCALITY)
+    with own_node() as made:
+        yield made
 
 
 def rich(count: int) -> RouteTable:
@@ -381,11 +311,11 @@ def opened(node: Node, *names: str) -> Iterator[KernelMaps]:
 def held(maps: KernelMaps) -> dict[str, frozenset[tuple[bytes, bytes]]]:
     """All rows by map."""
     found = {}
-    for table in DESIRED:
-        keys, values = maps.read(table)
-        width, size = SIZES_OF[table]
+    for name in DESIRED:
+        keys, values = maps.read(name)
+        width, size = SIZES_OF[name]
         count = len(keys) // width
-        found[table] = frozenset(
+        found[name] = frozenset(
             (keys[at * width : (at + 1) * width], values[at * size : (at + 1) * size]) for at in range(count)
         )
     return found
@@ -536,15 +466,6 @@ def test_tables_speak_of_services(node: Node) -> None:
     assert {row["map"] for row in reader.tables("raw")} >= {"frontends", "slots", "backends", "names", "settings"}
     assert {"cidr": "10.180.0.0/24", "node": False, "pod": True} in reader.tables("sources")
     assert reader.tables("flows") == []
-
-
-def carried(node: Node, id: int, *cells: int) -> None:
-    """Write what the first CPU would have counted for a Service."""
-    fd = syscall.obj_get(str(node.bpffs / pins.MAPS / "traffic"))
-    try:
-        map_calls.update(fd, U32.pack(id), struct.pack("=3Q", *cells).ljust(map_calls.percpu_size(24), b"\0"))
-    finally:
-        os.close(fd)
 
 
 def test_what_a_service_carried_goes_with_its_name(node: Node) -> None:
