@@ -136,6 +136,7 @@ def test_a_connection_that_nobody_has_used_for_long_is_not_kept(node: Loaded) ->
     assert flows_kept(_maps(node), now + HOUR, HOUR) == 1
     assert flows_kept(_maps(node), now + HOUR + 1, HOUR) == 0
     assert flows_kept(_maps(node), (now + HOUR) & 0xFFFFFFFF, HOUR) == 1, "a count that has wrapped round"
+    assert flows_kept(_maps(node), now - 1, HOUR) == 1, "a packet has come since the time was asked for"
 
 
 def test_datagrams_do_not_keep_a_retired_dataplane(node: Loaded) -> None:

@@ -48,12 +48,13 @@ def _require(table: str, refused: Mapping[int, int]) -> None:
 
 def flows_kept(maps: Maps, jiffies: int, patience: int) -> int:
     """How many connections were used within the last `patience` jiffies and have not been closed. Datagrams do not
-    count: without a frontend their next one finds another backend. `jiffies` are now's lower 32 bits at least."""
+    count: without a frontend their next one finds another backend. `jiffies` are now's lower 32 bits at least; what
+    has been used since they were asked for counts."""
     keys, values = maps.read("flows")
     kept = 0
     for key, flow in zip(FLOW_KEY.iter_unpack(keys), FLOW.iter_unpack(values), strict=True):
         protocol, action, flags, seen = key[4], flow[3], flow[4], flow[8]
         if protocol == Protocol.UDP or action != FLOW_DNAT or flags & FLOW_CLOSING:
             continue
-        kept += (jiffies - seen) & _LOW <= patience
+        kept += (jiffies - seen + patience) & _LOW <= 2 * patience
     return kept
