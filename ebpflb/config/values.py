@@ -98,8 +98,8 @@ def is_address(text: str) -> bool:
 
 def interface(where: str, name: str) -> str:
     """An interface's name, or the beginning of one; may be empty."""
-    if len(name) > 15 or "/" in name or any(letter.isspace() for letter in name):
-        raise UserError(f"{where} {name}: not an interface name (at most 15 characters, no spaces or slashes)")
+    if len(name.encode()) > 15 or "/" in name or any(letter.isspace() for letter in name):
+        raise UserError(f"{where} {name}: not an interface name (at most 15 bytes, no spaces or slashes)")
     return name
 
 
@@ -107,7 +107,7 @@ def devices(where: str, patterns: Iterable[str]) -> tuple[str, ...]:
     """Names or patterns of interfaces, each once."""
     found = tuple(sorted(set(split(patterns))))
     for pattern in found:
-        if len(pattern) > 15 or "/" in pattern or any(letter.isspace() for letter in pattern):
+        if len(pattern.encode()) > 15 or "/" in pattern or any(letter.isspace() for letter in pattern):
             raise UserError(f"{where} {pattern}: not an interface name or pattern; write such as eth0,ens*")
     return found
 

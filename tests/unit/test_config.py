@@ -335,7 +335,7 @@ def test_an_unknown_detect_local_mode_is_answered_with_the_known_ones() -> None:
     assert "BridgeInterface" in refusal(detect_local_mode="clustercidr")
 
 
-@pytest.mark.parametrize("name", ["a-name-that-is-too-long", "with space", "with/slash"])
+@pytest.mark.parametrize("name", ["a-name-that-is-too-long", "brückenbrücke-0", "with space", "with/slash"])
 def test_interfaces_have_names(name: str) -> None:
     assert name in refusal(pod_bridge_interface=name)
 

@@ -92,6 +92,14 @@ def test_packers_have_the_size_of_their_rows(name: str, packer: struct.Struct) -
     assert packer.size == size_of(name)
 
 
+def test_references_are_members_of_a_route() -> None:
+    numbers = dict(zip((name for name, _ in layouts.REQUIRED["route"]), range(1, 13), strict=False))
+    row = layouts.ROUTE.pack(*numbers.values())
+    asked = ("service", "slots", "count", "draining", "affinity", "ranges", "table")
+    assert layouts.ROUTE_REFERENCES.size == layouts.ROUTE.size
+    assert layouts.ROUTE_REFERENCES.unpack(row) == tuple(numbers[name] for name in asked)
+
+
 class _Field(msgspec.Struct):
     name: str
     offset: int
@@ -203,12 +211,6 @@ def test_other_namespaces_sockets_are_pods_where_pods_can_be_told(locality: Loca
     maps = FakeMaps()
     assert writer(maps).sync(RouteTable({}, locality)).complete
     assert settings_of(maps)[4] == families
-
-
-def test_an_impossible_device_name_is_said() -> None:
-    report = writer(FakeMaps()).sync(RouteTable({}, Locality(pod_interface="a-name-of-16-byte")))
-    assert [problem.subject for problem in report.problems] == ["node"]
-    assert "15 bytes" in report.problems[0].reason
 
 
 def test_settings_name_the_interface_without_its_star() -> None:

@@ -71,11 +71,6 @@ def _encloses(around: tuple[int, bytes], address: bytes) -> bool:
     return int.from_bytes(around[1]) >> shift == int.from_bytes(address) >> shift
 
 
-def interface_fits(locality: Locality) -> bool:
-    """Whether the kernel could have a device of the name `pod_interface`."""
-    return len(locality.pod_interface.removesuffix("*").encode()) <= 15
-
-
 def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
     """The `settings` row. A family has `pod_sockets` where something tells its pods apart."""
     families = {family_of(cidr) for cidr in locality.pod_cidrs}

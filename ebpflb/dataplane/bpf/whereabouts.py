@@ -6,11 +6,10 @@ Rules of this file: `locality` says which rows, this says when: only what differ
 from __future__ import annotations
 
 from ebpflb.dataplane.bpf.layouts import SOURCE_KEY
-from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, interface_fits, pack_settings, pack_sources
+from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, pack_settings, pack_sources
 from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
 from ebpflb.diff import diff
-from ebpflb.model import Problem
 from ebpflb.routes import Locality
 
 
@@ -56,8 +55,6 @@ class Whereabouts:
                 tally.refuse(NODE, f"the settings: {self._pen.words('settings', errors[ONLY])}")
             else:
                 self._settings = settings
-        if not interface_fits(locality):
-            tally.problems[Problem(NODE, f"no device can be called {locality.pod_interface}: 15 bytes at most")] = None
         if whole:
             self._locality = locality
 

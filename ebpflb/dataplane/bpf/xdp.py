@@ -130,11 +130,10 @@ class Xdp:
         return index in self._wishes and self._wishes[index].mode != OFF
 
     def _sends(self, index: int) -> bool:
-        link = self._around.links[index]
         if self._able is not None:
-            return sends(self._able.get(index, 0), link, "")
-        driver = self._features.driver(link.name) if self._features is not None else ""
-        return sends(None, link, driver)
+            return sends(self._able.get(index, 0), "")
+        name = self._around.links[index].name
+        return sends(None, self._features.driver(name) if self._features is not None else "")
 
     def release(self) -> int:
         """Detach where nothing of ours is to run any more; from how many."""

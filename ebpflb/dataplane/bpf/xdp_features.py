@@ -12,7 +12,7 @@ import fcntl
 import socket
 import struct
 
-from ebpflb.rtnetlink import Link, Netlink, attribute, attributes, number, text
+from ebpflb.rtnetlink import Netlink, attribute, attributes, number, text
 
 BASIC, REDIRECT, NDO_XMIT = 1, 2, 4
 """NETDEV_XDP_ACT_…: runs programs and sends back; lets them redirect; takes what is redirected to it."""
@@ -25,7 +25,8 @@ _SIOCETHTOOL = 0x8946
 _GDRVINFO, _DRVINFO_BYTES = 3, 196
 _GFLAGS, _FLAG_RXVLAN = 0x25, 1 << 8
 _SENDERS = frozenset(("i40e", "ice", "ixgbe", "mlx5_core", "virtio_net", "tun"))
-"""Drivers that take redirected frames as soon as they run a program themselves, in every kernel since 5.10."""
+"""Drivers that take redirected frames as soon as they run a program themselves, in every kernel since 5.10. A veth is
+none: it delivers only where its other end has a program (or, by a bit that nobody tells, GRO)."""
 
 
 class Features:
@@ -91,13 +92,12 @@ class Features:
         return room.raw
 
 
-def sends(features: int | None, link: Link, driver: str) -> bool:
+def sends(features: int | None, driver: str) -> bool:
     """Whether a device that runs a program in its driver takes frames from programs, its own and other devices'.
-    `features` are its bits, None where the kernel does not tell."""
+    `features` are its bits, None where the kernel does not tell: then `driver` does."""
     if features is not None:
         return bool(features & NDO_XMIT)
-    # A veth delivers only where its peer has a program (or, by a bit that nobody tells, GRO): unknown here.
-    return link.kind != "veth" and driver in _SENDERS
+    return driver in _SENDERS
 
 
 def _resolve(netlink: Netlink) -> tuple[int, int]:

@@ -6,6 +6,8 @@ been tried; where the kernel tells what drivers can do (Linux 6.3), what cannot 
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from ebpflb import rtnetlink
 from ebpflb.dataplane.bpf.edges import is_edge
 from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, Surroundings, Told, Wish, wish
@@ -16,15 +18,10 @@ from ebpflb.rtnetlink import Netlink
 
 def survey(mode: str, patterns: tuple[str, ...]) -> tuple[Told, ...]:
     """Each device that might carry outside traffic, with what runs there, or what would be tried. Raises OSError."""
-    netlink = Netlink()
-    features = Features()
-    try:
+    with closing(Netlink()) as netlink, closing(Features()) as features:
         links = rtnetlink.links(netlink)
         around = Surroundings(links, rtnetlink.addresses(netlink), rtnetlink.default_devices(netlink), patterns)
         able = features.all()
-    finally:
-        netlink.close()
-        features.close()
     found = []
     for index, link in links.items():
         wished = wish(link, around, mode) if is_edge(link, patterns) else Wish(OFF, told=False)
