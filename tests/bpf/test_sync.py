@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -379,6 +380,44 @@ def test_clients_are_forgotten_with_their_services_affinity(node: Node) -> None:
     fresh = node.restarted()
     fresh.sync(RouteTable(dict(routes), LOCALITY))
     assert [row["client"] for row in fresh.tables("affinity")] == ["netns:4026531840"]
+
+
+def test_what_an_ebpflb_with_other_pins_left_serves_until_there_are_rows(
+    node: Node, namespace: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then ours take its place, and it is said whose that was."""
+    older = node.started()
+    older.sync(table(2))
+    older.close()
+    elsewhere = node.bpffs
+    node.bpffs = Path(f"{elsewhere}-other")
+    try:
+        caplog.clear()
+        newer = node.started()
+        assert running(node) == pinned(elsewhere)
+        newer.sync(table(2))
+        assert running(node) == pinned(node.bpffs) != pinned(elsewhere)
+        newer.audit()
+        assert [
+            record.getMessage().partition(",")[0] for record in caplog.records if record.levelname == "WARNING"
+        ] == [
+            f"cgroup {node.cgroup}: replaced the socket programs of the ebpflb with --bpffs {elsewhere}",
+        ]
+    finally:
+        pins.remove_all(elsewhere)
+
+
+def running(node: Node) -> tuple[int, ...]:
+    """Which programs lead connects of IPv4."""
+    fd = os.open(node.cgroup, os.O_RDONLY)
+    try:
+        return program_calls.prog_query(fd, 10)[1]
+    finally:
+        os.close(fd)
+
+
+def pinned(bpffs: Path) -> tuple[int, ...]:
+    return tuple(pin.id for pin in pins.ours(bpffs) if pin.kind == pins.PROGRAMS and pin.path.name == "connect4")
 
 
 def test_what_is_left_to_a_successor_owns_nothing(node: Node) -> None:

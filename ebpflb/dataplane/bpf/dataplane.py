@@ -205,7 +205,7 @@ class BpfDataplane:
                 _spare_ports(KernelMaps(programs.maps), low, high)
             try:
                 # New maps are empty. Where older programs are attached, these serve until the rows are in.
-                if not (fresh and self._was_attached()):
+                if not (fresh and (self._was_attached() or programs.succeeds())):
                     self._attach()
             except BaseException:
                 self._programs = self._devices = self._writer = self._orphans = None

@@ -218,6 +218,17 @@ class Programs:
                 directory, others.described(beside),
             )  # fmt: skip
 
+    def succeeds(self) -> bool:
+        """Whether an ebpflb with other pins has left socket programs at the cgroup, which serve until ours have rows.
+        Raises UserError for a cgroup that is none."""
+        cgroup = os.open(cgroup_directory(self._cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return any(other.netns == self._netns for other in self._others(cgroup))
+        except OSError:
+            return False  # `attach` says so
+        finally:
+            os.close(cgroup)
+
     def _has_rows(self) -> bool:
         """Whether a frontend is there. Raises OSError."""
         fd = self._maps["frontends"]

@@ -49,7 +49,7 @@ def running(index: int) -> tuple[Running, ...]:
             if error.errno in (errno.EINVAL, errno.ENODEV):
                 continue
             raise
-        names = ((program, _name(program)) for program in programs)
+        names = ((program, program_calls.program_name(program)) for program in programs)
         found += [Running(side, program, name) for program, name in names if name.startswith(PREFIX)]
     return tuple(found)
 
@@ -131,15 +131,3 @@ def _detach(index: int, each: Running) -> None:
         program_calls.prog_detach(program, index, _ATTACH_TYPES[each.side])
     finally:
         os.close(program)
-
-
-def _name(program: int) -> str:
-    """The name of a program; "" if it has gone."""
-    try:
-        fd = program_calls.program_by_id(program)
-    except FileNotFoundError:
-        return ""
-    try:
-        return program_calls.prog_info(fd).name
-    finally:
-        os.close(fd)
