@@ -18,7 +18,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import maglev, pins, syscall
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
-from ebpflb.dataplane.bpf.layouts import ROUTE, TABLE_KEY, TABLE_PART
+from ebpflb.dataplane.bpf.layouts import ROUTE_REFERENCES, TABLE_KEY, TABLE_PART
 from ebpflb.dataplane.bpf.maglev import SIZES, positions
 from ebpflb.dataplane.bpf.maps import KernelMaps
 from ebpflb.model import Protocol
@@ -107,7 +107,7 @@ class Held:
         """That of both scopes."""
         halves = {
             Choice(slots, count, table)
-            for _, _, _, _, _, slots, count, _, _, _, _, table in ROUTE.iter_unpack(self._rows["frontends"][1])
+            for _, slots, count, *_, table in ROUTE_REFERENCES.iter_unpack(self._rows["frontends"][1])
         }
         (found,) = halves
         return found

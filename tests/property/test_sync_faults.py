@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, ROUTE
+from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, ROUTE_REFERENCES
 from ebpflb.dataplane.bpf.writer import Writer
 from ebpflb.model import Address, ServiceName
 from ebpflb.routes import Key, Locality, Route, RouteTable
@@ -70,7 +70,7 @@ class Node(RuleBasedStateMachine):
     def a_client_comes(self, number: int) -> None:
         """A program remembers it."""
         for row in self.maps.tables["frontends"].values():
-            for _, _, _, _, service, _, _, _, affinity, *_ in ROUTE.iter_unpack(row):
+            for service, _, _, _, affinity, *_ in ROUTE_REFERENCES.iter_unpack(row):
                 if affinity:
                     key = AFFINITY_KEY.pack(bytes(15) + bytes((number,)), service, 0)
                     self.maps.tables["affinity"][key] = AFFINITY.pack(1, 0, 1)

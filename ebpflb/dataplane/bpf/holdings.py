@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ebpflb.dataplane.bpf.ids import IdPool, SlotPool
-from ebpflb.dataplane.bpf.layouts import ROUTE
+from ebpflb.dataplane.bpf.layouts import ROUTE_REFERENCES
 from ebpflb.dataplane.bpf.records import BackendSlots, Ranges, Service, ServiceKey
 from ebpflb.dataplane.bpf.set_rows import SetRows
 from ebpflb.dataplane.bpf.table_parts import member_keys, member_rows, part_keys, part_rows
@@ -97,7 +97,7 @@ class Holdings:
         self, row: bytes, sets: set[int], names: set[int], ranges: set[int], tables: set[int], members: set[int]
     ) -> bool:
         """Whether a row refers to any of these slot ranges, names, ranges, tables or members (by the first slot)."""
-        for _, _, _, _, service, start, count, draining, affinity, cidrs, _, table in ROUTE.iter_unpack(row):
+        for service, start, count, draining, affinity, cidrs, table in ROUTE_REFERENCES.iter_unpack(row):
             if service in names or cidrs in ranges or (count + draining and start in sets):
                 return True
             if (table and start in tables) or (affinity and count and start in members):
@@ -121,14 +121,14 @@ class Holdings:
 
     def owner(self, row: bytes) -> str:
         """The Service of a held row, in words."""
-        for half in ROUTE.iter_unpack(row):
-            service = self._by_id.get(half[4])
+        for id, *_ in ROUTE_REFERENCES.iter_unpack(row):
+            service = self._by_id.get(id)
             if service is not None:
                 return str(service.key[0])
         return "an unknown Service"
 
     def _hold(self, row: bytes) -> None:
-        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in ROUTE.iter_unpack(row):
+        for service, start, count, draining, affinity, ranges, table in ROUTE_REFERENCES.iter_unpack(row):
             if service:
                 record = self._by_id[service]
                 record.refs += 1
@@ -144,7 +144,7 @@ class Holdings:
                     self._ranges_by_id[ranges].refs += 1
 
     def _release(self, row: bytes) -> None:
-        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in ROUTE.iter_unpack(row):
+        for service, start, count, draining, affinity, ranges, table in ROUTE_REFERENCES.iter_unpack(row):
             if not service:
                 continue
             record = self._by_id[service]

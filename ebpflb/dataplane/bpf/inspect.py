@@ -19,7 +19,7 @@ from ebpflb.dataplane.bpf.layouts import (
     KEY_VALUE,
     NAME,
     REQUIRED,
-    ROUTE,
+    ROUTE_REFERENCES,
     SIZES,
     SOURCE_KEY,
     TABLE_KEY,
@@ -37,8 +37,7 @@ from ebpflb.dataplane.ranges import range_items
 from ebpflb.errors import UserError
 from ebpflb.routes import Backend, BackendState, Frontend, ServicePortName, address_order, cidr_order
 
-# Of a route its slots and what hangs on them, of a backend its state and service: there are a hundred thousand of them.
-_ROUTE_SLOTS = struct.Struct("=8xIIII5xB2x")
+# Of a backend its state and service: there are a hundred thousand of them.
 _BACKEND_USE = struct.Struct(f"={BACKEND.size - 8}xB3xI")
 
 _ARRAYS = ("slots", "backends")
@@ -87,7 +86,7 @@ class Inspector:
         counts: dict[int, tuple[set[Backend], set[Backend]]] = {}
         for key, value in reading.frontends():
             frontend = unpack_frontend(key)
-            for *_, service, start, count, draining, _, _, _, _ in ROUTE.iter_unpack(value):
+            for service, start, count, draining, *_ in ROUTE_REFERENCES.iter_unpack(value):
                 if not service or frontend is None:
                     continue
                 item = found.setdefault(
@@ -140,8 +139,7 @@ class Inspector:
     def _affinity(self) -> list[Item]:
         reading = Reading(read_tables(self._maps))
         owners: dict[int, Owner] = {}
-        for frontend, half in _halves(reading):
-            service, affinity = half[4], half[8]
+        for frontend, (service, _, _, _, affinity, *_) in _halves(reading):
             if service:
                 known = owners.get(service)
                 seconds = max(affinity, known.affinity if known else 0)
@@ -158,7 +156,7 @@ class Inspector:
         reading = Reading(read_tables(self._maps))
         sets = {
             (service, start, count, draining, table): frontend.protocol.name
-            for frontend, (_, _, _, _, service, start, count, draining, _, _, _, table) in _halves(reading)
+            for frontend, (service, start, count, draining, *_, table) in _halves(reading)
             if table
         }
         parts = dict(self._table_parts())
@@ -271,7 +269,7 @@ class Inspector:
                 keys, values = self._maps.read(table)
                 entries[table] = len(keys) // SIZES[table][0]
                 if table == "frontends":
-                    entries |= _of_sets(set(_ROUTE_SLOTS.iter_unpack(values)))
+                    entries |= _of_sets(set(ROUTE_REFERENCES.iter_unpack(values)))
         uses = _BACKEND_USE.iter_unpack(read_backends(self._maps))
         entries["backends"] = len([None for state, service in uses if service and state != BACKEND_FREE])
         return [
@@ -335,20 +333,19 @@ def _by_service(item: Mapping[str, object]) -> tuple[object, ...]:
 
 
 def _halves(reading: Reading) -> Iterator[tuple[Frontend, tuple[int, ...]]]:
-    """Each scope's route of each frontend."""
+    """Each frontend, with what each scope's route of it refers to."""
     for key, value in reading.frontends():
         frontend = unpack_frontend(key)
-        for half in ROUTE.iter_unpack(value):
+        for half in ROUTE_REFERENCES.iter_unpack(value):
             if frontend is not None:
                 yield frontend, half
 
 
-def _of_sets(halves: AbstractSet[tuple[int, int, int, int, int]]) -> dict[str, int]:
-    """How many rows there are of sets of backends, by (start, count, draining, affinity, table) of the routes that name
-    them."""
-    sets = {start: count + draining for start, count, draining, _, _ in halves if count + draining}
-    tables = {start: table for start, _, _, _, table in halves if table}
-    members = {start: count for start, count, _, affinity, _ in halves if affinity}
+def _of_sets(routes: AbstractSet[tuple[int, ...]]) -> dict[str, int]:
+    """How many rows there are of sets of backends, by what the routes refer to."""
+    sets = {start: count + draining for _, start, count, draining, *_ in routes if count + draining}
+    tables = {start: table for _, start, *_, table in routes if table}
+    members = {start: count for _, start, count, _, affinity, *_ in routes if affinity}
     return {
         "slots": sum(sets.values()),
         "tables": sum(map(part_count, tables.values())),

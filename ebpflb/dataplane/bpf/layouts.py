@@ -132,6 +132,8 @@ KEY_VALUE: dict[str, tuple[str, str]] = {
 
 FRONTEND_KEY = struct.Struct("=16sHBx")
 ROUTE = struct.Struct("=BBBBIIIIIIBB2x")
+ROUTE_REFERENCES = struct.Struct("=4xIIIIIIxB2x")
+"""Of a route, what other rows hang on: (service, slots, count, draining, affinity, ranges, table)."""
 BACKEND = struct.Struct("=16sHHB3xI")
 NAME = struct.Struct("=64s64s64s")
 SOURCE_KEY = struct.Struct("=I16s")

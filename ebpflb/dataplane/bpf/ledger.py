@@ -17,7 +17,7 @@ import msgspec
 
 from ebpflb.dataplane.bpf.holdings import Holdings
 from ebpflb.dataplane.bpf.ids import Exhausted, IdPool, SlotPool
-from ebpflb.dataplane.bpf.layouts import ROUTE
+from ebpflb.dataplane.bpf.layouts import ROUTE_REFERENCES
 from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.records import UNKNOWN, BackendSlots, Change, Ranges, Refused, Service, ServiceKey
 from ebpflb.dataplane.bpf.set_rows import SetRows
@@ -66,7 +66,7 @@ class Ledger(Holdings):
                 self.stale_frontends.add(key)
                 continue
             rows.append((frontend, value))
-            for _, _, _, _, service, start, count, draining, *_ in ROUTE.iter_unpack(value):
+            for service, start, count, draining, *_ in ROUTE_REFERENCES.iter_unpack(value):
                 if not service or not count + draining:
                     continue
                 if reading.backend_set(service, start, count, draining) is not None:
@@ -84,9 +84,9 @@ class Ledger(Holdings):
     def _adopt_row(
         self, reading: Reading, frontend: Frontend, value: bytes, claims: Mapping[int, tuple[int, int, int, int]]
     ) -> bool:
-        halves = [half for half in ROUTE.iter_unpack(value) if half[4]]
+        halves = [half for half in ROUTE_REFERENCES.iter_unpack(value) if half[0]]
         codes: dict[int, int] = {}
-        for _, _, _, _, service, start, count, draining, _, ranges, _, table in halves:
+        for service, start, count, draining, _, ranges, table in halves:
             if service not in reading.names or (ranges and ranges not in reading.ranges):
                 return False
             if count + draining and claims.get(start) != (service, start, count, draining):
@@ -95,7 +95,7 @@ class Ledger(Holdings):
                 return False
             if table and codes.setdefault(start, table) != table:
                 return False
-        for _, _, _, _, service, start, count, draining, affinity, ranges, _, table in halves:
+        for service, start, count, draining, affinity, ranges, table in halves:
             record = self._by_id.get(service)
             if record is None:
                 record = Service((reading.names[service], frontend.protocol), service)

@@ -13,7 +13,7 @@ from socket import ntohs
 import msgspec
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE
-from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, NAME, ROUTE, U32
+from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, NAME, ROUTE, ROUTE_REFERENCES, U32
 from ebpflb.dataplane.bpf.locality import unpack_locality
 from ebpflb.dataplane.bpf.owned import unpack_owned
 from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend, unpack_name, unpack_ranges
@@ -75,7 +75,7 @@ class RawTables(msgspec.Struct, frozen=True):
 def slots_end(frontends: bytes, capacity: int) -> int:
     """One more than the last slot that any of these `frontends` values names, as far as the array has it."""
     end = 0
-    for _, _, _, _, _, start, count, draining, *_ in ROUTE.iter_unpack(frontends):
+    for _, start, count, draining, *_ in ROUTE_REFERENCES.iter_unpack(frontends):
         if count + draining and start + count + draining > end:
             end = start + count + draining
     return min(end, capacity)
