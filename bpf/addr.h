@@ -63,6 +63,27 @@ static inline int is_loopback(const struct address *address)
 	       address->word[3] == 0x01000000;
 }
 
+/*
+ * Whether nobody can have sent a packet from this address by a wire: the unspecified one and its network, loopback,
+ * multicast and what lies behind it. The stack drops such packets.
+ */
+static inline int is_martian(const struct address *source)
+{
+	u8 first;
+
+	if (is_ipv4(source)) {
+		first = (u8)source->word[3];
+		return first == 0 || first == 127 || first >= 224;
+	}
+	return (source->word[0] & 0xff) == 0xff || is_loopback(source) || is_zero(source);
+}
+
+/* fe80::/10: the stack forwards nothing from such an address. */
+static inline int is_link_local(const struct address *address)
+{
+	return (address->word[0] & 0xc0ff) == 0x80fe;
+}
+
 /* What a one's complement sum changes by when `from` becomes `to` (RFC 1624), unfolded. */
 static inline u64 word_change(u32 from, u32 to)
 {

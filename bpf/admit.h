@@ -48,8 +48,11 @@ static inline int is_not_new(const struct packet *packet)
 	return packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN;
 }
 
-/* The packet entered by the device `ifindex`. */
-static inline int admit(const struct packet *packet, u32 ifindex, const struct settings *node, u64 now,
+/*
+ * The packet entered by the device `ifindex`. `early`: before the stack (XDP), where what is not forwarded or dropped is
+ * passed up, to be admitted again by tc and counted there.
+ */
+static inline int admit(const struct packet *packet, u32 ifindex, int early, const struct settings *node, u64 now,
 			struct choice *chosen)
 {
 	const struct flow_key *key = &packet->key;
@@ -63,18 +66,24 @@ static inline int admit(const struct packet *packet, u32 ifindex, const struct s
 	frontend = find_frontend(&key->destination, key->destination_port, key->protocol);
 	if (!frontend && !is_owned(&key->destination))
 		return NOBODYS;
-	if (is_loopback(&key->destination))
-		return PASS; /* a martian: the stack drops it */
+	if (is_loopback(&key->destination) || is_martian(&key->source))
+		return PASS; /* the stack drops it */
+	if (early && is_link_local(&key->source))
+		return PASS;
 	if (is_not_new(packet) && node->flows_elsewhere) {
-		count(PACKET_NOT_NEW);
+		if (!early)
+			count(PACKET_NOT_NEW);
 		return PASS; /* conntrack or IPVS may know it, and would not know it translated */
 	}
 	if (!frontend) {
-		count(PACKET_UNDEFINED);
+		if (!early)
+			count(PACKET_UNDEFINED);
 		return REFUSE;
 	}
 
 	flags = client_flags(packet, ifindex);
+	if (early && (flags & SOURCE_NODE))
+		return PASS; /* from this node's own address: a martian, too */
 	if (flags)
 		route = &frontend->scope[SCOPE_INTERNAL];
 	else
@@ -96,7 +105,8 @@ static inline int admit(const struct packet *packet, u32 ifindex, const struct s
 		hash = flow_hash(key, route->affinity != 0);
 	chosen->backend = choose_backend(route, &client, hash, node, now, &chosen->id);
 	if (!chosen->backend) {
-		count(PACKET_NO_BACKEND);
+		if (!early)
+			count(PACKET_NO_BACKEND);
 		return PASS;
 	}
 	if (key->protocol == IPPROTO_SCTP && chosen->backend->port != key->destination_port) {

@@ -44,7 +44,7 @@ static inline struct backend *choose_backend(const struct route *route, struct a
 	if (route->affinity) {
 		client->service = route->service;
 		kept = affinity.lookup(client);
-		if (kept && now - kept->seen <= (u64)route->affinity * node->second)
+		if (kept && !is_idle(kept->seen, (u64)route->affinity * node->second, now))
 			position = kept_position(route, kept);
 		if (position >= 0)
 			count(CLIENT_KEPT);

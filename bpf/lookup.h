@@ -42,6 +42,15 @@ static inline struct settings *node_settings(void)
 	return row && row->layout == LAYOUT ? row : 0;
 }
 
+/*
+ * Whether something was used last more than `idle` jiffies ago. Not if that was later than `now`: another CPU's clock may
+ * have ticked since this one read it.
+ */
+static inline int is_idle(u64 seen, u64 idle, u64 now)
+{
+	return (s64)(now - seen) > (s64)idle;
+}
+
 /* Whether `frontends` or `owned` may have rows of an address; most packets are to others, and this is all they cost. */
 static inline int is_known(const struct address *address)
 {

@@ -150,6 +150,12 @@ static inline int parse_ipv4(void *data, void *end, struct packet *packet)
 	return GO_ON;
 }
 
+/* IPv4 addresses in an IPv6 header: nobody's on a wire (RFC 4291, 2.5.5.2), and no IPv4 flow's, as rows would have it. */
+static inline int has_mapped(const struct flow_key *key)
+{
+	return is_ipv4(&key->source) || is_ipv4(&key->destination);
+}
+
 struct extension {
 	u8 next;
 	u8 length; /* units of 8 bytes, less one */
@@ -172,6 +178,8 @@ static inline int parse_ipv6(void *data, void *end, struct packet *packet)
 	packet->length = (u32)swap16(ip->payload_len) + sizeof(*ip);
 	__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
 	__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
+	if (has_mapped(&packet->key))
+		return PASS;
 	next = ip->nexthdr;
 
 #pragma unroll
@@ -278,7 +286,7 @@ static inline int parse_error6(void *data, void *end, struct packet *packet)
 	enter_error(packet, sizeof(*inner), inner->nexthdr, ports);
 	__builtin_memcpy(&packet->key.source, &inner->daddr, 16);
 	__builtin_memcpy(&packet->key.destination, &inner->saddr, 16);
-	return GO_ON;
+	return has_mapped(&packet->key) ? PASS : GO_ON;
 }
 
 /* Later fragments have no ports: theirs are those of the first one, if this hook has translated that. */
@@ -407,6 +415,8 @@ static inline int parse_plain(void *data, void *end, u16 ethertype, struct packe
 		packet->key.protocol = ip->nexthdr;
 		__builtin_memcpy(&packet->key.source, &ip->saddr, 16);
 		__builtin_memcpy(&packet->key.destination, &ip->daddr, 16);
+		if (has_mapped(&packet->key))
+			return PASS;
 	} else {
 		return PASS;
 	}

@@ -71,7 +71,7 @@ static inline int is_over(const struct flow *reply, u8 protocol, const struct se
 {
 	if (protocol == IPPROTO_TCP)
 		return reply->flags & FLOW_CLOSING;
-	return now - reply->seen > node->flow_idle;
+	return is_idle(reply->seen, node->flow_idle, now);
 }
 
 /* What the packet becomes by a whole row, from the one end of its way through this node to the other. */
@@ -120,7 +120,7 @@ static inline int replies_are_idle(const struct packet *packet, const struct flo
 {
 	struct flow *reply = reply_row(&packet->key, flow);
 
-	return !reply || now - reply->seen > node->flow_idle;
+	return !reply || is_idle(reply->seen, node->flow_idle, now);
 }
 
 /*
@@ -131,7 +131,7 @@ static inline int request_is_current(const struct packet *packet, const struct f
 				     u64 now)
 {
 	if (packet->key.protocol != IPPROTO_TCP) {
-		if (now - flow->seen > node->flow_idle && replies_are_idle(packet, flow, node, now))
+		if (is_idle(flow->seen, node->flow_idle, now) && replies_are_idle(packet, flow, node, now))
 			return 0;
 	} else {
 		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
@@ -194,7 +194,7 @@ static inline void use_flow(const struct packet *packet, struct flow *flow, cons
 	if (packet->error)
 		return;
 	note_closing(packet, flow);
-	if (now - flow->seen > node->refresh)
+	if (is_idle(flow->seen, node->refresh, now))
 		flow->seen = now;
 }
 

@@ -134,11 +134,11 @@ static inline int translate(struct bpf_sock_addr *ctx, struct address *to, u16 *
 	now = bpf_jiffies64();
 	if (sticky) {
 		known = sockets.lookup(&key);
-		if (known && now - known->seen < node->flow_idle && known->service == route->service &&
+		if (known && !is_idle(known->seen, node->flow_idle, now) && known->service == route->service &&
 		    backend_lives(known->backend, known->service, &known->address, known->port)) {
 			chosen = known->address;
 			chosen_port = known->port;
-			if (now - known->seen < node->refresh)
+			if (!is_idle(known->seen, node->refresh, now))
 				goto rewrite;
 			known->seen = now;
 			id = known->backend;

@@ -130,7 +130,7 @@ static inline int new_flow(struct __sk_buff *skb, struct packet *packet, const s
 			   struct flow_key *to)
 {
 	struct choice chosen = {};
-	int verdict = admit(packet, skb->ifindex, node, now, &chosen);
+	int verdict = admit(packet, skb->ifindex, 0, node, now, &chosen);
 
 	if (verdict == NOBODYS)
 		return pass_by(packet, node, now, to);

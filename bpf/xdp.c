@@ -211,7 +211,7 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 
 	if (!is_for_us(ctx, entry))
 		return PASS;
-	verdict = admit(packet, entry->device, node, now, &chosen);
+	verdict = admit(packet, entry->device, 1, node, now, &chosen);
 	if (verdict == DISCARD)
 		count(XDP_DROPPED);
 	if (verdict != GO_ON)

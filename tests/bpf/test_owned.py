@@ -35,7 +35,7 @@ def test_a_connection_gets_a_reset(lab: Lab) -> None:
     assert answer and wanted
     assert (answer.source, answer.destination, answer.ports) == (wanted.source, wanted.destination, wanted.ports)
     assert answer.protocol == 6
-    assert lab.node.counters() == {"PACKET_UNDEFINED": 2, "PACKET_REJECTED_TCP": 1}
+    assert lab.node.counters() == {"PACKET_UNDEFINED": 1, "PACKET_REJECTED_TCP": 1}
 
 
 def test_a_datagram_gets_port_unreachable(lab: Lab) -> None:
@@ -47,7 +47,7 @@ def test_a_datagram_gets_port_unreachable(lab: Lab) -> None:
     at = ETHERNET + (20 if lab.family == 4 else 40)
     assert tuple(frame[at : at + 2]) == ((3, 3) if lab.family == 4 else (1, 4))
     assert frame[at + 8 :] == request.inner(lab.family)[: len(frame) - at - 8]
-    assert lab.node.counters() == {"PACKET_UNDEFINED": 2, "PACKET_REJECTED_ICMP": 1}
+    assert lab.node.counters() == {"PACKET_UNDEFINED": 1, "PACKET_REJECTED_ICMP": 1}
 
 
 @both_protocols
@@ -92,7 +92,7 @@ def test_beside_another_dataplane_its_connections_are_left_alone(lab: Lab) -> No
     lab.node.put_owned("vip", lab.family)
     frame = Packet("outside", 40000, "vip", 81, flags="A").frame(lab.family)
     assert_same(lab.by_both(frame), frame)
-    assert lab.node.counters() == {"PACKET_NOT_NEW": 2}
+    assert lab.node.counters() == {"PACKET_NOT_NEW": 1}
     ran = lab.tc("tc_ingress", Packet("outside", 40000, "vip", 81).frame(lab.family), "up0")
     assert ran.verdict == REDIRECT
 
