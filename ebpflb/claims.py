@@ -1,7 +1,7 @@
 """What one Service asks of this node: its frontends, each with a route for either scope, as if it were alone.
 
-Rules of this file: pure; imports `model`, `routes`, `topology`, `facts`. Everything here is a function of one Service,
-its slices and the node's facts, so that `policy` can remember the result; it knows of no other Service.
+Rules of this file: pure; imports `model`, `routes`, `topology`, `facts`, `annotations`. Everything here is a function
+of one Service, its slices and the node's facts, so that `policy` can remember the result; it knows of no other Service.
 
 Verdicts: without any usable endpoint anywhere REJECT; with some, but none for the scope's traffic policy, DROP.
 A Service without a cluster IP in a family has nothing in that family.
@@ -21,17 +21,15 @@ endpoints, as if they had used the cluster IP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import msgspec
 
+from ebpflb.annotations import Settings, settings_of
 from ebpflb.facts import Facts
 from ebpflb.model import Address, EndpointSlice, Family, Problem, Protocol, Service, ServiceName, TrafficPolicy
 from ebpflb.routes import (
-    Algorithm,
     Backend,
-    Forwarding,
     Frontend,
     HealthCheck,
     Kind,
@@ -56,11 +54,6 @@ _NEVER, _NOT_POD, _ALWAYS = Masquerade.NEVER, Masquerade.NOT_POD, Masquerade.ALW
 # an external IP keeps its source ranges, as in nftables mode.
 _PRECEDENCE = {Kind.CLUSTER_IP: 0, Kind.LOAD_BALANCER: 1, Kind.EXTERNAL_IP: 2, Kind.NODE_PORT: 3}
 
-_ALGORITHMS = {algorithm.label: algorithm for algorithm in Algorithm}
-_FORWARDINGS = {forwarding.name.lower(): forwarding for forwarding in Forwarding}
-
-_T = TypeVar("_T")
-
 
 class Claims(msgspec.Struct, frozen=True):
     """What one Service asks for, and what it was worked out from. `problems` are those that it has all by itself,
@@ -79,18 +72,10 @@ class Claims(msgspec.Struct, frozen=True):
         return (not self.service.created, self.service.created, self.service.name)
 
 
-class _Settings(msgspec.Struct, frozen=True, gc=False):
-    """What all routes of a Service share."""
-
-    affinity_seconds: int
-    algorithm: Algorithm
-    forwarding: Forwarding
-
-
 def claims_of(service: Service, slices: tuple[EndpointSlice, ...], facts: Facts) -> Claims:
     """The frontends of one Service with their routes."""
     problems: list[Problem] = []
-    settings = _settings(service, facts, problems)
+    settings = settings_of(service, facts, problems)
     frontends: dict[Frontend, RoutePair] = {}
 
     def claim(addresses: tuple[Address, ...], port: int, protocol: Protocol, pair: RoutePair) -> None:
@@ -172,7 +157,7 @@ def _cluster_ip(
     name: ServicePortName,
     service: Service,
     chosen: Selection,
-    settings: _Settings,
+    settings: Settings,
     detector: bool,
     masquerade_all: bool,
 ) -> RoutePair:
@@ -191,7 +176,7 @@ def _external(
     name: ServicePortName,
     service: Service,
     chosen: Selection,
-    settings: _Settings,
+    settings: Settings,
     detector: bool,
     ranges: tuple[str, ...] = (),
 ) -> RoutePair:
@@ -212,7 +197,7 @@ def _route(
     exists: bool,
     masquerade: Masquerade,
     ranges: tuple[str, ...],
-    settings: _Settings,
+    settings: Settings,
 ) -> Route:
     if backends:
         verdict = _FORWARD
@@ -253,57 +238,3 @@ def _of(family: Family, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
     if len(addresses) == 1:
         return addresses if (":" in addresses[0]) == version6 else ()
     return tuple([address for address in addresses if (":" in address) == version6])
-
-
-def _settings(service: Service, facts: Facts, problems: list[Problem]) -> _Settings:
-    default = _ALGORITHMS[facts.default_algorithm]
-    if not service.annotations:
-        return _Settings(service.affinity_seconds, default, Forwarding.SNAT)
-    _remark_on_algorithm(service, facts, problems)
-    _remark_on_forwarding(service, facts, problems)
-    return _Settings(
-        service.affinity_seconds,
-        _annotated(service, "algorithm", _ALGORITHMS, default, problems),
-        _annotated(service, "forwarding", _FORWARDINGS, Forwarding.SNAT, problems),
-    )
-
-
-def _remark_on_algorithm(service: Service, facts: Facts, problems: list[Problem]) -> None:
-    """Of one that is known and cannot be had here. The route says what was asked for nevertheless, as on every node:
-    what dataplanes lack is not policy."""
-    asked = dict(service.annotations).get("algorithm")
-    if asked not in _ALGORITHMS or not facts.algorithms or asked in facts.algorithms:
-        return
-    reason = (
-        f"annotation ebpflb/algorithm: {asked} is none that this node's dataplane has "
-        f"({', '.join(facts.algorithms)}); backends are chosen at random"
-    )
-    problems.append(Problem(str(service.name), reason, "AlgorithmNotSupported"))
-
-
-def _remark_on_forwarding(service: Service, facts: Facts, problems: list[Problem]) -> None:
-    """As of an algorithm."""
-    asked = dict(service.annotations).get("forwarding")
-    if facts.direct_return or _FORWARDINGS.get(asked or "") is not Forwarding.DSR:
-        return
-    reason = (
-        f"annotation ebpflb/forwarding: {asked} is none that this node's dataplane has (snat); what it balances is "
-        "carried by NAT, and replies come back through this node"
-    )
-    problems.append(Problem(str(service.name), reason, "ForwardingNotSupported"))
-
-
-def _annotated(service: Service, key: str, values: Mapping[str, _T], default: _T, problems: list[Problem]) -> _T:
-    text = dict(service.annotations).get(key)
-    if text is None:
-        return default
-    if text not in values:
-        known = ", ".join(values)
-        problems.append(
-            Problem(
-                str(service.name),
-                f"annotation ebpflb/{key}: {text!r} is unknown (known: {known}); default used",
-                "UnknownAnnotationValue",
-            )
-        )
-    return values.get(text, default)

@@ -245,7 +245,9 @@ def test_annotations(notes: tuple[tuple[str, str], ...], algorithm: Algorithm, f
     assert not table.problems
 
 
-@pytest.mark.parametrize(("key", "known"), [("algorithm", "round-robin"), ("forwarding", "dsr")])
+@pytest.mark.parametrize(
+    ("key", "known"), [("algorithm", "round-robin"), ("forwarding", "dsr"), ("drain", "keep, reset")]
+)
 def test_an_unknown_annotation_value_is_a_problem_and_the_default_holds(key: str, known: str) -> None:
     table = routes(snapshot(service(annotations=[(key, "Magic")]), TWO), options(default_algorithm="maglev"))
     assert {(route.algorithm, route.forwarding) for route in table.values()} == {(Algorithm.MAGLEV, Forwarding.SNAT)}
@@ -292,6 +294,25 @@ def test_a_service_that_asks_for_direct_return_where_there_is_none_hears_of_it(
     problems = table.problems.get(name_of("ns1/svc1"), ())
     assert [problem.code for problem in problems] == (["ForwardingNotSupported"] if remark else [])
     assert all("ebpflb/forwarding: dsr" in problem.reason and "by NAT" in problem.reason for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ("keep", ""),
+        ("reset", "DrainNotSupported"),
+        ("30", "DrainNotSupported"),
+        ("", "UnknownAnnotationValue"),
+        ("-1", "UnknownAnnotationValue"),
+        ("٣", "UnknownAnnotationValue"),
+    ],
+)
+def test_a_service_that_asks_for_an_end_of_its_connections_hears_that_they_are_kept(asked: str, code: str) -> None:
+    table = routes(snapshot(service(annotations=[("drain", asked)]), TWO), options())
+    assert table == routes(snapshot(service(), TWO), options())
+    problems = table.problems.get(name_of("ns1/svc1"), ())
+    assert [problem.code for problem in problems] == ([code] if code else [])
+    assert all(f"ebpflb/drain: {asked}" in problem.reason for problem in problems if code == "DrainNotSupported")
 
 
 def test_locality() -> None:
