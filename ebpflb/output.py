@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from ebpflb.routes import Backend, Frontend, Key, Route, RouteTable, Scope, ServicePortName, key_order
+from ebpflb.dataplane.items import backend_item, endpoint_text, service_item
+from ebpflb.routes import Frontend, Key, Route, RouteTable, Scope, ServicePortName, key_order
 
 API_VERSION = "ebpflb/v1"
 
@@ -38,21 +39,8 @@ class Format(enum.Enum):
 # ---- Published shapes ----
 
 
-def service_item(name: ServicePortName) -> Item:
-    return {"namespace": name.namespace, "name": name.name, "port": name.port}
-
-
 def frontend_item(frontend: Frontend) -> Item:
     return {"address": frontend.address, "port": frontend.port, "protocol": frontend.protocol.name}
-
-
-def backend_item(backend: Backend) -> Item:
-    return {
-        "address": backend.address,
-        "port": backend.port,
-        "weight": backend.weight,
-        "state": backend.state.name.lower(),
-    }
 
 
 def route_item(key: Key, route: Route) -> Item:
@@ -114,11 +102,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines
     )
-
-
-def endpoint_text(address: str, port: int) -> str:
-    """`10.0.0.1:80`, `[fd00::1]:80`."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _backends_text(route: Route, most: int | None) -> str:

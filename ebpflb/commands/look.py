@@ -14,13 +14,13 @@ import msgspec
 from ebpflb.commands import CHANGES, OK, UNSUPPORTED, Result
 from ebpflb.commands.patience import Patience, require_privilege, unheard
 from ebpflb.config import Config
+from ebpflb.dataplane.items import endpoint_text, service_item
 from ebpflb.errors import Unsupported
 from ebpflb.model import Address, ServiceName
 from ebpflb.output import (
     Format,
     Item,
     document,
-    endpoint_text,
     frontend_item,
     items_table,
     render,
@@ -28,7 +28,6 @@ from ebpflb.output import (
     route_items,
     routes_table,
     select,
-    service_item,
     table,
 )
 from ebpflb.overview import found_in

@@ -15,11 +15,12 @@ import msgspec
 from ebpflb.commands import NOT_A_SERVICE, NOT_FORWARDED, OK, Result
 from ebpflb.commands.patience import require_privilege
 from ebpflb.config import Config
+from ebpflb.dataplane.items import backend_item, endpoint_text, service_item
 from ebpflb.dataplane.limits import ALGORITHMS
 from ebpflb.decide import Candidate, Decision, Outcome, Packet, decide
 from ebpflb.errors import UserError
 from ebpflb.model import Address, Protocol
-from ebpflb.output import Format, Item, backend_item, document, endpoint_text, service_item
+from ebpflb.output import Format, Item, document
 from ebpflb.parts import Parts, holder
 from ebpflb.routes import Frontend, Scope
 

@@ -63,12 +63,12 @@ LAYERS = (
     Layer("source.kube.decode", ("model", "errors", "=source", "source.parse", "source.wire"), pure=True),
     Layer("dataplane", ("model", "routes")),
     Layer("dataplane.limits", (), pure=True),
-    Layer("dataplane.ranges", ("routes",), pure=True),
+    Layer("dataplane.items", ("model", "routes"), pure=True),
     Layer("ctnetlink", ("model", "rtnetlink")),
     Layer("conntrack", ("model", "routes", "=dataplane", "rtnetlink", "ctnetlink")),
     Layer(
         "dataplane.bpf",
-        (*_WORLD, "rtnetlink", "ctnetlink", "diff", "=dataplane", "dataplane.bpf", "dataplane.ranges"),
+        (*_WORLD, "rtnetlink", "ctnetlink", "diff", "=dataplane", "dataplane.bpf", "dataplane.items"),
     ),
     Layer("dataplane.bpf.syscall", ()),
     Layer("dataplane.bpf.map_calls", ("dataplane.bpf.syscall",)),
@@ -119,7 +119,7 @@ LAYERS = (
     Layer("dataplane.bpf.affinity_rows", ("dataplane.bpf.layouts", "dataplane.bpf.maps")),
     Layer(
         "dataplane.bpf.remembered",
-        (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables"),
+        (*_ROWS, "dataplane.bpf.layouts", "dataplane.bpf.tables", "dataplane.items"),
         pure=True,
     ),
     Layer("dataplane.bpf.looking", ("dataplane.bpf.layouts", "dataplane.bpf.maps", "dataplane.bpf.reading")),
@@ -162,7 +162,7 @@ LAYERS = (
     Layer("netfilter.ruleset", (), pure=True),
     Layer(
         "dataplane.iptables",
-        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.iptables", "dataplane.ranges"),
+        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.iptables", "dataplane.items"),
     ),
     Layer("dataplane.iptables.names", _IPTABLES, pure=True),
     Layer("dataplane.iptables.layout", _IPTABLES, pure=True),
@@ -183,7 +183,7 @@ LAYERS = (
     ),
     Layer(
         "dataplane.ipvs",
-        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.ipvs", "dataplane.ranges"),
+        (*_WORLD, "rtnetlink", "conntrack", "netfilter", "=dataplane", "dataplane.ipvs", "dataplane.items"),
     ),
     Layer("dataplane.ipvs.options", (), pure=True),
     Layer("dataplane.ipvs.names", (), pure=True),
@@ -243,12 +243,13 @@ LAYERS = (
     Layer("metrics.traffic", (), pure=True),
     Layer("reconcile", (*_SEAMS, "problems", "loop", "observer", "overview")),
     Layer("control", (*_SEAMS, "loop", "reconcile")),
-    Layer("output", ("model", "routes", "errors", "decide", "=dataplane")),
+    Layer("output", ("model", "routes", "errors", "decide", "=dataplane", "dataplane.items")),
     Layer("parts", (*_SEAMS, "config", "loop", "observer", "overview", "problems", "reconcile")),
     Layer(
         "commands",
         (
             *_SEAMS,
+            "dataplane.items",
             "dataplane.limits",
             "decide",
             "config",

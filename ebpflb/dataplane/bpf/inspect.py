@@ -30,10 +30,10 @@ from ebpflb.dataplane.bpf.locality import unpack_facts
 from ebpflb.dataplane.bpf.looking import read_backends, read_tables
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.dataplane.bpf.reading import Reading
-from ebpflb.dataplane.bpf.remembered import Clock, Item, Owner, affinity_items, flow_items, service_item
+from ebpflb.dataplane.bpf.remembered import Clock, Owner, affinity_items, flow_items, owner_item
 from ebpflb.dataplane.bpf.table_parts import part_count, table_size
 from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend, unpack_name, unpack_network
-from ebpflb.dataplane.ranges import range_items
+from ebpflb.dataplane.items import Item, range_items, service_item
 from ebpflb.errors import UserError
 from ebpflb.routes import Backend, BackendState, Frontend, ServicePortName, address_order, cidr_order
 
@@ -92,7 +92,7 @@ class Inspector:
                 item = found.setdefault(
                     service,
                     {
-                        "service": service_item(reading.names.get(service)),
+                        "service": owner_item(reading.names.get(service)),
                         "protocol": frontend.protocol.name,
                         "frontends": [],
                         "id": service,
@@ -123,7 +123,7 @@ class Inspector:
             if service and state != BACKEND_FREE:
                 items.append(
                     {
-                        "service": service_item(names.get(service)),
+                        "service": owner_item(names.get(service)),
                         "address": unpack_address(address),
                         "port": ntohs(port),
                         "weight": weight,
@@ -168,7 +168,7 @@ class Inspector:
             held = Counter(array("H", places[: 2 * size]))
             items.append(
                 {
-                    "service": service_item(reading.names.get(service)),
+                    "service": owner_item(reading.names.get(service)),
                     "protocol": protocol,
                     "size": size,
                     "backends": [

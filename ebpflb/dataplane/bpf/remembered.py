@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from socket import ntohs
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE
 from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, BACKEND, CLIENT_NETNS, FLOW, FLOW_KEY
 from ebpflb.dataplane.bpf.tables import unpack_address
+from ebpflb.dataplane.items import Item, endpoint_text, service_item
 from ebpflb.model import Protocol
 from ebpflb.routes import ServicePortName
-
-Item: TypeAlias = dict[str, object]
 
 # The values of bpf/maps.h.
 HOOK_INGRESS, HOOK_EGRESS = 0, 1
@@ -52,9 +51,9 @@ class Owner(NamedTuple):
     affinity: int
 
 
-def service_item(name: ServicePortName | None) -> Item | None:
-    """A Service port as published."""
-    return None if name is None else {"namespace": name.namespace, "name": name.name, "port": name.port}
+def owner_item(name: ServicePortName | None) -> Item | None:
+    """A Service port as published; None for one that has no name."""
+    return None if name is None else service_item(name)
 
 
 def flow_items(keys: bytes, values: bytes, names: Mapping[int, ServicePortName], clock: Clock) -> list[Item]:
@@ -91,7 +90,7 @@ def flow_items(keys: bytes, values: bytes, names: Mapping[int, ServicePortName],
                 "frontend": _endpoint(frontend, port),
                 "backend": _endpoint(address, backend_port),
                 "source": source,
-                "service": service_item(names.get(service)),
+                "service": owner_item(names.get(service)),
                 "state": "closing" if flags & FLOW_CLOSING else "open",
                 "idleSeconds": clock.since(last),
                 "ageSeconds": clock.since(created),
@@ -118,7 +117,7 @@ def affinity_items(
         cookie = int.from_bytes(client[:8], "little")
         items.append(
             {
-                "service": service_item(owner.name),
+                "service": owner_item(owner.name),
                 "protocol": owner.protocol,
                 "client": f"netns:{cookie}" if kind == CLIENT_NETNS else unpack_address(client),
                 "backend": _backend(backends, backend, service),
@@ -137,8 +136,7 @@ def _backend(rows: bytes, number: int, service: int) -> str | None:
 
 
 def _endpoint(address: bytes, port: int) -> str:
-    text = unpack_address(address)
-    return f"[{text}]:{ntohs(port)}" if ":" in text else f"{text}:{ntohs(port)}"
+    return endpoint_text(unpack_address(address), ntohs(port))
 
 
 def _rows(data: bytes, size: int) -> Iterator[bytes]:

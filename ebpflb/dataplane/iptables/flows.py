@@ -13,13 +13,12 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from ebpflb.dataplane.items import Item
 from ebpflb.model import Address, Family, Protocol
 from ebpflb.routes import Frontend
 from ebpflb.rtnetlink import Netlink, attributes
-
-Item: TypeAlias = dict[str, object]
 
 _NETLINK_NETFILTER = 12
 _GET = 0x101

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from ebpflb.dataplane.iptables import flows, names
 from ebpflb.dataplane.iptables.changes import is_known
-from ebpflb.dataplane.ranges import range_items
+from ebpflb.dataplane.items import Item, backend_item, endpoint_text, service_item, service_items, source_items
 from ebpflb.errors import ApplyError, UserError
 from ebpflb.model import Protocol
 from ebpflb.netfilter.iptables import Iptables
 from ebpflb.netfilter.ruleset import target_of
-from ebpflb.routes import Backend, RouteTable, Scope, ServicePortName, address_order, cidr_order
-
-Item: TypeAlias = dict[str, object]
+from ebpflb.routes import Backend, RouteTable, Scope, ServicePortName, address_order
 
 _CONNTRACK = Path("/proc/sys/net/netfilter")
 # (counter, table, chain, what the rules that count for it have in their text)
@@ -41,11 +38,11 @@ def tables(what: str, tools: Sequence[Iptables], state: Callable[[], RouteTable]
     """The items of `dump what`, where `tools` have rules of ours, which come to `state`. Raises UserError for a WHAT
     that there is not, ApplyError if it cannot be read."""
     known: dict[str, Callable[[], list[Item]]] = {
-        "services": lambda: _services(state()),
+        "services": lambda: service_items(state(), _id),
         "backends": lambda: _backends(state()),
         "flows": lambda: _flows(state(), tools),
         "affinity": lambda: _affinity(state()),
-        "sources": lambda: _sources(state()),
+        "sources": lambda: source_items(state()),
         "counters": lambda: _counters(tools),
         "raw": lambda: _raw(tools),
         "fill": lambda: _fill(tools),
@@ -78,24 +75,8 @@ def inventory(tool: Iptables) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _services(routes: RouteTable) -> list[Item]:
-    """One item per Service port and protocol: its frontends, and how many backends have new and old flows."""
-    found: dict[tuple[ServicePortName, Protocol], tuple[set[str], set[Backend]]] = {}
-    for (frontend, _), route in routes.items():
-        frontends, backends = found.setdefault((route.service, frontend.protocol), (set(), set()))
-        frontends.add(str(frontend))
-        backends.update(route.backends)
-    return [
-        {
-            "service": _service(name),
-            "protocol": protocol.name,
-            "frontends": sorted(frontends),
-            "id": names.port_hash(str(name), protocol.name.lower()),
-            "activeBackends": sum(not backend.state for backend in backends),
-            "drainingBackends": sum(bool(backend.state) for backend in backends),
-        }
-        for (name, protocol), (frontends, backends) in sorted(found.items())
-    ]
+def _id(name: ServicePortName, protocol: Protocol) -> Item:
+    return {"id": names.port_hash(str(name), protocol.name.lower())}
 
 
 def _endpoints(routes: RouteTable) -> dict[str, tuple[ServicePortName, Backend]]:
@@ -103,7 +84,7 @@ def _endpoints(routes: RouteTable) -> dict[str, tuple[ServicePortName, Backend]]
     found = {}
     for (frontend, _), route in routes.items():
         for backend in route.backends:
-            place = _endpoint(backend.address, backend.port)
+            place = endpoint_text(backend.address, backend.port)
             chain = names.endpoint_chain(str(route.service), frontend.protocol.name.lower(), place)
             found[chain] = (route.service, backend)
     return found
@@ -114,11 +95,8 @@ def _backends(routes: RouteTable) -> list[Item]:
     found.sort(key=lambda each: (each[0], address_order(each[1].address), each[1].port, each[2]))
     return [
         {
-            "service": _service(service),
-            "address": backend.address,
-            "port": backend.port,
-            "weight": backend.weight,
-            "state": backend.state.name.lower(),
+            "service": service_item(service),
+            **backend_item(backend),
             "id": chain.removeprefix(names.SEP),
         }
         for service, backend, chain in found
@@ -133,16 +111,16 @@ def _flows(routes: RouteTable, tools: Iterable[Iptables]) -> list[Item]:
             route = routes.get((flow.frontend, Scope.INTERNAL))
             if route is None or flow.reply[:2] == flow.original[2:]:
                 continue
-            client = _endpoint(*flow.original[:2])
-            seen_as = _endpoint(*flow.reply[2:])
+            client = endpoint_text(*flow.original[:2])
+            seen_as = endpoint_text(*flow.reply[2:])
             items.append(
                 {
                     "protocol": flow.protocol.name,
                     "client": client,
-                    "frontend": _endpoint(*flow.original[2:]),
-                    "backend": _endpoint(*flow.reply[:2]),
+                    "frontend": endpoint_text(*flow.original[2:]),
+                    "backend": endpoint_text(*flow.reply[:2]),
                     "source": None if seen_as == client else seen_as,
-                    "service": _service(route.service),
+                    "service": service_item(route.service),
                     "state": "closing" if flow.closing else "open",
                     "secondsLeft": flow.seconds_left,
                     "ageSeconds": flow.age,
@@ -155,21 +133,14 @@ def _affinity(routes: RouteTable) -> list[Item]:
     """Which client was sent to which backend, and how long ago."""
     sticky = {route.service: route.affinity_seconds for route in routes.values() if route.affinity_seconds}
     chains: dict[str, tuple[Item, int]] = {
-        chain: ({"service": _service(service), "backend": _endpoint(backend.address, backend.port)}, sticky[service])
+        chain: (
+            {"service": service_item(service), "backend": endpoint_text(backend.address, backend.port)},
+            sticky[service],
+        )
         for chain, (service, backend) in _endpoints(routes).items()
         if service in sticky
     }
     return sorted(flows.recent(chains), key=lambda item: (str(item["service"]), str(item["client"])))
-
-
-def _sources(routes: RouteTable) -> list[Item]:
-    locality = routes.locality
-    items: list[Item] = [
-        {"cidr": f"{address}/{128 if ':' in address else 32}", "node": True, "pod": False}
-        for address in locality.node_addresses
-    ]
-    items += [{"cidr": cidr, "node": False, "pod": True} for cidr in locality.pod_cidrs]
-    return sorted(items, key=lambda item: cidr_order(str(item["cidr"]))) + range_items(routes)
 
 
 def _counters(tools: Iterable[Iptables]) -> list[Item]:
@@ -209,11 +180,3 @@ def _fill(tools: Sequence[Iptables]) -> list[Item]:
         return []
     found = [int((_CONNTRACK / name).read_text()) for name in ("nf_conntrack_count", "nf_conntrack_max")]
     return [{"name": "conntrack", "entries": found[0], "max": found[1]}]
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def _service(name: ServicePortName) -> Item:
-    return {"namespace": name.namespace, "name": name.name, "port": name.port}

@@ -9,19 +9,17 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from ebpflb.dataplane.ipvs import reading
 from ebpflb.dataplane.ipvs.messages import SetHeader
 from ebpflb.dataplane.ipvs.names import SET_NAMES, Mark
 from ebpflb.dataplane.ipvs.reading import Held
 from ebpflb.dataplane.ipvs.table import cidr_of, frontend_of, placed, unpacked
-from ebpflb.dataplane.ranges import range_items
+from ebpflb.dataplane.items import Item, backend_item, endpoint_text, service_item, service_items, source_items
 from ebpflb.errors import ApplyError, UserError
 from ebpflb.model import Address
-from ebpflb.routes import Backend, RouteTable, Scope, ServicePortName, address_order, cidr_order
-
-Item: TypeAlias = dict[str, object]
+from ebpflb.routes import RouteTable, Scope, address_order
 
 __all__ = ["Inspector", "SetHeader"]
 
@@ -75,39 +73,14 @@ class Inspector:
         return known[what]()
 
     def _services(self) -> list[Item]:
-        """One item per Service port and protocol: its frontends, and how many backends have new and old flows."""
-        found: dict[tuple[ServicePortName, str], Item] = {}
-        backends: dict[tuple[ServicePortName, str], set[Backend]] = {}
-        for (frontend, _), route in reading.routes(self._held()).items():
-            key = (route.service, frontend.protocol.name)
-            item = found.setdefault(
-                key, {"service": _service(route.service), "protocol": frontend.protocol.name, "frontends": []}
-            )
-            listed = item["frontends"]
-            assert isinstance(listed, list)
-            if str(frontend) not in listed:
-                listed.append(str(frontend))
-            backends.setdefault(key, set()).update(route.backends)
-        for key, item in found.items():
-            listed = item["frontends"]
-            assert isinstance(listed, list)
-            listed.sort()
-            item["activeBackends"] = sum(1 for each in backends[key] if not each.state)
-            item["drainingBackends"] = sum(1 for each in backends[key] if each.state)
-        return [found[key] for key in sorted(found)]
+        return service_items(reading.routes(self._held()))
 
     def _backends(self) -> list[Item]:
         found = {
             (route.service, backend) for route in reading.routes(self._held()).values() for backend in route.backends
         }
         return [
-            {
-                "service": _service(service),
-                "address": backend.address,
-                "port": backend.port,
-                "weight": backend.weight,
-                "state": backend.state.name.lower(),
-            }
+            {"service": service_item(service), **backend_item(backend)}
             for service, backend in sorted(
                 found, key=lambda each: (each[0], address_order(each[1].address), each[1].port, each[1].state)
             )
@@ -123,11 +96,11 @@ class Inspector:
             items.append(
                 {
                     "protocol": each.protocol,
-                    "client": _endpoint(each.client),
-                    "frontend": _endpoint(each.frontend),
-                    "backend": _endpoint(each.backend),
+                    "client": endpoint_text(*each.client),
+                    "frontend": endpoint_text(*each.frontend),
+                    "backend": endpoint_text(*each.backend),
                     "source": None,
-                    "service": names.get(f"{_endpoint(each.frontend)}/{each.protocol}"),
+                    "service": names.get(f"{endpoint_text(*each.frontend)}/{each.protocol}"),
                     "state": each.state.lower(),
                     "secondsLeft": each.seconds_left,
                 }
@@ -144,7 +117,7 @@ class Inspector:
         for each in self._connections():
             if not each.is_template:
                 continue
-            frontend = f"{_endpoint(each.frontend)}/{each.protocol}"
+            frontend = f"{endpoint_text(*each.frontend)}/{each.protocol}"
             if each.protocol == "IP":
                 number = int(ipaddress.ip_address(each.frontend[0])) >> (96 if ":" in each.frontend[0] else 0)
                 frontend = marks.get(number, f"{number:#x}")
@@ -153,21 +126,14 @@ class Inspector:
                     "service": names.get(frontend),
                     "frontend": frontend,
                     "client": each.client[0],
-                    "backend": _endpoint(each.backend) if each.backend[1] else each.backend[0],
+                    "backend": endpoint_text(*each.backend) if each.backend[1] else each.backend[0],
                     "secondsLeft": each.seconds_left,
                 }
             )
         return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"])))
 
     def _sources(self) -> list[Item]:
-        routes = reading.routes(self._held())
-        locality = routes.locality
-        items: list[Item] = [
-            {"cidr": f"{address}/{128 if ':' in address else 32}", "node": True, "pod": False}
-            for address in locality.node_addresses
-        ]
-        items += [{"cidr": cidr, "node": False, "pod": True} for cidr in locality.pod_cidrs]
-        return sorted(items, key=lambda item: cidr_order(str(item["cidr"]))) + range_items(routes)
+        return source_items(reading.routes(self._held()))
 
     def _counters(self) -> list[Item]:
         """IPVS' own, since it was loaded."""
@@ -184,7 +150,9 @@ class Inspector:
             item: Item = {"virtualServer": str(server), "scheduler": settings.scheduler}
             items.append({**item, "flags": settings.flags, "timeout": settings.timeout})
             for key, has in sorted(held.destinations.get(server, {}).items()):
-                items.append({"virtualServer": str(server), "destination": _endpoint(placed(key)), **has._asdict()})
+                items.append(
+                    {"virtualServer": str(server), "destination": endpoint_text(*placed(key)), **has._asdict()}
+                )
         for name, pair in sorted(SET_NAMES.items()):
             for key, value in sorted(held.entries.get(pair, {}).items()):
                 items.append({"ipset": name, "entry": entry_text(pair[0].type.value, pair[1], key), "value": value})
@@ -263,7 +231,9 @@ def entry_text(type: str, version: int, key: bytes) -> str:
 
 def _names(table: RouteTable) -> dict[str, Item]:
     return {
-        str(frontend): _service(route.service) for (frontend, scope), route in table.items() if scope is Scope.INTERNAL
+        str(frontend): service_item(route.service)
+        for (frontend, scope), route in table.items()
+        if scope is Scope.INTERNAL
     }
 
 
@@ -274,12 +244,3 @@ def _marks(held: Held) -> dict[int, str]:
         if each.with_mark:
             found.update({mark: str(frontend_of(key)) for key, mark in entries.items() if isinstance(mark, int)})
     return found
-
-
-def _service(name: ServicePortName) -> Item:
-    return {"namespace": name.namespace, "name": name.name, "port": name.port}
-
-
-def _endpoint(place: tuple[Address, int]) -> str:
-    address, port = place
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
