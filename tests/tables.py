@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from hypothesis import strategies as st
 
-from ebpflb.dataplane.bpf.inspect import fields
+from ebpflb.dataplane.bpf.fields import fields
 from ebpflb.dataplane.bpf.layouts import (
     AFFINITY_KEY,
     BACKEND,

@@ -12,6 +12,7 @@ import pytest
 
 from ebpflb.dataplane.bpf import layouts, remembered
 from ebpflb.dataplane.bpf.constants import POD_SOCKETS_IPV4, POD_SOCKETS_IPV6, SOURCE_NODE, SOURCE_POD
+from ebpflb.dataplane.bpf.fields import fields
 from ebpflb.dataplane.bpf.inspect import Inspector
 from ebpflb.dataplane.bpf.known import known_bit
 from ebpflb.dataplane.bpf.layouts import KEY_VALUE, REQUIRED, SIZES, SOURCE_KEY, U32, check_layouts, size_of
@@ -553,6 +554,14 @@ def test_raw_has_every_map_that_holds_anything() -> None:
     assert items["tables"]["value"] == {"position": [0] * 1024}
     assert items["members"] == {"map": "members", "key": {"slots": 0, "backend": 1}, "value": 0}
     assert items["known"]["key"] == known_bit(packed("172.30.0.1")) >> 6
+
+
+def test_raw_shows_no_padding() -> None:
+    shown = fields("flow", bytes(range(size_of("flow"))))
+    assert isinstance(shown, dict)
+    assert not [name for name in shown if "pad" in name]
+    assert (shown["port"], shown["service"]) == (0x1011, 0x1B1A1918)
+    assert shown["way"] == bytes(range(68, 100)).hex()
 
 
 def test_every_fake_table_has_a_size() -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from ebpflb.dataplane.bpf.known import Known, known_bit
-from ebpflb.dataplane.bpf.layouts import OWNER, U64
+from ebpflb.dataplane.bpf.layouts import U64, entries
 from ebpflb.dataplane.bpf.owned import Owned, OwnedChange, unpack_owned
 from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
-from ebpflb.dataplane.bpf.tables import ADDRESS_BYTES, NAME_LIMIT, pack_address
+from ebpflb.dataplane.bpf.tables import NAME_LIMIT, pack_address
 from ebpflb.model import Address, ServiceName
 
 
@@ -52,13 +52,7 @@ class Addresses:
         """Whether what was read is what was written, all of it."""
         if self.retry or self._mending or not self._known.shows(raw.known):
             return False
-        keys, values = raw.owned
-        width, size = ADDRESS_BYTES, OWNER.size
-        rows = self._owned.rows()
-        return len(keys) == len(rows) * width and all(
-            rows.get(keys[at * width : (at + 1) * width]) == values[at * size : (at + 1) * size]
-            for at in range(len(rows))
-        )
+        return dict(entries("owned", *raw.owned)) == self._owned.rows()
 
     # ---- One sync, in this order
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ebpflb.dataplane.bpf.layouts import AFFINITY_KEY
+from ebpflb.dataplane.bpf.layouts import AFFINITY_KEY, rows_of
 from ebpflb.dataplane.bpf.maps import Maps
 
 
@@ -20,6 +20,6 @@ def forget_clients(maps: Maps, keeps: Callable[[int], bool]) -> Mapping[int, int
         return {}
     owners = [service for _, service, _ in AFFINITY_KEY.iter_unpack(keys)]
     idle = {service for service in set(owners) if not keeps(service)}
-    width = AFFINITY_KEY.size
-    gone = [keys[at * width : (at + 1) * width] for at, service in enumerate(owners) if service in idle]
+    rows = rows_of(keys, AFFINITY_KEY.size)
+    gone = [row for row, service in zip(rows, owners, strict=True) if service in idle]
     return maps.remove("affinity", b"".join(gone)) if gone else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 
-from ebpflb.dataplane.bpf.layouts import FRONTEND_KEY, NAME, RANGE_KEY, ROUTE, U32
+from ebpflb.dataplane.bpf.layouts import RANGE_KEY, U32, entries, rows_of
 from ebpflb.dataplane.bpf.ledger import Ledger
 from ebpflb.dataplane.bpf.reading import RawTables
 from ebpflb.dataplane.bpf.tables import pack_frontend
@@ -53,20 +53,13 @@ def accounts_for(ledger: Ledger, slots: Image, backends: Image, raw: RawTables) 
     """Whether what was read is what the ledger holds and the images show, and nothing is left to be tidied."""
     if not ledger.tidy or not slots.shows(raw.slots) or not backends.shows(raw.backends, all_there_are=True):
         return False
-    names = _by_key(*raw.names, U32.size, NAME.size)
+    names = dict(entries("names", *raw.names))
     if len(names) != ledger.services or any(names.get(U32.pack(id)) != row for id, row in ledger.names()):
         return False
-    width = RANGE_KEY.size
-    ranges = {raw.ranges[at : at + width] for at in range(0, len(raw.ranges), width)}
-    if ranges != ledger.range_keys():
+    if set(rows_of(raw.ranges, RANGE_KEY.size)) != ledger.range_keys():
         return False
     if not ledger.shows(raw.tables, raw.members):
         return False
-    rows = _by_key(*raw.frontends, FRONTEND_KEY.size, 2 * ROUTE.size)
+    rows = dict(entries("frontends", *raw.frontends))
     held = ledger.held
     return len(rows) == len(held) and all(rows.get(pack_frontend(each)) == row for each, row in held.items())
-
-
-def _by_key(keys: bytes, values: bytes, width: int, size: int) -> dict[bytes, bytes]:
-    count = len(keys) // width
-    return {keys[at * width : (at + 1) * width]: values[at * size : (at + 1) * size] for at in range(count)}

@@ -10,21 +10,22 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from socket import ntohs
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_NODE, SOURCE_POD
+from ebpflb.dataplane.bpf.fields import fields
+from ebpflb.dataplane.bpf.fill import fill_items
 from ebpflb.dataplane.bpf.layouts import (
     BACKEND,
     KEY_VALUE,
-    NAME,
     REQUIRED,
     ROUTE_REFERENCES,
     SIZES,
     SOURCE_KEY,
     TABLE_KEY,
     U32,
-    size_of,
+    entries,
+    rows_of,
 )
 from ebpflb.dataplane.bpf.locality import unpack_facts
 from ebpflb.dataplane.bpf.looking import read_backends, read_tables
@@ -36,9 +37,6 @@ from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend
 from ebpflb.dataplane.items import Item, range_items, service_item
 from ebpflb.errors import UserError
 from ebpflb.routes import Backend, BackendState, Frontend, ServicePortName, address_order, cidr_order
-
-# Of a backend its state and service: there are a hundred thousand of them.
-_BACKEND_USE = struct.Struct(f"={BACKEND.size - 8}xB3xI")
 
 _ARRAYS = ("slots", "backends")
 _SPARSE = (*_ARRAYS, "known", "marks")
@@ -68,16 +66,14 @@ class Inspector:
             "raw": self._raw,
         }
         if what == "fill":
-            return self._fill()
+            return fill_items(self._maps)
         if what not in known:
             raise UserError(f"dump {what}: the bpf dataplane has none; choose routes, {', '.join(known)}")
         return known[what]()
 
     def _names(self) -> dict[int, ServicePortName]:
-        keys, values = self._maps.read("names")
-        return {
-            id: unpack_name(row) for (id,), row in zip(U32.iter_unpack(keys), _rows(values, NAME.size), strict=True)
-        }
+        rows = entries("names", *self._maps.read("names"))
+        return {U32.unpack(key)[0]: unpack_name(row) for key, row in rows}
 
     def _services(self) -> list[Item]:
         """One item per Service port and protocol: its frontends, and how many backends have new and old flows."""
@@ -186,10 +182,9 @@ class Inspector:
         return sorted(items, key=_by_service)
 
     def _table_parts(self) -> Iterator[tuple[tuple[int, int], bytes]]:
-        keys, values = self._maps.read("tables")
-        size = SIZES["tables"][1]
-        for at, key in enumerate(TABLE_KEY.iter_unpack(keys)):
-            yield key, values[at * size : (at + 1) * size]
+        for key, part in entries("tables", *self._maps.read("tables")):
+            slots, number = TABLE_KEY.unpack(key)
+            yield (slots, number), part
 
     def _sources(self) -> list[Item]:
         """Who counts as the node or a pod, and behind them who may use which load balancer."""
@@ -213,7 +208,7 @@ class Inspector:
             {
                 "counter": self._counters[at].lower() if at < len(self._counters) else str(at),
                 "value": sum(
-                    int.from_bytes(cell, "little") for cell in _rows(values[at * width : (at + 1) * width], 8)
+                    int.from_bytes(cell, "little") for cell in rows_of(values[at * width : (at + 1) * width], 8)
                 ),
             }
             for at in range(count)
@@ -236,7 +231,7 @@ class Inspector:
         ids = [id for (id,) in U32.iter_unpack(keys)]
         if not ids:
             return
-        for id, cells in zip(ids, _rows(values, len(values) // len(ids)), strict=True):
+        for id, cells in zip(ids, rows_of(values, len(values) // len(ids)), strict=True):
             numbers = struct.unpack(f"={len(cells) // 8}Q", cells)
             yield id, {name: sum(numbers[at :: len(members)]) for at, name in enumerate(members)}
 
@@ -252,30 +247,11 @@ class Inspector:
             if table == "traffic":
                 items += [{"map": table, "key": id, "value": cells} for id, cells in sorted(self._traffic_cells())]
                 continue
-            keys, values = self._read(table)
-            width, size = SIZES[table]
-            for key, value in sorted(zip(_rows(keys, width), _rows(values, size), strict=True)):
+            for key, value in sorted(entries(table, *self._read(table))):
                 if table in _SPARSE and not value.strip(b"\0"):
                     continue
                 items.append({"map": table, "key": fields(key_type, key), "value": fields(value_type, value)})
         return items
-
-    def _fill(self) -> list[Item]:
-        """How many rows each map holds, and has room for; not a WHAT of `dump`, but part of `status` and of metrics,
-        while changes wait: no row is looked at more closely than its number takes."""
-        entries: dict[str, int] = {}
-        for table in KEY_VALUE:
-            if table not in (*_SPARSE, "counters", "settings", "tables", "members"):
-                keys, values = self._maps.read(table)
-                entries[table] = len(keys) // SIZES[table][0]
-                if table == "frontends":
-                    entries |= _of_sets(set(ROUTE_REFERENCES.iter_unpack(values)))
-        uses = _BACKEND_USE.iter_unpack(read_backends(self._maps))
-        entries["backends"] = len([None for state, service in uses if service and state != BACKEND_FREE])
-        return [
-            {"name": table, "entries": number, "max": self._maps.capacity[table]}
-            for table, number in sorted(entries.items())
-        ]
 
     def _read(self, table: str) -> tuple[bytes, bytes]:
         """As `Maps.read`; an array only as far as it is used."""
@@ -284,44 +260,6 @@ class Inspector:
         raw = read_tables(self._maps)
         values = raw.slots if table == "slots" else raw.backends
         return b"".join(map(U32.pack, range(len(values) // SIZES[table][1]))), values
-
-
-def fields(type: str, row: bytes) -> object:
-    """A key or value as {field: value}, or as a number where it is one. Addresses and names become text, ports host
-    order; padding is left out."""
-    if type not in REQUIRED:
-        return int.from_bytes(row, "little")
-    if type == "address":
-        return unpack_address(row)
-    found: Item = {}
-    at = 0
-    for name, width in REQUIRED[type]:
-        part = row[at : at + width]
-        at += width
-        if name.startswith("pad") or name == "nat_pad":
-            continue
-        found[name] = _field(type, name, part)
-    return found
-
-
-def _field(type: str, name: str, part: bytes) -> object:
-    if type == "frontend":
-        return [fields("route", half) for half in _rows(part, size_of("route"))]
-    if type in ("name", "owner") or name == "pod_interface":
-        return part.partition(b"\0")[0].decode(errors="replace")
-    if type == "table_part":
-        return list(array("H", part))
-    if len(part) == 16:
-        return unpack_address(part)
-    if name == "mac":
-        return part.hex(":")
-    if len(part) == 2 and name.endswith("port"):
-        return int.from_bytes(part, "big")
-    return int.from_bytes(part, "little")
-
-
-def _rows(data: bytes, size: int) -> Iterator[bytes]:
-    return (data[at : at + size] for at in range(0, len(data), size))
 
 
 def _by_service(item: Mapping[str, object]) -> tuple[object, ...]:
@@ -339,15 +277,3 @@ def _halves(reading: Reading) -> Iterator[tuple[Frontend, tuple[int, ...]]]:
         for half in ROUTE_REFERENCES.iter_unpack(value):
             if frontend is not None:
                 yield frontend, half
-
-
-def _of_sets(routes: AbstractSet[tuple[int, ...]]) -> dict[str, int]:
-    """How many rows there are of sets of backends, by what the routes refer to."""
-    sets = {start: count + draining for _, start, count, draining, *_ in routes if count + draining}
-    tables = {start: table for _, start, *_, table in routes if table}
-    members = {start: count for _, start, count, _, affinity, *_ in routes if affinity}
-    return {
-        "slots": sum(sets.values()),
-        "tables": sum(map(part_count, tables.values())),
-        "members": sum(members.values()),
-    }

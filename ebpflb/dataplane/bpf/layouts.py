@@ -7,7 +7,7 @@ Rules of this file: pure. `bpf/maps.h` defines the rows; REQUIRED repeats the na
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ebpflb.errors import Unsupported
@@ -167,6 +167,17 @@ def size_of(name: str) -> int:
 
 SIZES: dict[str, tuple[int, int]] = {table: (size_of(key), size_of(value)) for table, (key, value) in KEY_VALUE.items()}
 """Bytes of each map's key and value."""
+
+
+def rows_of(data: bytes, size: int) -> Iterator[bytes]:
+    """Rows of that size which are back to back."""
+    return (row for (row,) in struct.iter_unpack(f"{size}s", data))
+
+
+def entries(table: str, keys: bytes, values: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """A map's rows, one by one."""
+    width, size = SIZES[table]
+    return zip(rows_of(keys, width), rows_of(values, size), strict=True)
 
 
 class FieldShape(Protocol):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ebpflb.dataplane.bpf.layouts import OWNER
-from ebpflb.dataplane.bpf.tables import ADDRESS_BYTES, NAME_LIMIT, pack_address, unpack_address
+from ebpflb.dataplane.bpf.layouts import OWNER, entries
+from ebpflb.dataplane.bpf.tables import NAME_LIMIT, pack_address, unpack_address
 from ebpflb.model import Address, ServiceName
 
 
@@ -27,13 +27,7 @@ def unpack_owner(row: bytes) -> ServiceName:
 
 def unpack_owned(keys: bytes, values: bytes) -> dict[Address, ServiceName]:
     """All rows, back to back, as `RouteTable.owned`."""
-    size = OWNER.size
-    return {
-        unpack_address(keys[at * ADDRESS_BYTES : (at + 1) * ADDRESS_BYTES]): unpack_owner(
-            values[at * size : (at + 1) * size]
-        )
-        for at in range(len(keys) // ADDRESS_BYTES)
-    }
+    return {unpack_address(key): unpack_owner(row) for key, row in entries("owned", keys, values)}
 
 
 class OwnedChange:

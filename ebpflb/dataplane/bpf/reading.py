@@ -13,7 +13,7 @@ from socket import ntohs
 import msgspec
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE
-from ebpflb.dataplane.bpf.layouts import BACKEND, FRONTEND_KEY, NAME, ROUTE, ROUTE_REFERENCES, U32
+from ebpflb.dataplane.bpf.layouts import BACKEND, ROUTE, ROUTE_REFERENCES, U32, entries
 from ebpflb.dataplane.bpf.locality import unpack_locality
 from ebpflb.dataplane.bpf.owned import unpack_owned
 from ebpflb.dataplane.bpf.tables import by_slot, unpack_address, unpack_frontend, unpack_name, unpack_ranges
@@ -87,21 +87,14 @@ class Reading:
     def __init__(self, raw: RawTables) -> None:
         self._raw = raw
         self._sets: dict[tuple[int, int, int, int], BackendSet | None] = {}
-        numbers = [number for (number,) in U32.iter_unpack(raw.names[0])]
-        size = NAME.size
-        self.names = {
-            number: unpack_name(raw.names[1][at * size : (at + 1) * size]) for at, number in enumerate(numbers)
-        }
+        self.names = {U32.unpack(key)[0]: unpack_name(row) for key, row in entries("names", *raw.names)}
         self.ranges = unpack_ranges(raw.ranges)
         self.tables, self.members = raw.tables, raw.members
         self._slots = array("I", raw.slots)
 
     def frontends(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row's key and value."""
-        keys, values = self._raw.frontends
-        width, size = FRONTEND_KEY.size, 2 * ROUTE.size
-        for at in range(len(keys) // width):
-            yield keys[at * width : (at + 1) * width], values[at * size : (at + 1) * size]
+        return entries("frontends", *self._raw.frontends)
 
     def backend_rows(self) -> Iterator[tuple[int, int, int]]:
         """(id, state, service) of every row that belongs to a service."""

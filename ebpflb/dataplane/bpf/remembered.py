@@ -5,12 +5,12 @@ Rules of this file: pure; rows in, items out. Times are jiffies, of which the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from socket import ntohs
 from typing import NamedTuple
 
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE
-from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, BACKEND, CLIENT_NETNS, FLOW, FLOW_KEY
+from ebpflb.dataplane.bpf.layouts import AFFINITY, AFFINITY_KEY, BACKEND, CLIENT_NETNS, FLOW, FLOW_KEY, entries
 from ebpflb.dataplane.bpf.tables import unpack_address
 from ebpflb.dataplane.items import Item, endpoint_text, service_item
 from ebpflb.model import Protocol
@@ -59,7 +59,7 @@ def owner_item(name: ServicePortName | None) -> Item | None:
 def flow_items(keys: bytes, values: bytes, names: Mapping[int, ServicePortName], clock: Clock) -> list[Item]:
     """One item per flow of the packet paths, made of its up to four rows. `source` is the masquerade, null if there is
     none: the request's row tells it where the whole translation is known."""
-    rows = dict(zip(_rows(keys, FLOW_KEY.size), _rows(values, FLOW.size), strict=True))
+    rows = dict(entries("flows", keys, values))
     items: list[Item] = []
     for key, value in rows.items():
         client, frontend, client_port, port, protocol, hook, _ = FLOW_KEY.unpack(key)
@@ -137,7 +137,3 @@ def _backend(rows: bytes, number: int, service: int) -> str | None:
 
 def _endpoint(address: bytes, port: int) -> str:
     return endpoint_text(unpack_address(address), ntohs(port))
-
-
-def _rows(data: bytes, size: int) -> Iterator[bytes]:
-    return (data[at : at + size] for at in range(0, len(data), size))

@@ -5,7 +5,7 @@ Rules of this file: `locality` says which rows, this says when: only what differ
 
 from __future__ import annotations
 
-from ebpflb.dataplane.bpf.layouts import SOURCE_KEY
+from ebpflb.dataplane.bpf.layouts import entries
 from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, pack_settings, pack_sources
 from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
@@ -25,11 +25,15 @@ class Whereabouts:
 
     def adopt(self, raw: RawTables) -> None:
         """Take over what was read."""
-        self._sources, self._settings, self._locality = _sources(raw), raw.settings, None
+        self._sources, self._settings, self._locality = dict(entries("sources", *raw.sources)), raw.settings, None
 
     def shows(self, raw: RawTables) -> bool:
         """Whether what was read is what was written, all of it."""
-        return self._locality is not None and raw.settings == self._settings and _sources(raw) == self._sources
+        return (
+            self._locality is not None
+            and raw.settings == self._settings
+            and dict(entries("sources", *raw.sources)) == self._sources
+        )
 
     def write(self, locality: Locality, tally: Tally) -> None:
         """Make the maps hold `locality`."""
@@ -57,9 +61,3 @@ class Whereabouts:
                 self._settings = settings
         if whole:
             self._locality = locality
-
-
-def _sources(raw: RawTables) -> dict[bytes, bytes]:
-    keys, values = raw.sources
-    width = SOURCE_KEY.size
-    return {keys[at * width : (at + 1) * width]: values[at * 4 : (at + 1) * 4] for at in range(len(keys) // width)}
