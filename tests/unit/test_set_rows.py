@@ -22,6 +22,7 @@ from ebpflb.routes import (
     Frontend,
     Key,
     Kind,
+    Locality,
     Masquerade,
     Route,
     RouteTable,
@@ -355,3 +356,37 @@ def test_a_change_of_one_owner_looks_at_no_other() -> None:
     assert first.evolve({}).owned_changed_from(first) == frozenset()
     assert first.evolve({}, owned={"172.30.1.7": None}).owned_changed_from(first) == {"172.30.1.7"}
     assert RouteTable({}).owned_changed_from(first) == many.keys()
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [("sources", "an address of the node or its pods: "), ("settings", "the settings: ")],
+)
+def test_what_tells_local_clients_is_tried_again_where_it_was_refused(table: str, reason: str) -> None:
+    """It is the node's problem; Services come all the same."""
+    maps = Stubborn()
+    node = writer(maps)
+    routes = RouteTable(service(1, backends(1)))
+    node.sync(routes)
+    maps.puts = (table,)
+    wanted = routes.evolve(service(2, backends(2)), locality=Locality(("192.168.0.2",), ("10.180.0.0/24",), "cali*"))
+    report = node.sync(wanted)
+    assert {problem.subject for problem in report.problems} == {"node"}
+    assert all(problem.reason.startswith(reason) for problem in report.problems)
+    assert dict(node.state()) == dict(wanted) and node.state().locality != wanted.locality
+    assert node.sync(wanted).failed == report.failed, "it is said as long as it is so"
+    maps.puts = ()
+    assert node.sync(wanted).complete and node.state() == wanted
+
+
+def test_who_is_no_pod_any_more_stays_one_only_as_long_as_the_kernel_refuses() -> None:
+    maps = Stubborn()
+    node = writer(maps)
+    routes = RouteTable(service(1, backends(1)), Locality(("192.168.0.2",), ("10.180.0.0/24",)))
+    node.sync(routes)
+    maps.removals = ("sources",)
+    wanted = routes.evolve({}, locality=Locality(("192.168.0.2",)))
+    report = node.sync(wanted)
+    assert report.failed and node.state().locality.pod_cidrs == ("10.180.0.0/24",)
+    maps.removals = ()
+    assert node.sync(wanted).complete and node.state() == wanted
