@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from ebpflb.dataplane.bpf import tc, tcx
 from ebpflb.demo import namespaces
 from tests.conftest import CHECKOUT, cgroup2
+from tests.said import Said
 
 T = TypeVar("T")
 
@@ -29,24 +30,6 @@ SIDES = {tc.INGRESS: "ingress", tc.EGRESS: "egress"}
 BPFFS = Path("/sys/fs/bpf")
 DEADLINE = 60.0
 _numbers = itertools.count()
-
-
-class Said(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def items(self) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = json.loads(self.out)["items"]
-        return found
-
-    @property
-    def one_line(self) -> str:
-        """The error of a command that failed as one should."""
-        assert self.status != 0 and self.out == "", self
-        (line,) = self.err.splitlines()
-        return line
 
 
 def until(what: str, probe: Callable[[], T], seconds: float = DEADLINE) -> T:

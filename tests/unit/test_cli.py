@@ -15,9 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
@@ -33,29 +32,9 @@ from ebpflb.problems import Found
 from ebpflb.routes import Algorithm, Kind, Locality, Masquerade, RouteTable, Scope, Verdict
 from ebpflb.source import Condition, Event, SourceState
 from tests.fakes import FakeDataplane, FakeSource, World, both, routes, row
-
-
-class Said(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def items(self) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = json.loads(self.out)["items"]
-        return found
-
+from tests.said import Said
 
 Shell = Callable[..., Said]
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Commands set up the package's logger; the next test finds it as it was."""
-    logger = logging.getLogger("ebpflb")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
@@ -84,10 +63,8 @@ def manifests(tmp_path: Path) -> str:
 def refused(said: Said, status: int) -> str:
     """The one line on stderr of a command that failed with `status`."""
     assert said.status == status, said
-    (line,) = said.err.splitlines()
-    assert line.startswith("ebpflb: ")
-    assert said.out == ""
-    return line
+    assert said.one_line.startswith("ebpflb: ")
+    return said.one_line
 
 
 # ---- run ----

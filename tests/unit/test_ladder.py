@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 
@@ -147,15 +146,6 @@ def world() -> World:
     world = World(want=routes(*both()))
     world.others = [FakeDataplane(name="ipvs"), FakeDataplane(name="iptables")]
     return world
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> object:
-    """Commands set up the package's logger; the next test finds it as it was."""
-    logger = logging.getLogger("ebpflb")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def run_once(world: World, manifests: object, *words: str) -> int:

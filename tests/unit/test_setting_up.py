@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +19,6 @@ clientConnection: {kubeconfig: /nowhere/kubeconfig.conf}
 clusterCIDR: 10.0.0.0/8
 portRange: 1-2
 """
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Commands set up the package's logger; the next test finds it as it was."""
-    logger = logging.getLogger("ebpflb")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
