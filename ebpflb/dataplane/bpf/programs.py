@@ -208,8 +208,10 @@ class Programs:
             return
         if left:
             log.warning(
-                "cgroup %s: replaced the socket programs of %s, whose daemon is gone", directory, others.described(left)
-            )
+                "cgroup %s: replaced the socket programs of %s, whose daemon is gone; ours run on devices, too, and "
+                "connections on the packet path begin again",
+                directory, others.described(left),
+            )  # fmt: skip
         beside = [other for other in found if other not in left]
         if beside:
             log.warning(
