@@ -8,8 +8,9 @@
  * alone (`begin_short_flow`), and gets the other two if ever tc has a packet of it (`complete_flow`): so both carry out
  * the same translation, whoever began it.
  *
- * All rows of a flow are written before its first packet goes on, and every row can be evicted at any time: what is
- * gone is made anew by the next request.
+ * All rows of a flow are written before its first packet goes on, and every row can be evicted at any time: a request
+ * whose own row has gone begins the flow anew, and what else is missing is noticed and written again within a second of
+ * use (`is_looked_after`).
  */
 #ifndef EBPFLB_FLOW_H
 #define EBPFLB_FLOW_H
@@ -62,6 +63,12 @@ static inline int add_reply_row(struct flow_key *key, struct flow *reply, const 
 	}
 	count(PACKET_NO_PORT);
 	return DISCARD;
+}
+
+/* The flag of a connection's first packet. */
+static inline u8 opening(const struct flow_key *request)
+{
+	return request->protocol == IPPROTO_TCP ? FLOW_OPENING : 0;
 }
 
 /*
@@ -129,6 +136,7 @@ static inline int begin_flow(struct packet *packet, const struct route *route, c
 	}
 
 	row.action = FLOW_DNAT;
+	row.flags |= opening(&packet->key);
 	row.address = backend->address;
 	row.port = backend->port;
 	row.other_port = client_port;
@@ -237,6 +245,97 @@ static inline int complete_flow(const struct flow_key *key, struct flow *flow, c
 		other->other_port = client_port;
 	other->flags &= ~FLOW_SHORT;
 	return GO_ON;
+}
+
+/* A row of a flow that must be there: written if it has gone. 0 if it is another flow's, or there is no room. */
+static inline int keep_row(struct flow_key *key, struct flow *row)
+{
+	struct flow *there = flows.lookup(key);
+
+	if (!there)
+		return !flows.insert(key, row);
+	if (there->action != row->action || there->beyond_port != row->beyond_port ||
+	    there->client_port != row->client_port || !same_address(&there->beyond, &row->beyond))
+		return 0;
+	if (row->action == FLOW_SNAT)
+		return 1; /* its address may not have been found yet */
+	if (!same_address(&there->address, &row->address))
+		return 0;
+	if (row->action == FLOW_UNSNAT)
+		return 1;
+	if (there->port != row->port || there->other_port != row->other_port)
+		return 0;
+	there->seen = row->seen; /* where XDP carries the flow, nothing else tells tc of its use */
+	return 1;
+}
+
+/*
+ * A flow's other rows, by the request's row `flow` that a packet has met: at most once a `refresh`, what was evicted is
+ * written anew, or replies would never find back however often the client asks. 0 where the flow cannot go on, since one
+ * of them is another's by now.
+ */
+static inline int is_looked_after(const struct packet *packet, struct flow *flow, const struct settings *node, u64 now)
+{
+	const struct flow_key *request = &packet->key;
+	struct flow_key key = {};
+	struct flow row = {};
+
+	if (!is_idle(flow->seen, node->refresh, now))
+		return 1;
+	row.service = flow->service;
+	row.backend = flow->backend;
+	row.seen = now;
+	row.created = flow->created;
+	key.protocol = request->protocol;
+
+	if (!(flow->flags & FLOW_SHORT)) {
+		row.action = FLOW_UNDNAT;
+		row.flags = flow->flags & (FLOW_CLOSING | FLOW_MASQUERADE | FLOW_DIRECT | FLOW_AROUND);
+		row.address = request->destination;
+		row.port = request->destination_port;
+		row.other_port = request->source_port;
+		key.source = flow->address;
+		key.source_port = flow->port;
+		key.destination = request->source;
+		key.destination_port = flow->other_port;
+		key.hook = HOOK_EGRESS;
+		if (!keep_row(&key, &row))
+			return 0;
+	}
+	if (!(flow->flags & FLOW_MASQUERADE))
+		return 1;
+
+	row.flags = flow->flags & (FLOW_CLOSING | FLOW_MASQUERADE);
+	row.other_port = flow->port;
+	row.beyond = request->destination;
+	row.beyond_port = request->destination_port;
+	row.client_port = request->source_port;
+	if (!(flow->flags & FLOW_SHORT)) {
+		row.action = FLOW_SNAT;
+		if (!(flow->flags & FLOW_WHOLE))
+			row.flags |= FLOW_UNALLOCATED;
+		row.address = flow->beyond;
+		row.port = flow->beyond_port;
+		key.source = request->source;
+		key.source_port = flow->other_port;
+		key.destination = flow->address;
+		key.destination_port = flow->port;
+		if (!keep_row(&key, &row))
+			return 0;
+	}
+	if (!(flow->flags & FLOW_WHOLE))
+		return 1;
+
+	row.action = FLOW_UNSNAT;
+	row.flags = flow->flags & (FLOW_CLOSING | FLOW_MASQUERADE | FLOW_WHOLE | FLOW_SHORT);
+	row.address = request->source;
+	row.port = flow->other_port;
+	key.source = flow->address;
+	key.source_port = flow->port;
+	key.destination = flow->beyond;
+	key.destination_port = flow->beyond_port;
+	key.hook = HOOK_INGRESS;
+	return keep_row(&key, &row);
 }
 
 /*

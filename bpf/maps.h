@@ -234,6 +234,7 @@ _Static_assert(sizeof(struct flow_key) == 40, "struct flow_key");
 #define FLOW_WHOLE 16      /* ingress: `beyond` is known */
 #define FLOW_SHORT 32      /* ingress: the rows of egress have not been written */
 #define FLOW_AROUND 64     /* DNAT, UNDNAT: from one pod to another around the stack */
+#define FLOW_OPENING 128   /* DNAT: TCP, of which the client has said nothing but the first packet and SYN */
 
 /*
  * Where XDP sends a flow's packets to: what the FIB has said for them, believed for a second. Who writes it sets `until`

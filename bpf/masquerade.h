@@ -47,6 +47,9 @@ static inline int port_is_taken(void *context, const struct flow_key *reply)
 /* Seconds for which the port of a flow that has ended stays with it, as TIME_WAIT at its backend, if others are free. */
 #define LINGER 60
 
+/* Seconds for which an idle connection keeps its port: two hours and four minutes (RFC 5382, REQ-5). */
+#define PATIENCE 7440
+
 /* The request's row of the flow whose replies have the row `other`; `key` becomes its key. None if that is another's. */
 static inline struct flow *request_row(const struct flow_key *reply, const struct flow *other, struct flow_key *key)
 {
@@ -66,8 +69,9 @@ static inline struct flow *request_row(const struct flow_key *reply, const struc
 }
 
 /*
- * Whether a port that has been given out is another flow's no more. A half-closed connection that is in use keeps it, and
- * so do datagrams that nobody answers.
+ * Whether a port that has been given out is its flow's no more: that has ended, in both directions (a half-closed
+ * connection that is in use keeps its port, and so do datagrams that nobody answers), or it is a connection that was
+ * never opened (or forged SYNs would take all ports), or has been idle for so long that its client must have vanished.
  */
 static inline int is_free_again(const struct flow_key *reply, const struct flow *other, int hurry,
 				const struct settings *node, u64 now)
@@ -76,11 +80,17 @@ static inline int is_free_again(const struct flow_key *reply, const struct flow 
 	struct flow_key key = {};
 	struct flow *request;
 
-	if (other->action != FLOW_UNSNAT || !(other->flags & FLOW_WHOLE) ||
-	    !is_over(other, reply->protocol, node, now) || now - other->seen <= idle)
+	if (other->action != FLOW_UNSNAT || !(other->flags & FLOW_WHOLE) || !is_idle(other->seen, idle, now))
 		return 0;
 	request = request_row(reply, other, &key);
-	return !request || is_over(request, reply->protocol, node, now);
+	if (reply->protocol != IPPROTO_TCP)
+		return is_over(other, reply->protocol, node, now) &&
+		       (!request || is_over(request, reply->protocol, node, now));
+	if (!request || (other->flags & request->flags & FLOW_CLOSING))
+		return 1;
+	if (!(request->flags & FLOW_OPENING))
+		idle = (u64)PATIENCE * node->second;
+	return is_idle(other->seen, idle, now) && is_idle(request->seen, idle, now);
 }
 
 /* Whatever still leads out by an ended flow's port, or a late packet would go into the next flow's connection. */
@@ -172,6 +182,7 @@ static inline int allocate_port(struct __sk_buff *skb, const struct packet *pack
 		return verdict;
 	flow->address = key.destination;
 	flow->port = key.destination_port;
+	asm volatile("" ::: "memory"); /* both before the flag that vouches for them */
 	flow->flags &= ~FLOW_UNALLOCATED;
 
 	/* The request's row is whole now, and XDP may go on by it. */
@@ -233,6 +244,7 @@ static inline int begin_short_flow(void *context, const struct packet *packet, c
 	row.beyond = reply.destination;
 	row.beyond_port = reply.destination_port;
 	row.client_port = 0;
+	row.flags |= opening(&packet->key);
 	row.way = *way;
 	set_mark(MARK_ENTERS, &packet->key.destination, 0);
 	if (flows.update((struct flow_key *)&packet->key, &row)) {

@@ -150,6 +150,22 @@ static inline void close_row(struct flow *flow)
 		flow->flags |= FLOW_CLOSING;
 }
 
+/* The row that a masqueraded flow's replies meet where they leave, by the one where they enter; 0 if it is another's. */
+static inline struct flow *leaving_row_of_reply(const struct flow_key *reply, const struct flow *flow)
+{
+	struct flow_key key = {};
+	struct flow *row;
+
+	key.source = reply->source;
+	key.source_port = reply->source_port;
+	key.destination = flow->address;
+	key.destination_port = flow->port;
+	key.protocol = reply->protocol;
+	key.hook = HOOK_EGRESS;
+	row = flows.lookup(&key);
+	return row && row->port == flow->beyond_port && same_address(&row->address, &flow->beyond) ? row : 0;
+}
+
 /* A FIN or RST closes the connection, whichever side says so: the request's row and all of the replies' know it. */
 static inline void note_closing(const struct packet *packet, struct flow *flow)
 {
@@ -173,6 +189,8 @@ static inline void note_closing(const struct packet *packet, struct flow *flow)
 		request.destination = flow->address;
 		request.destination_port = flow->port;
 	} else if (flow->action == FLOW_UNSNAT && (flow->flags & FLOW_WHOLE)) {
+		if (!(flow->flags & FLOW_SHORT))
+			close_row(leaving_row_of_reply(&packet->key, flow));
 		request.source = flow->address;
 		request.source_port = flow->client_port;
 		request.destination = flow->beyond;
@@ -185,17 +203,24 @@ static inline void note_closing(const struct packet *packet, struct flow *flow)
 		close_row(other); /* and not a new flow of the client's to another backend */
 }
 
-/*
- * What a packet tells about its flow. The time of last use is written at most once a second: a write for every packet
- * would bounce the row between CPUs. An ICMP error is not use.
- */
+/* What a packet tells about its flow. An ICMP error is not use. */
 static inline void use_flow(const struct packet *packet, struct flow *flow, const struct settings *node, u64 now)
 {
+	struct flow *leaving;
+
 	if (packet->error)
 		return;
 	note_closing(packet, flow);
-	if (is_idle(flow->seen, node->refresh, now))
-		flow->seen = now;
+	if ((flow->flags & FLOW_OPENING) && !(packet->tcp_flags & TCP_SYN))
+		flow->flags &= ~FLOW_OPENING;
+	if (!is_idle(flow->seen, node->refresh, now))
+		return;
+	flow->seen = now;
+	if (flow->action != FLOW_UNSNAT || (flow->flags & FLOW_SHORT))
+		return;
+	leaving = leaving_row_of_reply(&packet->key, flow);
+	if (leaving)
+		leaving->seen = now; /* XDP's replies do not meet it */
 }
 
 #endif

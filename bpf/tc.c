@@ -188,7 +188,8 @@ int tc_ingress(struct __sk_buff *skb)
 		flow = reply_around(&packet);
 	if (flow && flow->action == FLOW_ELSEWHERE)
 		return finish(skb, PASS);
-	if (flow && !packet.error && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
+	if (flow && !packet.error && flow->action == FLOW_DNAT &&
+	    (!request_is_current(&packet, flow, node, now) || !is_looked_after(&packet, flow, node, now))) {
 		count(FLOW_STALE);
 		stale = 1;
 		flow = 0;

@@ -289,7 +289,9 @@ int xdp_ingress(struct xdp_md *ctx)
 		return XDP_PASS;
 	now = bpf_jiffies64();
 
-	if (flow && flow->action == FLOW_DNAT && !request_is_current(&packet, flow, node, now)) {
+	if (flow && flow->action == FLOW_DNAT &&
+	    (!request_is_current(&packet, flow, node, now) ||
+	     ((flow->flags & FLOW_WHOLE) && !is_looked_after(&packet, flow, node, now)))) {
 		stale = 1;
 		flow = 0;
 	}

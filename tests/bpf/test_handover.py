@@ -80,7 +80,7 @@ def _conntracks(family: int, port: int) -> list[Answer]:
 @both_families
 def test_a_port_that_conntrack_masquerades_by_is_not_given_out(node: Loaded, family: int) -> None:
     """Or the backend would take the new connection for the old one, which both would not survive."""
-    node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001)
+    node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001, refresh=1 << 20)
     assert spare_ports(_maps(node), _conntracks(family, 45000) + _conntracks(family, 44999), 45000, 45001) == 1
     request = _nodeport(node, "tcp", family)
     inside = request.but(destination="remote", dport=8080)
@@ -219,7 +219,7 @@ def _sent_by_xdp(lab: Lab, protocol: str) -> tuple[Packet, Packet]:
 
 
 def test_xdp_gives_out_no_port_that_conntrack_masquerades_by(lab: Lab) -> None:
-    lab.node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001)
+    lab.node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001, refresh=1 << 20)
     assert spare_ports(_maps(lab.node), _conntracks(lab.family, 45000), 45000, 45001) == 1
     request, inside = _sent_by_xdp(lab, "tcp")
     assert inside.sport == 45001

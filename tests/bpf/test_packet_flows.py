@@ -185,7 +185,7 @@ def test_many_clients_get_ports_of_their_own(node: Loaded, protocol: str, family
 @both_protocols
 def test_no_free_port_is_a_drop_with_a_name(node: Loaded, protocol: str, family: int) -> None:
     _remote_nodeport(node, protocol, family)
-    node.put_settings(snat_low=45000, snat_high=45000)
+    node.put_settings(snat_low=45000, snat_high=45000, refresh=1 << 20)
     request = Packet("outside", 40000, "node", 30081, protocol)
     first = node.ingress(request.frame(family), family)
     assert node.egress(first.frame, family).verdict == UNSPEC

@@ -434,8 +434,8 @@ def test_a_late_packet_to_the_same_backend(lab: Lab, protocol: str) -> None:
 @both_protocols
 def test_a_port_that_was_given_out_again(lab: Lab, protocol: str) -> None:
     """The replies' row of a flow was evicted, its port has gone to another client's; tc completes the older flow
-    without touching the other one."""
-    lab.node.put_settings(snat_low=40001, snat_high=40001)
+    without touching the other one, before its next look after all rows shows that the port has gone."""
+    lab.node.put_settings(snat_low=40001, snat_high=40001, refresh=1 << 20)
     lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     first = Packet("outside", 40000, "lb", 80, protocol)
     second = Packet("outside2", 41000, "lb", 80, protocol)
@@ -479,7 +479,7 @@ def test_any_row_of_a_flow_may_be_evicted(lab: Lab, protocol: str, gone: int) ->
 @both_protocols
 def test_xdp_and_tc_never_give_out_one_port_twice(lab: Lab, protocol: str) -> None:
     """A range of 16 ports, from which both take in turn, until there is none."""
-    lab.node.put_settings(snat_low=50000, snat_high=50015)
+    lab.node.put_settings(snat_low=50000, snat_high=50015, refresh=1 << 20)
     lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     given: list[int] = []
     refused = 0
@@ -504,7 +504,7 @@ def test_xdp_and_tc_never_give_out_one_port_twice(lab: Lab, protocol: str) -> No
 @pytest.mark.parametrize("before", ("xdp", "tc"))
 def test_a_port_of_an_ended_flow_is_given_out_again(lab: Lab, protocol: str, before: str, after: str) -> None:
     """Not before its end; and then nothing of the old flow leads out by it, or into it, any more."""
-    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000)
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000, refresh=1 << 20)
     lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     ways = {"xdp": lab.sent, "tc": lab.by_stack}
     old = Packet("outside", 40000, "lb", 80, protocol)
