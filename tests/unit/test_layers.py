@@ -9,6 +9,7 @@ CONFINED.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -410,6 +411,12 @@ def test_every_row_has_a_module() -> None:
     names = [row.name for row in LAYERS]
     assert [name for name in names if name not in MODULES] == []
     assert [name for name in names if names.count(name) > 1] == []
+
+
+def test_the_bpf_package_says_what_each_of_its_modules_is_for() -> None:
+    said = ast.get_docstring(ast.parse(source_of("dataplane.bpf", True))) or ""
+    named = set(re.findall(r"`(\w+)`", said))
+    assert [name for name in MODULES if name.startswith("dataplane.bpf.") and name.split(".")[2] not in named] == []
 
 
 @pytest.mark.parametrize("table", CONFINED)

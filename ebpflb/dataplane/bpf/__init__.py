@@ -1,9 +1,23 @@
-"""The BPF dataplane: socket and tc programs that read pinned maps, and the control plane that writes them.
+"""The BPF dataplane: socket, tc and XDP programs that read pinned maps, and the control plane that writes them.
 
-Who does what: `constants`, `flatten`, `ids`, `layouts`, `tables`, `locality`, `reading`, `records` and `ledger` are
-pure: what the rows say, and what to write when routes change. `syscall` is bpf(2) and nothing else, `map_calls` and
-`program_calls` are its commands; `compile` is a child process and the only importer of bcc; `artifact` caches what it
-makes; `programs` and `devices` load, pin and attach; `facts` asks the kernel about itself; `maps` reads and writes
-rows, `writer` does so in the order that keeps traffic right, `inspect` shows them; `sockets` tells connected UDP
-sockets that their backend has gone; `dataplane` puts it all together.
+Who does what, from the kernel up; `dataplane` puts it all together.
+
+    kernel     `syscall` is bpf(2) and nothing else, `map_calls` and `program_calls` are its commands; `facts` asks the
+               kernel about itself, where need be by programs of a few lines (`assembly`)
+    programs   `compile` is a child process and the only importer of bcc; it gets its sources from `flatten` and its
+               numbers from `constants`, and `artifact` keeps what it makes. `programs` loads and attaches that, `pins`
+               is where it lives on, and `others` are those whom it succeeds
+    devices    `edges` and `xdp_choice` say which run what. `devices` has it so: by `tcx` or by `clsact` filters (`tc`),
+               and by `xdp`, which asks `xdp_links` and `xdp_features`; `device_rows` are its maps. `xdp_survey` is for
+               commands
+    rows       pure. `layouts` are their bytes; `tables`, `locality`, `owned`, `known` and `table_parts` with `maglev`
+               say what each means; `reading` understands all of them together
+    account    pure. `ledger` says what to write when routes change, by the `holdings`, whose parts are `records`,
+               `ids` and `set_rows`
+    writing    `maps` reads and writes rows, `looking` reads them all, `pen` counts what became of each. `writer` does
+               it in the order that keeps traffic right, with `addresses`, `whereabouts` and `affinity_rows`; by `image`
+               an audit sees that nothing has changed
+    showing    `inspect` for `dump`, with `fields` and `remembered`; `fill` for `status` and metrics
+    change     `succeeding` and `retiring` for those who carried Services before, or will; `sockets` tells connected UDP
+               sockets that their backend has gone
 """

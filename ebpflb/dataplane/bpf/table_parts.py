@@ -16,7 +16,7 @@ from ebpflb.routes import Backend
 
 PART_BYTES = 2 * TABLE_PART
 
-LARGEST = 131071
+LARGEST = max(maglev.SIZES.values())
 """Positions of the largest table."""
 
 

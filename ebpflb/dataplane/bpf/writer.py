@@ -1,7 +1,12 @@
 """Makes maps hold a RouteTable: the order of the writes, and what follows from those that fail.
 
-Rules of this file: it decides when, `ledger` decides what, `pen` does it. The order is backends, slots, names, ranges,
-tables, members, bits of addresses, then frontends' rows (each switches at once), then what nothing refers to any more.
+Rules of this file: it decides when, `ledger` decides what, `pen` does it. The order is
+
+    what tells local clients, the settings, owners of addresses that go,
+    backends, slots, names, ranges, tables, members: all that new rows will refer to,
+    frontends that go, bits of addresses, frontends that come or change, each at once by its row,
+    owners of addresses that come, and what nothing refers to any more.
+
 At every prefix of the writes each frontend's row refers only to rows that are there. What failed is remembered and
 tried again by the next sync; a sync of what is held writes nothing. The cost is that of the change.
 """
