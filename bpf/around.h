@@ -94,7 +94,7 @@ static inline int find_way_around(struct __sk_buff *skb, const struct packet *pa
 			return PASS;
 		keep_hop(hop, &fib, &nothing, destination, entered, device->mtu, now + node->refresh);
 	}
-	if (skb->gso_segs <= 1 && skb->len > hop->mtu + packet->l3)
+	if (!skb->gso_size && skb->len > hop->mtu + packet->l3)
 		return PASS;
 	skb->cb[WAY] = cell + 1;
 	skb->cb[HOW] = FLOW_AROUND;

@@ -326,6 +326,15 @@ static inline void remember_ports(const struct packet *packet)
 	fragments.update(&key, &first);
 }
 
+/* A first fragment is another datagram's than what has had its identification before, and may be nobody's. */
+static inline void forget_ports(const struct packet *packet)
+{
+	struct fragment_key key = fragment_of(packet);
+
+	if (fragments.lookup(&key))
+		fragments.delete(&key);
+}
+
 /* Everything behind the Ethernet header, whose protocol the caller has found. */
 static inline int parse_packet(void *data, void *end, u16 ethertype, struct packet *packet)
 {
@@ -342,6 +351,8 @@ static inline int parse_packet(void *data, void *end, u16 ethertype, struct pack
 
 	if (packet->fragment == LATER_FRAGMENT)
 		return has_ports(packet->key.protocol) ? recall_ports(packet) : PASS;
+	if (packet->fragment == FIRST_FRAGMENT)
+		forget_ports(packet);
 	if (has_ports(packet->key.protocol))
 		return parse_ports(data, end, packet);
 	if (packet->fragment != WHOLE)

@@ -12,6 +12,8 @@
 
 #include "nat.h"
 
+#define PACKET_TO_ALL 1  /* skb->pkt_type: PACKET_BROADCAST */
+#define PACKET_TO_MANY 2 /* PACKET_MULTICAST */
 #define ANSWER_TTL 64
 #define NOPS 0x01010101
 #define MAX_OPTIONS 10 /* words */
@@ -103,7 +105,7 @@ static inline int reject_tcp(struct __sk_buff *skb, const struct packet *packet)
 		count(PACKET_REJECTED_TCP);
 		return DISCARD; /* a RST is never answered */
 	}
-	if (packet->fragment != WHOLE || skb->gso_segs > 1 || bpf_skb_load_bytes(skb, packet->l4, &was, sizeof(was)))
+	if (packet->fragment != WHOLE || skb->gso_size || bpf_skb_load_bytes(skb, packet->l4, &was, sizeof(was)))
 		return no_answer();
 	words = was.length >> 4;
 	length = ip_length(skb, packet) + packet->l3;
@@ -264,6 +266,9 @@ static inline int reject_other(struct __sk_buff *skb, const struct packet *packe
 
 static inline int reject(struct __sk_buff *skb, const struct packet *packet)
 {
+	/* Others would answer, too, and none of them by a source that a frame may have (RFC 1122, 3.2.2). */
+	if (skb->pkt_type == PACKET_TO_ALL || skb->pkt_type == PACKET_TO_MANY)
+		return no_answer();
 	if (packet->key.protocol == IPPROTO_TCP)
 		return reject_tcp(skb, packet);
 	return reject_other(skb, packet);

@@ -117,7 +117,7 @@ static inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 			break;
 	}
 	/* Segments that are still one packet may be longer than a length can say: it is 0 then. */
-	if (verdict == GO_ON && ends_early(packet) && skb->gso_segs <= 1)
+	if (verdict == GO_ON && ends_early(packet) && !skb->gso_size)
 		verdict = TOO_SHORT;
 	if (verdict != TOO_SHORT)
 		return verdict;

@@ -259,7 +259,7 @@ static inline int send(struct xdp_md *ctx, const struct packet *packet, const st
 		return XDP_PASS;
 	write_macs(ethernet, way);
 	count(XDP_SENT);
-	count_traffic(service, 0, 1, (u64)(end - data));
+	count_traffic(service, 0, 1, (u64)packet->length + packet->l3);
 	if (way->device & BY_REDIRECT)
 		return bpf_redirect(way->device & ~BY_REDIRECT, 0);
 	return XDP_TX;

@@ -7,6 +7,7 @@ that the other end is in another namespace. A redirected packet's frame is that 
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -14,8 +15,8 @@ import pytest
 from ebpflb.dataplane.bpf.artifact import load_artifact
 from ebpflb.dataplane.bpf.facts import has_set_retval, has_xdp_frags
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import REDIRECT, SHOT, UNSPEC, Device, To
-from tests.bpf.xdp_lab import WIRES, Lab, laboratory, on_wire, uplinks
+from tests.bpf.loaded import REDIRECT, SHOT, UNSPEC, Device, To, gso_context
+from tests.bpf.xdp_lab import IFINDEX_AT, WIRES, Lab, laboratory, on_wire, uplinks
 from tests.packets import Packet, assert_same, icmp_error
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
@@ -96,6 +97,21 @@ def test_a_packet_that_cannot_goes_through_the_stack(lab: Lab, protocol: str, wh
     wanted = to("up1", back.but(source="vip", sport=80), lab)
     assert_same(lab.left(between, "pod0"), wanted)
     goes_around(lab, request.but(flags="A"), "pod0", on_wire(inside.but(flags="A"), lab.family, "up1", "faraway"))
+
+
+@pytest.mark.parametrize("segments", (0, 3), ids=("not-counted", "counted"))
+def test_segments_that_are_still_one_packet_go_around(lab: Lab, segments: int) -> None:
+    """Also where nobody has counted them yet, as behind a tap."""
+    pods(lab)
+    lab.node.put_frontend("vip", 80, "tcp", lab.family, BEYOND)
+    request = Packet("local", 40000, "vip", 80)
+    inside = request.but(destination="faraway", dport=8080)
+    goes_around(lab, request, "pod0", on_wire(inside, lab.family, "up1", "faraway"))
+    context = bytearray(gso_context(segments, 1000))
+    struct.pack_into("=I", context, IFINDEX_AT, lab.index["pod0"])
+    frame = to("pod0", request.but(flags="A", payload=bytes(3000)), lab)
+    assert lab.node.run("tc_ingress", frame, bytes(context)).verdict == REDIRECT
+    assert lab.node.counters()["AROUND_SENT"] == 2
 
 
 @both_protocols

@@ -623,6 +623,22 @@ def test_fragments_of_two_datagrams_are_kept_apart(node: Loaded, family: int) ->
 
 
 @both_families
+def test_an_identification_that_comes_round(node: Loaded, family: int) -> None:
+    """IPv4 has 65536 of them: the pieces of a datagram that is no Service's do not follow an older one that was."""
+    node.put_frontend("vip", 53, "udp", family, To((("local", 5353),)))
+    ours = Packet("outside", 40000, "vip", 53, "udp")
+    for piece in _fragments(ours):
+        _passes(node, "ingress", piece, piece.but(destination="local", dport=5353), family)
+    for piece in _fragments(ours.but(dport=54)):
+        _passes(node, "ingress", piece, piece, family)
+    inside = ours.but(destination="local", dport=5353)
+    for piece, after in zip(_fragments(inside.reply()), _fragments(ours.reply()), strict=True):
+        _passes(node, "egress", piece, after, family)
+    for piece in _fragments(inside.reply().but(sport=5354)):
+        _passes(node, "egress", piece, piece, family)
+
+
+@both_families
 def test_a_whole_packet_in_a_fragment_header_is_a_whole_packet(node: Loaded, family: int) -> None:
     """An atomic fragment (RFC 6946): offset 0 and no more to come."""
     node.put_frontend("vip", 53, "udp", family, To((("local", 5353),)))

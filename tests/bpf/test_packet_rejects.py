@@ -109,6 +109,19 @@ def test_sequence_numbers_wrap(node: Loaded, family: int) -> None:
 
 
 @both_families
+@pytest.mark.parametrize("protocol", ("tcp", "udp", "sctp"))
+@pytest.mark.parametrize(
+    "mac", ("ff" * 6, "01005e000001", "333300000001"), ids=("broadcast", "multicast4", "multicast6")
+)
+def test_what_was_sent_to_many_is_not_answered(node: Loaded, family: int, protocol: str, mac: str) -> None:
+    """RFC 1122, 3.2.2: every node would, from a source that no frame may have."""
+    node.put_frontend("vip", 80, protocol, family, REJECT)
+    frame = bytes.fromhex(mac) + Packet("outside", 40000, "vip", 80, protocol).frame(family)[6:]
+    assert node.ingress(frame, family).verdict == SHOT
+    assert node.counters() == {"PACKET_REJECT_FAILED": 1}
+
+
+@both_families
 @pytest.mark.parametrize("flags", ("R", "RA"))
 def test_rst_is_not_answered(node: Loaded, family: int, flags: str) -> None:
     """Or two hosts could go on for ever."""

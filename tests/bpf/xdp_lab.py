@@ -35,7 +35,7 @@ from tests.packets import ETHERNET, MAC_CLIENT, MAC_NODE, Packet, address, asser
 VLAN = 7
 _numbers = itertools.count()
 _XDP_ATTACH, _IN_THE_DRIVER = 37, 1 << 2
-_IFINDEX_AT = 40
+IFINDEX_AT = 40
 """Where `ifindex` lies in a `struct __sk_buff`."""
 
 
@@ -114,7 +114,7 @@ class Lab:
     def tc(self, program: str, frame: bytes, device: str) -> Ran:
         """A packet that passes a device's hook, as the stack has it: without a tag."""
         context = bytearray(192)
-        struct.pack_into("=I", context, _IFINDEX_AT, self.index[device])
+        struct.pack_into("=I", context, IFINDEX_AT, self.index[device])
         return self.node.run(program, frame, bytes(context))
 
     # ---- A packet's way
