@@ -14,9 +14,9 @@ Who does what, from the kernel up; `dataplane` puts it all together.
                say what each means; `reading` understands all of them together
     account    pure. `ledger` says what to write when routes change, by the `holdings`, whose parts are `records`,
                `ids` and `set_rows`
-    writing    `maps` reads and writes rows, `looking` reads them all, `pen` counts what became of each. `writer` does
-               it in the order that keeps traffic right, with `addresses`, `whereabouts` and `affinity_rows`; by `image`
-               an audit sees that nothing has changed
+    writing    `maps` reads and writes rows, `looking` reads them all, `pen` counts what became of each. `writer` says
+               what a sync or an audit looks at, by `image` where nothing has changed; `steps` writes it in the order
+               that keeps traffic right, with `addresses`, `whereabouts` and `affinity_rows`
     showing    `inspect` for `dump`, with `fields` and `remembered`; `fill` for `status` and metrics
     change     `succeeding` and `retiring` for those who carried Services before, or will; `sockets` tells connected UDP
                sockets that their backend has gone

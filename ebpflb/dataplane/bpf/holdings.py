@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from ebpflb.dataplane.bpf.ids import IdPool, SlotPool
 from ebpflb.dataplane.bpf.layouts import ROUTE_REFERENCES
-from ebpflb.dataplane.bpf.records import BackendSlots, Ranges, Service, ServiceKey
+from ebpflb.dataplane.bpf.records import BackendSlots, Missing, Ranges, Service, ServiceKey
 from ebpflb.dataplane.bpf.set_rows import SetRows
 from ebpflb.dataplane.bpf.table_parts import member_keys, member_rows, part_keys, part_rows
 from ebpflb.dataplane.bpf.tables import FREE, pack_backend, pack_name, pack_ranges
@@ -93,14 +93,12 @@ class Holdings:
 
     # ---- What became of it
 
-    def depends(
-        self, row: bytes, sets: set[int], names: set[int], ranges: set[int], tables: set[int], members: set[int]
-    ) -> bool:
-        """Whether a row refers to any of these slot ranges, names, ranges, tables or members (by the first slot)."""
-        for service, start, count, draining, affinity, cidrs, table in ROUTE_REFERENCES.iter_unpack(row):
-            if service in names or cidrs in ranges or (count + draining and start in sets):
+    def depends(self, row: bytes, missing: Missing) -> bool:
+        """Whether a row refers to anything that is missing."""
+        for service, start, count, draining, affinity, ranges, table in ROUTE_REFERENCES.iter_unpack(row):
+            if service in missing.names or ranges in missing.ranges or (count + draining and start in missing.sets):
                 return True
-            if (table and start in tables) or (affinity and count and start in members):
+            if (table and start in missing.tables) or (affinity and count and start in missing.members):
                 return True
         return False
 

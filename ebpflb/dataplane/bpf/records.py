@@ -6,6 +6,8 @@ Rules of this file: pure data. Records hold no reference to what holds them: a l
 from __future__ import annotations
 
 from array import array
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 from ebpflb.dataplane.bpf.tables import by_slot
 from ebpflb.model import Protocol
@@ -82,6 +84,16 @@ class Ranges:
         self.cidrs = cidrs
         self.id = id
         self.refs = 0
+
+
+class Missing(NamedTuple):
+    """Rows that could not be written: `sets`, `tables` and `members` by first slot, the others by id."""
+
+    sets: AbstractSet[int]
+    names: AbstractSet[int]
+    ranges: AbstractSet[int]
+    tables: AbstractSet[int]
+    members: AbstractSet[int]
 
 
 class Change:
