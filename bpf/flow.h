@@ -374,31 +374,4 @@ static inline int pass_by(struct packet *packet, const struct settings *node, u6
 	return PASS;
 }
 
-/*
- * Who has retired gives way: a packet of somebody else's that leaves by a port of our masquerade has it from conntrack,
- * and its answers must not be led to the client of a flow that has ended. A connection that goes on keeps its port.
- */
-static inline void give_way(const struct packet *packet)
-{
-	struct flow_key key = {};
-	struct settings *node = node_settings();
-	struct flow *flow;
-
-	if (!node || !node->retired || packet->error)
-		return;
-	key.source = packet->key.destination;
-	key.source_port = packet->key.destination_port;
-	key.destination = packet->key.source;
-	key.destination_port = packet->key.source_port;
-	key.protocol = packet->key.protocol;
-	key.hook = HOOK_INGRESS;
-	flow = flows.lookup(&key);
-	if (!flow || flow->action != FLOW_UNSNAT)
-		return;
-	if (key.protocol == IPPROTO_TCP &&
-	    ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN || !(flow->flags & FLOW_CLOSING)))
-		return;
-	flows.delete(&key);
-}
-
 #endif

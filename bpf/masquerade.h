@@ -4,7 +4,7 @@
  *
  * They are found as soon as the device is known whose address must be taken: by tc with the first packet that leaves. A
  * port is free if no flow and no socket of the node could get the same replies; the range lies outside the kernel's
- * own ephemeral ports, so that no later socket takes it either.
+ * own ephemeral ports, so that hardly any later socket takes it either (`leave_alone` has to do with those that do).
  */
 #ifndef EBPFLB_MASQUERADE_H
 #define EBPFLB_MASQUERADE_H
@@ -139,6 +139,79 @@ static inline int find_port(void *context, struct flow_key *reply, u16 client_po
 	}
 	count(PACKET_NO_PORT);
 	return DISCARD;
+}
+
+/* The reply's row of the masqueraded flow that has the port by which a packet of nobody's leaves; none if none has. */
+static inline struct flow *flow_with_port(const struct packet *packet, const struct settings *node,
+					  struct flow_key *reply)
+{
+	u16 port = swap16(packet->key.source_port);
+	struct flow *flow;
+
+	if (packet->error || port < node->snat_low || port > node->snat_high)
+		return 0;
+	if (packet->key.protocol == IPPROTO_TCP && (packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return 0;
+	reply->source = packet->key.destination;
+	reply->source_port = packet->key.destination_port;
+	reply->destination = packet->key.source;
+	reply->destination_port = packet->key.source_port;
+	reply->protocol = packet->key.protocol;
+	reply->hook = HOOK_INGRESS;
+	flow = entering_flow(reply);
+	return flow && flow->action == FLOW_UNSNAT ? flow : 0;
+}
+
+/*
+ * A packet of nobody's is left alone where it leaves, unless its replies would be led to the client of a masqueraded
+ * flow: a socket of this node has bound that flow's port since, or conntrack has found the port for somebody. What an
+ * ended flow left behind is removed; while it lives, the packet's flow gets another port, as conntrack would give it.
+ * Who has retired gives way to its successor's ports instead, but for connections that go on. `to` becomes the new tuple.
+ * Returns GO_ON, PASS or DISCARD.
+ */
+static inline int leave_alone(struct __sk_buff *skb, const struct packet *packet, const struct settings *node,
+			      struct flow_key *to)
+{
+	struct flow_key reply = {};
+	struct flow row = {}, *flow;
+	int verdict;
+	u64 now;
+
+	flow = flow_with_port(packet, node, &reply);
+	if (!flow)
+		return PASS;
+	if (node->retired) {
+		if (packet->key.protocol != IPPROTO_TCP || (flow->flags & FLOW_CLOSING))
+			flows.delete(&reply);
+		return PASS;
+	}
+	now = bpf_jiffies64();
+	if (is_free_again(&reply, flow, 1, node, now)) {
+		forget_requests(&reply, flow);
+		flows.delete(&reply);
+		return PASS;
+	}
+
+	row.action = FLOW_UNSNAT;
+	row.flags = FLOW_DIRECT;
+	row.address = packet->key.source;
+	row.port = packet->key.source_port;
+	row.other_port = packet->key.destination_port;
+	row.seen = now;
+	row.created = now;
+	verdict = find_port(skb, &reply, packet->key.source_port, &row, node);
+	if (verdict != GO_ON)
+		return verdict;
+	row.action = FLOW_SNAT;
+	row.port = reply.destination_port;
+	set_mark(MARK_TO, &packet->key.destination, packet->key.destination_port);
+	if (flows.update((struct flow_key *)&packet->key, &row)) {
+		count(PACKET_NO_ROOM);
+		return DISCARD;
+	}
+	count(PACKET_COLLISION);
+	translated(&packet->key, &row, to);
+	return GO_ON;
 }
 
 /*

@@ -236,13 +236,13 @@ int tc_egress(struct __sk_buff *skb)
 	if (verdict != GO_ON)
 		return finish(skb, verdict);
 	flow = leaving_flow(&packet.key);
-	if (!flow) {
-		give_way(&packet);
-		return finish(skb, PASS);
-	}
 	node = node_settings();
 	if (!node)
 		return finish(skb, PASS);
+	if (!flow) {
+		verdict = leave_alone(skb, &packet, node, &to);
+		return finish(skb, verdict == GO_ON ? carry_out(skb, &packet, &to) : verdict);
+	}
 	now = bpf_jiffies64();
 
 	if (flow->flags & FLOW_UNALLOCATED) {

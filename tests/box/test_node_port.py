@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.box.box import Box
-from tests.box.clients import Target
+from tests.box.clients import Answer, Target
 from tests.box.objects import Port
 from tests.box.services import OTHER, TARGET
 
@@ -104,3 +104,17 @@ def test_node_ports_are_released(box: Box, family: str) -> None:
     box.expect("outside", to=web.node_port("node1", family)).refused()
     box.expect("a1", to=web.cluster_ip(family)).reaches("b1")
     box.check()
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_a_port_that_stands_for_a_client_can_be_bound_on_the_node(box: Box, family: str, protocol: str) -> None:
+    """A client from outside is led to its backend by a port of the node. A program there that has bound the same one
+    asks the same backend: each gets its own answers."""
+    web = box.service("b1", kinds=["NodePort"])
+    place = box.place("outside")
+    with box.clients.converse(place, web.node_port("node1", family), protocol) as conversation:
+        port = conversation.ask().port
+        for body in (b"mine", b"mine too"):
+            own = box.clients.ask(box.place("node1"), web.cluster_ip(family), protocol, port=port, body=body)
+            assert isinstance(own, Answer) and own.body == body, own
+            assert conversation.ask(b"still here").port == port

@@ -190,14 +190,6 @@ def test_a_connection_that_goes_on_keeps_its_port(node: Loaded, family: int) -> 
 
 
 @both_families
-def test_who_has_not_retired_gives_way_to_nobody(node: Loaded, family: int) -> None:
-    request = _nodeport(node, "udp", family)
-    beyond, answer = _masqueraded(node, request, family)
-    _leaves(node, beyond, family)
-    _enters(node, beyond.reply(), answer, family)
-
-
-@both_families
 def test_a_port_that_a_client_uses_again_is_the_successors_from_the_syn_on(node: Loaded, family: int) -> None:
     request = _nodeport(node, "tcp", family)
     inside = {"destination": "remote", "dport": 8080}

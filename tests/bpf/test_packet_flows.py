@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from ebpflb.dataplane.bpf import map_calls
+from ebpflb.dataplane.bpf import facts, map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.dataplane.bpf.constants import BACKEND_FREE, SOURCE_POD
 from ebpflb.routes import BackendState, Masquerade
@@ -398,6 +398,65 @@ def test_two_frontends_one_backend_one_client_port(node: Loaded, protocol: str, 
         _passes(node, "egress", inside_one.reply(), one.reply(), family)
         _passes(node, "ingress", two.but(flags="A"), inside_two.but(flags="A"), family)
         _passes(node, "ingress", one.but(flags="A"), inside_one.but(flags="A"), family)
+
+
+@both_families
+@both_protocols
+def test_a_port_of_masquerade_that_a_socket_of_the_node_binds(node: Loaded, protocol: str, family: int) -> None:
+    """It asks the same backend, or conntrack has given it that port: it gets another, and each has its own answers."""
+    _remote_nodeport(node, protocol, family)
+    flow = _masqueraded(node, protocol, family)
+    _passes(node, "ingress", flow.request.but(flags="A"), flow.inside.but(flags="A"), family)
+    own = flow.beyond.but(payload=b"mine")
+    left = node.egress(own.frame(family), family, UPLINK)
+    parsed = parse(left.frame)
+    assert left.verdict == UNSPEC and parsed is not None and parsed.ports is not None
+    port = parsed.ports[0]
+    assert LOW <= port <= HIGH and port != own.sport
+    beyond = own.but(sport=port)
+    assert_same(left.frame, beyond.frame(family))
+    assert_sound(left.frame)
+    assert node.counters()["PACKET_COLLISION"] == 1
+    more = {"flags": "PA", "payload": b"and more"}
+    for _ in range(2):
+        _passes(node, "ingress", beyond.reply(), own.reply(), family)
+        _passes(node, "egress", own.but(**more), beyond.but(**more), family)
+        _passes(node, "ingress", flow.beyond.reply(), flow.inside.reply(), family)
+        _passes(node, "egress", flow.inside.but(**more), flow.beyond.but(**more), family)
+    assert node.counters()["PACKET_COLLISION"] == 1
+
+
+@both_families
+@both_protocols
+def test_a_port_of_masquerade_is_a_sockets_when_its_flow_has_ended(node: Loaded, protocol: str, family: int) -> None:
+    node.put_settings(flow_idle=1, refresh=0)
+    _remote_nodeport(node, protocol, family)
+    flow = _masqueraded(node, protocol, family)
+    if protocol == "tcp":
+        _passes(node, "ingress", flow.request.but(flags="FA"), flow.inside.but(flags="FA"), family)
+        _passes(node, "ingress", flow.beyond.but(flags="FA").reply(), flow.inside.but(flags="FA").reply(), family)
+    last = max(row.seen for row in node.flows()) & 0xFFFFFFFF
+    while facts.jiffies() & 0xFFFFFFFF <= last + 2:
+        pass
+    _passes(node, "egress", flow.beyond, flow.beyond, family)
+    _passes(node, "ingress", flow.beyond.reply(), flow.beyond.reply(), family)
+
+
+@both_families
+@both_protocols
+def test_what_leaves_by_a_free_port_of_masquerade_is_left_alone(node: Loaded, protocol: str, family: int) -> None:
+    _remote_nodeport(node, protocol, family)
+    flow = _masqueraded(node, protocol, family)
+    for own in (
+        flow.beyond.but(sport=flow.beyond.sport % (HIGH - LOW) + LOW + 1),  # another port
+        flow.beyond.but(dport=8081),  # to somebody else
+        flow.beyond.but(source="outside"),  # forwarded
+    ):
+        _passes(node, "egress", own, own, family)
+    if protocol == "tcp":  # it goes on, and has had its port for longer
+        _passes(node, "egress", flow.beyond.but(flags="A"), flow.beyond.but(flags="A"), family)
+    assert "PACKET_COLLISION" not in node.counters()
+    _passes(node, "ingress", flow.beyond.reply(), flow.inside.reply(), family)
 
 
 @both_families
