@@ -335,6 +335,8 @@ static inline int is_looked_after(const struct packet *packet, struct flow *flow
 	key.destination = flow->beyond;
 	key.destination_port = flow->beyond_port;
 	key.hook = HOOK_INGRESS;
+	if (node->retired)
+		return flows.lookup(&key) != 0; /* where it is gone, it has given way: see give_way */
 	return keep_row(&key, &row);
 }
 

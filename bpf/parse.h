@@ -267,8 +267,11 @@ static inline int parse_error4(void *data, void *end, struct packet *packet)
 static inline int parse_error6(void *data, void *end, struct packet *packet)
 {
 	struct icmp_header *icmp = data + (packet->l4 & OFFSETS);
+	struct extension *piece;
 	struct ipv6hdr *inner;
 	struct ports *ports;
+	u16 header = sizeof(*inner);
+	u8 protocol;
 
 	if ((void *)(icmp + 1) > end)
 		return TOO_SHORT;
@@ -277,13 +280,24 @@ static inline int parse_error6(void *data, void *end, struct packet *packet)
 	inner = (void *)(icmp + 1);
 	if ((void *)(inner + 1) > end)
 		return TOO_SHORT;
-	if (inner->version != 6 || !has_ports(inner->nexthdr))
-		return PASS;
+	protocol = inner->nexthdr;
 	ports = (void *)(inner + 1);
+	if (protocol == IPV6_FRAGMENT_HEADER) {
+		piece = (void *)(inner + 1);
+		if ((void *)(piece + 1) > end)
+			return TOO_SHORT;
+		if (swap16(piece->offset) & IPV6_OFFSET)
+			return PASS;
+		protocol = piece->next;
+		header += sizeof(*piece);
+		ports = (void *)(piece + 1);
+	}
+	if (inner->version != 6 || !has_ports(protocol))
+		return PASS;
 	if ((void *)(ports + 1) > end)
 		return TOO_SHORT;
 
-	enter_error(packet, sizeof(*inner), inner->nexthdr, ports);
+	enter_error(packet, header, protocol, ports);
 	__builtin_memcpy(&packet->key.source, &inner->daddr, 16);
 	__builtin_memcpy(&packet->key.destination, &inner->saddr, 16);
 	return has_mapped(&packet->key) ? PASS : GO_ON;

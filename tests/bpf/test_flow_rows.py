@@ -136,6 +136,22 @@ def test_a_port_that_has_become_anothers_while_its_row_was_gone(lab: Lab, protoc
     assert_same(lab.sent(back.reply().frame(lab.family)), on_wire(old.reply(), lab.family, "up0", "outside"))
 
 
+@both_protocols
+@both_paths
+def test_who_has_retired_does_not_take_back_a_port(lab: Lab, protocol: str, by: str) -> None:
+    """It has given way to the successor's conntrack, and the client's next packet is the successor's, too."""
+    lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+    request = Packet("outside", 40000, "lb", 80, protocol)
+    way_of(lab, by)(request.frame(lab.family))
+    lab.node.put_settings(retired=1)
+    lab.node.forget("frontends")
+    change(lab, ago=3 * MINUTE)
+    change(lab, UNSNAT, gone=True)
+    late = request.but(flags="A").frame(lab.family)
+    assert_same(lab.by_both(late) if by == "xdp" else lab.by_stack(late), late)
+    assert UNSNAT not in actions(lab)
+
+
 def test_a_flow_in_use_is_not_looked_after_with_every_packet(lab: Lab) -> None:
     """Once a `refresh` is enough: a missing row is not noticed before."""
     lab.node.put_settings(refresh=1 << 20)

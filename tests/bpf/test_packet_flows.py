@@ -794,6 +794,30 @@ def test_icmp_error_about_a_reply_reaches_the_backend(
 
 
 @both_families
+@pytest.mark.parametrize("kind", ("too-big", "exceeded"))
+def test_icmp_error_about_the_first_piece_of_a_reply(node: Loaded, family: int, kind: str) -> None:
+    """A server that fragments by itself learns that its pieces are too long."""
+    _remote_nodeport(node, "udp", family)
+    flow = _masqueraded(node, "udp", family)
+    ways = {
+        "ingress": (("router", "node", flow.request.reply()), ("router", "remote", flow.inside.reply())),
+        "egress": (("router", "remote", flow.inside.reply()), ("uplink", "remote", flow.beyond.reply())),
+    }
+    for hook, (before, after) in ways.items():
+        pieces = [(*each[:2], _fragments(each[2])[0]) for each in (before, after)]
+        run = node.ingress if hook == "ingress" else node.egress
+        result = run(icmp_error(kind, *pieces[0], family, full=True), family)
+        assert_sound(result.frame, hook)
+        wanted = icmp_error(kind, *pieces[1], family, full=True)
+        ip = 20 if family == 4 else 40
+        inner = ETHERNET + ip + 8
+        end = inner + ip + (8 if family == 6 else 0) + 4
+        assert_same(result.frame[inner:end], wanted[inner:end], hook)
+        assert_same(result.frame[: ETHERNET + ip], wanted[: ETHERNET + ip], hook)
+    assert node.counters()["ICMP_TRANSLATED"] == 2
+
+
+@both_families
 def test_icmp_error_about_a_flow_without_masquerade(node: Loaded, family: int) -> None:
     node.put_frontend("vip", 53, "udp", family, To((("local", 5353),)))
     request = Packet("outside", 40000, "vip", 53, "udp", payload=b"query")
