@@ -165,6 +165,6 @@ def test_what_removes_it_leaves_nothing_on_the_node(served: Running, kubectl: Ku
     assert daemon.process.wait(10) == 0
     assert stage.unanswered() == {}, "without a daemon it goes on"
     cleaning = Container(served.host, removing, "clean-up", served.root, files=served.files)
-    assert cleaning.process.wait(60) == 0 and "removed filter" in cleaning.words(), cleaning.words()
+    assert cleaning.process.wait(60) == 0 and "ebpflb_ingress on eth0" in cleaning.words(), cleaning.words()
     assert not (served.host.directory / "sys/fs/bpf/ebpflb").exists()
     assert set(stage.unanswered()) == {f"{who} {how}" for who in ("client", "sandbox", "outside") for how in PROTOCOLS}
