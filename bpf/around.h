@@ -16,10 +16,9 @@
 #include "hop.h"
 #include "nat.h"
 
-#define WAY 0               /* in skb->cb: one more than the cell of the hop */
-#define HOW 1               /* in skb->cb: FLOW_AROUND, or 0 */
-#define PACKET_FOR_US 0     /* skb->pkt_type: PACKET_HOST */
-#define TC_ENTRY 0x80000000 /* in hop.entered: of what tc has asked */
+#define WAY 0           /* in skb->cb: one more than the cell of the hop */
+#define HOW 1           /* in skb->cb: FLOW_AROUND, or 0 */
+#define PACKET_FOR_US 0 /* skb->pkt_type: PACKET_HOST */
 
 /* Nothing has been found yet. */
 static inline void forget_way(struct __sk_buff *skb)
@@ -67,7 +66,7 @@ static inline int find_way_around(struct __sk_buff *skb, const struct packet *pa
 #if GO_AROUND
 	struct bpf_fib_lookup fib = {};
 	struct address nothing = {};
-	u32 leaving, entered = skb->ifindex | TC_ENTRY;
+	u32 leaving, entered = skb->ifindex;
 	u32 cell = hop_number(&nothing, destination, entered);
 	struct device *device;
 	struct hop *hop;

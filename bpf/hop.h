@@ -3,8 +3,9 @@
  * Where a packet is sent to that does not go through the stack.
  *
  * The FIB says it, and what it said is believed for a second at most: asking costs more than everything else that an
- * established packet needs. What cannot be done as the stack would is left to the stack, which then carries the flow: no
- * neighbour, a device that must not be sent by (to XDP: pods, overlays), a way that needs a larger MTU.
+ * established packet needs. tc keeps it here, in `hops`; XDP in the flow's row (way.h). What cannot be done as the stack
+ * would is left to the stack, which then carries the flow: no neighbour, a device that must not be sent by (to XDP: pods,
+ * overlays), a way that needs a larger MTU.
  */
 #ifndef EBPFLB_HOP_H
 #define EBPFLB_HOP_H
@@ -14,11 +15,6 @@
 
 #define FAMILY_IPV4 2
 #define FAMILY_IPV6 10
-
-static inline int same_mac(const u8 *a, const u8 *b)
-{
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5];
-}
 
 static inline u32 hop_number(const struct address *source, const struct address *destination, u32 device)
 {

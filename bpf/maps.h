@@ -347,7 +347,7 @@ _Static_assert(sizeof(struct affinity) == 16, "struct affinity");
  * long it is believed. A cell for each of many hash values, on each CPU. (XDP keeps it in the flow's row: struct way.)
  */
 struct hop {
-	struct address source; /* where the way depends on it; else zero */
+	struct address source; /* zero: no way that is kept here depends on it */
 	struct address destination;
 	u32 entered; /* the device that the packet came by */
 	u32 device;  /* the one that it leaves by */

@@ -2,9 +2,9 @@
 /*
  * The address and port under which a masqueraded flow leaves this node.
  *
- * They are found as soon as the device is known whose address must be taken: by tc with the first packet that leaves. A
- * port is free if no flow and no socket of the node could get the same replies; the range lies outside the kernel's
- * own ephemeral ports, so that hardly any later socket takes it either (`leave_alone` has to do with those that do).
+ * They are found as soon as the device is known whose address must be taken: by XDP with the first packet that enters, by
+ * tc with the first that leaves. A port is free if no flow that still needs it and no socket of the node could get the
+ * same replies; the range lies outside the kernel's own ephemeral ports, so that no later socket takes it either.
  */
 #ifndef EBPFLB_MASQUERADE_H
 #define EBPFLB_MASQUERADE_H

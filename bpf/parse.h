@@ -70,7 +70,7 @@ struct packet {
 	u8 version; /* 4 or 6 */
 	u8 fragment;
 	u8 tcp_flags;
-	u8 unsummed; /* UDP without a checksum (IPv4 only) */
+	u8 unsummed; /* UDP whose checksum is zero: none was made */
 	u8 hops;     /* TTL or hop limit, as it came */
 	u8 error;    /* an ICMP error: `key` is its inner packet's tuple, turned round */
 	u32 length;  /* from the IP header up, as that says */
