@@ -4,7 +4,8 @@
  *
  * They are found as soon as the device is known whose address must be taken: by XDP with the first packet that enters, by
  * tc with the first that leaves. A port is free if no flow that still needs it and no socket of the node could get the
- * same replies; the range lies outside the kernel's own ephemeral ports, so that no later socket takes it either.
+ * same replies; the range lies outside the kernel's own ephemeral ports, so that hardly any later socket takes it either
+ * (`leave_alone` has to do with those that do).
  */
 #ifndef EBPFLB_MASQUERADE_H
 #define EBPFLB_MASQUERADE_H
