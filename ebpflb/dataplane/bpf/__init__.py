@@ -8,8 +8,8 @@ Who does what, from the kernel up; `dataplane` puts it all together.
                numbers from `constants`, and `artifact` keeps what it makes. `programs` loads and attaches that, `pins`
                is where it lives on, and `others` are those whom it succeeds
     devices    `edges` and `xdp_choice` say which run what. `devices` has it so: by `tcx` or by `clsact` filters (`tc`),
-               and by `xdp`, which asks `xdp_links` and `xdp_features`; `device_rows` are its maps. `xdp_survey` is for
-               commands
+               and by `xdp`, with `xdp_links`, `xdp_pins` and `xdp_features`; `device_rows` are its maps. `xdp_survey`
+               is for commands
     rows       pure. `layouts` are their bytes; `tables`, `locality`, `owned`, `known` and `table_parts` with `maglev`
                say what each means; `reading` understands all of them together
     account    pure. `ledger` says what to write when routes change, by the `holdings`, whose parts are `records`,

@@ -1,6 +1,4 @@
-"""Keeps our XDP program on the devices that are to run it (`xdp_choice`), each by a BPF link that is pinned.
-
-    <bpffs>/links/xdp-<index of the device>
+"""Keeps our XDP program on the devices that are to run it (`xdp_choice`), each by a BPF link (`xdp_pins`).
 
 Rules of this file: a link's program is replaced in one step, so that a restart loses no packet. Somebody else's program
 is never replaced, and a device that runs one, or whose driver refuses ours, is said with its reason; tc carries what
@@ -14,23 +12,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from ebpflb import rtnetlink
-from ebpflb.dataplane.bpf import others, pins, program_calls
+from ebpflb.dataplane.bpf import others, program_calls
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
 from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, carries_vlans, wish
 from ebpflb.dataplane.bpf.xdp_features import Features, sends
-from ebpflb.dataplane.bpf.xdp_links import find, foreign, is_ours, namespace, remove, runs_on
-from ebpflb.errors import EbpflbError
+from ebpflb.dataplane.bpf.xdp_links import find, foreign, is_ours, namespace, remove
+from ebpflb.dataplane.bpf.xdp_pins import PinnedLinks
 from ebpflb.rtnetlink import Link, Netlink
 
 log = logging.getLogger(__name__)
 
 _HOOK = XDP_HOOKS["xdp_ingress"]
-_PIN = "xdp-"
 _PLACES = {
     NATIVE: (rtnetlink.XDP_DRIVER, rtnetlink.XDP_FLAGS_DRV_MODE),
     GENERIC: (rtnetlink.XDP_GENERIC, rtnetlink.XDP_FLAGS_SKB_MODE),
@@ -53,6 +49,7 @@ class Xdp:
     def __init__(self, mode: str, links: Path, program: int | None = None, unable: str = "") -> None:
         self._mode = mode
         self._directory = links
+        self._links = PinnedLinks(links)
         self._program = program
         self._id = program_calls.prog_info(program).id if program is not None else 0
         self._unable = unable
@@ -62,9 +59,7 @@ class Xdp:
         self._around = Surroundings({})
         self._wishes: dict[int, Wish] = {}
         self._able: dict[int, int] | None = None
-        self._links: dict[int, int] = {}  # descriptors
         self._modes: dict[int, str] = {}
-        self._pinned_links: set[int] = set()
         self._refusals: dict[int, tuple[tuple[object, ...], str]] = {}  # for what, and why
         self._to_compare = True
 
@@ -78,9 +73,7 @@ class Xdp:
 
     def close(self) -> None:
         """Let go of descriptors; what runs goes on, by its pin."""
-        for fd in self._links.values():
-            os.close(fd)
-        self._links.clear()
+        self._links.close()
         self._modes.clear()
         self._netlink.close()
         if self._features is not None:
@@ -89,14 +82,12 @@ class Xdp:
     def compare(self) -> None:
         """Have the next `release` and `attach` look at every pin, and try again what was refused."""
         self._to_compare = True
+        self._links.doubt()
         self._refusals.clear()
 
     def intact(self) -> bool:
         """Whether every link that was made is in force, and pinned."""
-        return all(
-            os.path.lexists(self._pin(index)) and program_calls.link_info(fd).device == index
-            for index, fd in self._links.items()
-        )
+        return self._links.intact()
 
     # ---- One pass: plan, [rows], release, attach, [rows]
 
@@ -139,7 +130,7 @@ class Xdp:
         """Detach where nothing of ours is to run any more; from how many."""
         gone = {index for index in self._links if not self._wants(index)}
         if self._to_compare:
-            gone.update(index for index in self._pinned() if not self._wants(index))
+            gone.update(index for index in self._links.pinned() if not self._wants(index))
         gone.update(
             index for index, link in self._around.links.items() if link.xdp and not self._wants(index) and is_ours(link)
         )
@@ -192,16 +183,6 @@ class Xdp:
             return False
         return self._features.strips_tags(link.name)
 
-    def _pin(self, index: int) -> Path:
-        return self._directory / f"{_PIN}{index}"
-
-    def _pinned(self) -> Iterator[int]:
-        """The devices that there are pins for."""
-        for path in self._directory.glob(f"{_PIN}*"):
-            number = path.name.removeprefix(_PIN)
-            if number.isdecimal():
-                yield int(number)
-
     def _keep(self, link: Link, mode: str) -> int:
         """Our program on a device, in that mode; how many links were changed."""
         index = link.ifindex
@@ -215,7 +196,7 @@ class Xdp:
                 if runs != self._id:
                     program_calls.link_update(fd, self._program)
                 self._modes[index] = mode
-                return int(self._put_pin(index, fd) or runs != self._id)
+                return int(self._links.pin(index) or runs != self._id)
         if fd is not None or is_ours(link):
             self._detach(index)  # it runs in the other mode, or without a link
         elif link.xdp:
@@ -226,8 +207,9 @@ class Xdp:
             made = program_calls.link_create(self._program, index, _HOOK.attach_type, flags)
         except OSError as error:
             raise Unwilling(self._explained(error, index, flags)) from None
-        self._links[index], self._modes[index] = made, mode
-        self._put_pin(index, made)
+        self._links.hold(index, made)
+        self._links.pin(index)
+        self._modes[index] = mode
         log.info("device %s: XDP runs in mode %s", link.name, mode)
         if link.kind in WIRES:
             log.warning(
@@ -237,54 +219,17 @@ class Xdp:
             )  # fmt: skip
         return 1
 
-    def _put_pin(self, index: int, fd: int) -> bool:
-        """Pin a link that is not, as far as that is to be looked at; whether it had to be."""
-        if index in self._pinned_links and not self._to_compare:
-            return False
-        self._pinned_links.add(index)
-        pinned = self._opened(index)
-        if pinned is not None:
-            try:
-                if program_calls.link_info(pinned).id == program_calls.link_info(fd).id:
-                    return False
-            finally:
-                os.close(pinned)
-        try:
-            pins.put(fd, self._pin(index))
-        except EbpflbError as error:
-            log.warning("%s", error)  # without a pin it ends with this process; the next audit tries again
-        return True
-
-    def _opened(self, index: int) -> int | None:
-        """What is pinned for a device, if that is an XDP link."""
-        try:
-            fd = pins.opened(self._pin(index))
-        except EbpflbError:
-            return None
-        if fd is not None:
-            with contextlib.suppress(OSError):
-                if program_calls.link_info(fd).type == program_calls.LINK_XDP:
-                    return fd
-            os.close(fd)
-        return None
-
     def _link_of(self, link: Link) -> int | None:
-        """The link by which a device runs our program: the one that is held; or the pinned one, or, if its pin is lost,
-        whichever it is, which are held from then on."""
-        held = self._links.get(link.ifindex)
-        if held is not None:
-            if runs_on(held, link):
-                return held
-            self._let_go(link.ifindex)
-        found = self._opened(link.ifindex)
-        if found is not None and not runs_on(found, link):
-            os.close(found)
-            found = None
+        """The link by which a device runs our program; if its pin is lost, whichever it is, which is held from then
+        on."""
+        found = self._links.of(link)
+        if found is None:
+            self._modes.pop(link.ifindex, None)
         if found is None and is_ours(link):
             self._tell_of_another(link)
             found = find(link)
-        if found is not None:
-            self._links[link.ifindex] = found
+            if found is not None:
+                self._links.hold(link.ifindex, found)
         return found
 
     def _tell_of_another(self, link: Link) -> None:
@@ -303,9 +248,8 @@ class Xdp:
         """Whatever of ours runs on a device ends, at once and not when the kernel comes to it; also where the device is
         in another namespace by now."""
         link = self._around.links.get(index)
-        fd = self._link_of(link) if link is not None else self._links.get(index) or self._opened(index)
+        fd = self._link_of(link) if link is not None else self._links.of_another_namespace(index)
         if fd is not None:
-            self._links[index] = fd
             with contextlib.suppress(FileNotFoundError):  # it has ended with its device
                 program_calls.link_detach(fd)
         elif link is not None and is_ours(link):
@@ -316,12 +260,8 @@ class Xdp:
 
     def _let_go(self, index: int) -> None:
         """What ran is not there any more, whoever ended it."""
-        held = self._links.pop(index, None)
-        if held is not None:
-            os.close(held)
+        self._links.let_go(index)
         self._modes.pop(index, None)
-        self._pinned_links.discard(index)
-        self._pin(index).unlink(missing_ok=True)
 
     def _explained(self, error: OSError, index: int, flags: int) -> str:
         """Why a device refuses, in the driver's own words: links have none, netlink, asked for the same, does."""
