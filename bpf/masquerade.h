@@ -69,6 +69,25 @@ static inline struct flow *request_row(const struct flow_key *reply, const struc
 	return 0;
 }
 
+/* The row by which the requests of such a flow leave; `key` becomes its key. None if that is another's. */
+static inline struct flow *leaving_request_row(const struct flow_key *reply, const struct flow *other,
+					       struct flow_key *key)
+{
+	struct flow *row;
+
+	key->protocol = reply->protocol;
+	key->hook = HOOK_EGRESS;
+	key->source = other->address;
+	key->source_port = other->port;
+	key->destination = reply->source;
+	key->destination_port = reply->source_port;
+	row = flows.lookup(key);
+	if (row && row->action == FLOW_SNAT && row->port == reply->destination_port &&
+	    same_address(&row->address, &reply->destination))
+		return row;
+	return 0;
+}
+
 /*
  * Whether a port that has been given out is its flow's no more: that has ended, in both directions (a half-closed
  * connection that is in use keeps its port, and so do datagrams that nobody answers), or it is a connection that was
@@ -81,9 +100,13 @@ static inline int is_free_again(const struct flow_key *reply, const struct flow 
 	struct flow_key key = {};
 	struct flow *request;
 
-	if (other->action != FLOW_UNSNAT || !(other->flags & FLOW_WHOLE) || !is_idle(other->seen, idle, now))
+	if (other->action != FLOW_UNSNAT || !(other->flags & (FLOW_WHOLE | FLOW_DIRECT)) ||
+	    !is_idle(other->seen, idle, now))
 		return 0;
-	request = request_row(reply, other, &key);
+	if (other->flags & FLOW_DIRECT)
+		request = leaving_request_row(reply, other, &key);
+	else
+		request = request_row(reply, other, &key);
 	if (reply->protocol != IPPROTO_TCP)
 		return is_over(other, reply->protocol, node, now) &&
 		       (!request || is_over(request, reply->protocol, node, now));
@@ -98,18 +121,10 @@ static inline int is_free_again(const struct flow_key *reply, const struct flow 
 static inline void forget_requests(const struct flow_key *reply, const struct flow *other)
 {
 	struct flow_key key = {};
-	struct flow *row;
 
 	if (request_row(reply, other, &key))
 		flows.delete(&key);
-
-	key.hook = HOOK_EGRESS;
-	key.source_port = other->port;
-	key.destination = reply->source;
-	key.destination_port = reply->source_port;
-	row = flows.lookup(&key);
-	if (row && row->action == FLOW_SNAT && row->port == reply->destination_port &&
-	    same_address(&row->address, &reply->destination))
+	if (leaving_request_row(reply, other, &key))
 		flows.delete(&key);
 }
 
@@ -163,6 +178,14 @@ static inline struct flow *flow_with_port(const struct packet *packet, const str
 	return flow && flow->action == FLOW_UNSNAT ? flow : 0;
 }
 
+/* Whether masquerade takes this address on a device. What has another one has passed the device whose it is. */
+static inline int is_address_of(u32 ifindex, const struct address *address)
+{
+	struct device *device = devices.lookup(&ifindex);
+
+	return device && same_address(is_ipv4(address) ? &device->ipv4 : &device->ipv6, address);
+}
+
 /*
  * A packet of nobody's is left alone where it leaves, unless its replies would be led to the client of a masqueraded
  * flow: a socket of this node has bound that flow's port since, or conntrack has found the port for somebody. What an
@@ -179,7 +202,7 @@ static inline int leave_alone(struct __sk_buff *skb, const struct packet *packet
 	u64 now;
 
 	flow = flow_with_port(packet, node, &reply);
-	if (!flow)
+	if (!flow || !is_address_of(skb->ifindex, &packet->key.source))
 		return PASS;
 	if (node->retired) {
 		if (packet->key.protocol != IPPROTO_TCP || (flow->flags & FLOW_CLOSING))

@@ -264,6 +264,39 @@ def test_a_client_that_was_kept_later_than_now_is_kept(lab: Lab, protocol: str) 
     assert len(chosen) == 1
 
 
+# ---- A port that somebody else of the node has taken meanwhile
+
+
+@both_protocols
+def test_a_masqueraded_packet_that_leaves_by_two_devices_is_masqueraded_once(lab: Lab, protocol: str) -> None:
+    """As by a macvlan and the device under it, which has another address: it is no stranger with the flow's port."""
+    lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
+    request = Packet("outside", 40000, "lb", 80, protocol)
+    for flags in ("S", "A"):
+        out = lab.by_stack(request.but(flags=flags).frame(lab.family))
+        assert_same(lab.left(out, "up1"), out, "at the second device")
+    inside = inside_of(request, out, "remote")
+    assert_same(lab.by_stack(inside.reply().frame(lab.family)), request.reply().frame(lab.family))
+
+
+def test_the_port_that_a_stranger_got_comes_back(lab: Lab) -> None:
+    """When its conversation is over in both directions, and not before."""
+    lab.node.put_settings(snat_low=50000, snat_high=50001, refresh=100)
+    lab.node.put_frontend("lb", 80, "tcp", lab.family, REMOTE)
+    inside = inside_of(OLD, lab.by_stack(OLD.frame(lab.family)), "remote")
+    lab.by_stack(OLD.but(flags="A").frame(lab.family))
+    stranger = inside.but(flags="S", payload=b"mine")
+    other = stranger.but(sport=sport_of(lab.left(stranger.frame(lab.family))))
+    assert other.sport == 100001 - inside.sport
+    change(lab, ago=2 * MINUTE)
+    assert not given(lab, "xdp", NEXT)
+    lab.left(stranger.but(flags="FA").frame(lab.family))
+    lab.entered(other.reply().but(flags="FA").frame(lab.family))
+    assert not given(lab, "xdp", NEXT)
+    change(lab, ago=2 * MINUTE)
+    assert given(lab, "xdp", NEXT.but(sport=41001))
+
+
 # ---- Ports of clients that have gone
 
 
