@@ -14,6 +14,9 @@ import msgspec
 from ebpflb.model import Family, Problem
 from ebpflb.routes import RouteTable
 
+NODE = "node"
+"""The subject of problems that concern no Service."""
+
 
 class Reconciled(msgspec.Struct, frozen=True, gc=False):
     """One comparison of conntrack's UDP entries with the routes, in one family: how long it took, how many entries

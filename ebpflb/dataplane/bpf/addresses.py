@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from ebpflb.dataplane import NODE
 from ebpflb.dataplane.bpf.known import Known, known_bit
 from ebpflb.dataplane.bpf.layouts import U64, entries
 from ebpflb.dataplane.bpf.owned import Owned, OwnedChange, unpack_owned
-from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
+from ebpflb.dataplane.bpf.pen import Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
 from ebpflb.dataplane.bpf.tables import NAME_LIMIT, pack_address
 from ebpflb.model import Address, ServiceName

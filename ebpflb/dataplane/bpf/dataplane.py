@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ebpflb.dataplane import Report, Requirement
+from ebpflb.dataplane import NODE, Report, Requirement
 from ebpflb.dataplane.bpf import devices, facts, maglev, map_calls, pins, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
@@ -27,7 +27,6 @@ from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, SIZES, check_layouts
 from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.looking import read_tables
 from ebpflb.dataplane.bpf.maps import KernelMaps
-from ebpflb.dataplane.bpf.pen import NODE
 from ebpflb.dataplane.bpf.programs import Programs, cgroup_directory
 from ebpflb.dataplane.bpf.reading import Reading
 from ebpflb.dataplane.bpf.retiring import KEPT_SECONDS, flows_kept, leave

@@ -11,13 +11,10 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping
 
-from ebpflb.dataplane import Report
+from ebpflb.dataplane import NODE, Report
 from ebpflb.dataplane.bpf.image import Image
 from ebpflb.dataplane.bpf.maps import Maps
 from ebpflb.model import Problem
-
-NODE = "node"
-"""The subject of problems that concern no Service."""
 
 
 class Tally:

@@ -18,12 +18,13 @@ from array import array
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
+from ebpflb.dataplane import NODE
 from ebpflb.dataplane.bpf.addresses import Addresses
 from ebpflb.dataplane.bpf.affinity_rows import forget_clients
 from ebpflb.dataplane.bpf.layouts import U32
 from ebpflb.dataplane.bpf.ledger import Ledger
 from ebpflb.dataplane.bpf.maps import Maps
-from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
+from ebpflb.dataplane.bpf.pen import Pen, Tally
 from ebpflb.dataplane.bpf.records import Change, Missing
 from ebpflb.dataplane.bpf.set_rows import SetRows, Sets
 from ebpflb.dataplane.bpf.tables import pack_frontend

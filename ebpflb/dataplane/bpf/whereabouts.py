@@ -5,9 +5,10 @@ Rules of this file: `locality` says which rows, this says when: only what differ
 
 from __future__ import annotations
 
+from ebpflb.dataplane import NODE
 from ebpflb.dataplane.bpf.layouts import entries
 from ebpflb.dataplane.bpf.locality import ONLY, NodeFacts, pack_settings, pack_sources
-from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
+from ebpflb.dataplane.bpf.pen import Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables
 from ebpflb.diff import diff
 from ebpflb.routes import Locality

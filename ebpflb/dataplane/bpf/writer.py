@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 
-from ebpflb.dataplane import Report
+from ebpflb.dataplane import NODE, Report
 from ebpflb.dataplane.bpf.addresses import Addresses
 from ebpflb.dataplane.bpf.image import Image, accounts_for
 from ebpflb.dataplane.bpf.layouts import BACKEND, U32
@@ -20,7 +20,7 @@ from ebpflb.dataplane.bpf.ledger import Ledger
 from ebpflb.dataplane.bpf.locality import NodeFacts
 from ebpflb.dataplane.bpf.looking import digest_of, read_all, read_tables
 from ebpflb.dataplane.bpf.maps import Maps
-from ebpflb.dataplane.bpf.pen import NODE, Pen, Tally
+from ebpflb.dataplane.bpf.pen import Pen, Tally
 from ebpflb.dataplane.bpf.reading import RawTables, Reading
 from ebpflb.dataplane.bpf.steps import Steps
 from ebpflb.dataplane.bpf.table_parts import LARGEST

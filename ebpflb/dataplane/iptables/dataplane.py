@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ebpflb.conntrack import StaleFlows
-from ebpflb.dataplane import Report, Requirement, RestoreFailure, TableRules
+from ebpflb.dataplane import NODE, Report, Requirement, RestoreFailure, TableRules
 from ebpflb.dataplane.iptables import facts, flows, inspect, names, reading
 from ebpflb.dataplane.iptables.frame import Settings, wants_comments
 from ebpflb.dataplane.iptables.layout import Index, PortKey, port_key
@@ -29,9 +29,6 @@ from ebpflb.netfilter.ruleset import Ruleset
 from ebpflb.routes import RouteTable
 
 log = logging.getLogger(__name__)
-
-NODE = "node"
-"""The subject of problems that concern no Service."""
 
 _MANY = 2000
 """Service ports from which on a change is written by comparison: it holds the text of neither."""

@@ -17,7 +17,7 @@ import errno
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from ebpflb.dataplane import Report, RestoreFailure
+from ebpflb.dataplane import NODE, Report, RestoreFailure
 from ebpflb.dataplane.ipvs import chains, rules
 from ebpflb.dataplane.ipvs.ledger import Found, Ledger, Plan
 from ebpflb.dataplane.ipvs.messages import DEL_DEST, DEL_SERVICE, Operation
@@ -29,9 +29,6 @@ from ebpflb.errors import ApplyError
 from ebpflb.model import Family, Problem
 from ebpflb.netfilter.ruleset import Ruleset
 from ebpflb.routes import Frontend, RouteTable, Scope
-
-NODE = "node"
-"""The subject of problems that concern no Service."""
 
 PART = 512
 """Frontends that are planned and written at a time."""
