@@ -28,8 +28,7 @@ from ebpflb.routes import (
 from tests.iptables import WEB, WEB_PODS, table_of
 from tests.netfilter.conftest import Place, entered
 from tests.netfilter.test_rules_as_saved import EVERYTHING
-from tests.property.test_iptables_roundtrip import choices
-from tests.property.test_policy_props import nodes, objects, things, world
+from tests.property.clusters import choices_for_rules, nodes, objects, things, world
 from tests.world import endpoint_slice, port, service
 
 pytestmark = pytest.mark.root
@@ -186,7 +185,7 @@ def test_many_services_at_once(place: Place) -> None:
 
 
 @settings(max_examples=6, suppress_health_check=list(HealthCheck), deadline=None)
-@given(things, nodes, choices, st.lists(objects, max_size=8), st.sampled_from(["nft", "legacy"]))
+@given(things, nodes, choices_for_rules, st.lists(objects, max_size=8), st.sampled_from(["nft", "legacy"]))
 def test_any_history_ends_in_the_rules_of_its_end(
     said: list[Service | EndpointSlice],
     node: Node,

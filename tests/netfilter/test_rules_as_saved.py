@@ -18,8 +18,7 @@ from ebpflb.netfilter.ruleset import Ruleset, quoted, restore_input, ruleset_of
 from ebpflb.policy import routes
 from ebpflb.routes import RouteTable
 from tests.iptables import P80, WEB_PODS, table_of, written
-from tests.property.test_iptables_roundtrip import choices
-from tests.property.test_policy_props import nodes, things, world
+from tests.property.clusters import choices_for_rules, nodes, things, world
 from tests.world import LOCAL, SCTP, TCP, UDP, endpoint_slice, leaving, options, port, service, slice_port
 
 pytestmark = pytest.mark.root
@@ -114,7 +113,7 @@ def test_what_tells_pods(variant: str, chosen: ProxyOptions) -> None:
 
 
 @pytest.mark.parametrize("variant", ["legacy", "nft"])
-@given(said=things, node=nodes, chosen=choices)
+@given(said=things, node=nodes, chosen=choices_for_rules)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_random_clusters(variant: str, said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions) -> None:
     """Invariant: so it is for every table that the policy makes."""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ebpflb.errors import SourceError
 from ebpflb.source import documents, parse
+from tests.json_objects import service_object
 from tests.unit.test_documents import SLICE_JSON
-from tests.unit.test_parse import service_object
 
 LOADED: dict[str, Any] = service_object(
     {

@@ -22,8 +22,7 @@ from ebpflb.model import EndpointSlice, Family, Node, ProxyOptions, Service
 from ebpflb.netfilter.ruleset import SavedChain, target_of
 from ebpflb.policy import Router
 from ebpflb.routes import RouteTable
-from tests.property.test_iptables_roundtrip import choices
-from tests.property.test_policy_props import nodes, objects, things, world
+from tests.property.clusters import choices_for_rules, nodes, objects, things, world
 
 _BUILTIN = {
     "filter": ("INPUT", "FORWARD", "OUTPUT"),
@@ -99,7 +98,7 @@ def compared(kernel: Kernel, table: RouteTable, family: Family, at_once: int) ->
     return [step for step in found if step.change]
 
 
-@given(things, things, nodes, choices, st.sampled_from(Family), st.sampled_from([1, 5, 500]))
+@given(things, things, nodes, choices_for_rules, st.sampled_from(Family), st.sampled_from([1, 5, 500]))
 def test_a_comparison_ends_in_the_rules_of_the_routes(
     said: list[Service | EndpointSlice],
     later: list[Service | EndpointSlice],
@@ -126,7 +125,7 @@ def test_a_comparison_ends_in_the_rules_of_the_routes(
     assert alike(kernel) == alike(fresh)
 
 
-@given(things, nodes, choices, st.lists(objects, min_size=1, max_size=6), st.sampled_from(Family))
+@given(things, nodes, choices_for_rules, st.lists(objects, min_size=1, max_size=6), st.sampled_from(Family))
 def test_a_change_ends_where_a_comparison_would(
     said: list[Service | EndpointSlice],
     node: Node,

@@ -13,26 +13,13 @@ from hypothesis import strategies as st
 from ebpflb.dataplane.iptables import frame, names, reading, rules
 from ebpflb.dataplane.iptables.frame import SHARED, Settings
 from ebpflb.dataplane.iptables.layout import Index
-from ebpflb.model import DetectLocal, EndpointSlice, Family, Node, ProxyOptions, Service, ServiceName
+from ebpflb.model import EndpointSlice, Family, Node, ProxyOptions, Service, ServiceName
 from ebpflb.netfilter.ruleset import COMMENT_LIMIT, Ruleset, restore_input, ruleset_of
 from ebpflb.policy import Router, routes
 from ebpflb.routes import RouteTable
-from tests.property.test_policy_props import nodes, objects, owner, some, steps, things, world
+from tests.property.clusters import choices_for_rules, nodes, objects, owner, steps, things, world
 
 SETTINGS = st.builds(Settings, st.sampled_from([1 << 14, 1 << 31]), st.booleans(), st.booleans(), st.booleans())
-
-choices = st.builds(
-    ProxyOptions,
-    masquerade_all=st.booleans(),
-    detect_local=st.sampled_from(DetectLocal),
-    cluster_cidrs=st.one_of(some(["10.0.0.0/8", "172.30.0.0/16"], 3), st.just(("0.0.0.0/0", "::/0"))),
-    bridge_interface=st.sampled_from(["", "cni0"]),
-    interface_name_prefix=st.sampled_from(["veth", "fifteen-letters"]),
-    nodeport_addresses=some(["192.168.0.0/24"], 1),
-    nodeport_primary=st.booleans(),
-    localhost_nodeports=st.booleans(),
-    default_algorithm=st.sampled_from(["random", "round-robin"]),
-)
 
 
 def rendered(table: RouteTable, settings: Settings) -> dict[Family, Ruleset]:
@@ -51,7 +38,7 @@ def saved(ruleset: Ruleset) -> Ruleset:
     return ruleset_of(lines)
 
 
-@given(things, nodes, choices, SETTINGS)
+@given(things, nodes, choices_for_rules, SETTINGS)
 def test_rules_read_back_as_the_routes(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, settings: Settings
 ) -> None:
@@ -64,7 +51,7 @@ def test_rules_read_back_as_the_routes(
     assert back.owned == table.owned
 
 
-@given(things, nodes, choices, SETTINGS)
+@given(things, nodes, choices_for_rules, SETTINGS)
 def test_rules_are_well_formed(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, settings: Settings
 ) -> None:
@@ -92,7 +79,7 @@ def test_rules_are_well_formed(
             assert len(set(matches)) == len(matches)
 
 
-@given(things, nodes, choices, steps)
+@given(things, nodes, choices_for_rules, steps)
 def test_a_change_writes_what_it_changes(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions, history: list[tuple[str, object]]
 ) -> None:
@@ -130,7 +117,7 @@ def test_a_change_writes_what_it_changes(
         assert changed <= named
 
 
-@given(st.lists(objects, max_size=6), nodes, choices)
+@given(st.lists(objects, max_size=6), nodes, choices_for_rules)
 def test_chains_of_one_service_port_are_its_own(
     said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions
 ) -> None:

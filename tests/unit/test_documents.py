@@ -15,7 +15,7 @@ from ebpflb.errors import SourceError
 from ebpflb.model import Node, Service, ServiceName
 from ebpflb.source import documents
 from ebpflb.source.documents import Content, Key
-from tests.unit.test_parse import Json, service_object, slice_object
+from tests.json_objects import Json, service_object, slice_object
 
 WEB = """\
 apiVersion: v1

@@ -23,7 +23,7 @@ from ebpflb.model import ServiceName
 from ebpflb.source import DropNode, DropSlice, Event, PutNode, PutService, PutSlice, Synced
 from ebpflb.source.manifests import ManifestSource
 from ebpflb.source.store import Store
-from tests.unit.test_parse import service_object, slice_object
+from tests.json_objects import service_object, slice_object
 
 DEADLINE = 20.0
 GRACE = 0.02

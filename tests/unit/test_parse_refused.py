@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from ebpflb.source import validate, wire
-from tests.unit.test_parse import Json, decode, service_object, slice_object
+from tests.json_objects import Json, decode, service_object, slice_object
 
 RANGE = "must be between 1 and 65535, inclusive"
 LABEL = (
