@@ -36,8 +36,10 @@ SOURCES = ("sock.c", "tc.c", "xdp.c")
 CACHE_ENVIRONMENT = "EBPFLB_CACHE"
 DEFAULT_CACHE = Path("/var/cache/ebpflb")
 _FORMAT = 2
-_COMPILE_SECONDS = 300
+"""Of the cache's files: another one for each change of the classes below."""
 _KEPT = 16
+"""How many files the cache keeps."""
+_COMPILE_SECONDS = 300
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
 

@@ -1,4 +1,4 @@
-"""How the rows of `bpf/maps.h` are laid out, as far as Python packs and unpacks them.
+"""How the rows of `bpf/maps.h` are laid out, as far as Python packs and unpacks them; many of them are back to back.
 
 Rules of this file: pure. `bpf/maps.h` defines the rows; REQUIRED repeats the names and sizes that are needed, and
 `check_layouts` refuses what the compiler laid out in any other way, before a row is written.
