@@ -192,12 +192,13 @@ def _timed(program: int, packet: Packet, repeat: int) -> tuple[program_calls.Tes
 
 class Variant(NamedTuple):
     """What is measured. `check` sees the last packet of each batch and its flow's number, and raises EbpflbError where
-    it is not right."""
+    it is not right. `before` so many packets pass first in each round, unmeasured."""
 
     name: str
     replay: Replay | Bare
     repeat: int
     check: Callable[[program_calls.TestRun, int], None] = lambda run, flow: None
+    before: int = 0
 
 
 def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
@@ -205,6 +206,8 @@ def measure(variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(rounds):
         for variant in variants if number % 2 == 0 else reversed(variants):
+            if variant.before:
+                variant.replay.run(variant.before)
             result, spent = variant.replay.run(variant.repeat)
             variant.check(result, variant.replay.flow)
             samples[variant.name].append(spent)
