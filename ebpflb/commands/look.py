@@ -34,7 +34,7 @@ from ebpflb.overview import found_in
 from ebpflb.parts import NothingProgrammed, Parts, choose, holder
 from ebpflb.problems import in_order
 from ebpflb.reconcile import Desired
-from ebpflb.routes import Key, Route, RouteTable, address_order, key_order
+from ebpflb.routes import Key, Kind, Route, RouteTable, address_order, key_order
 from ebpflb.source import Source
 
 log = logging.getLogger("ebpflb.look")
@@ -155,11 +155,18 @@ def differences(want: RouteTable, have: RouteTable) -> list[tuple[Key, Route | N
 def owner_differences(
     want: RouteTable, have: RouteTable
 ) -> list[tuple[Address, ServiceName | None, ServiceName | None]]:
-    """Every cluster IP whose Service differs, by which its undefined ports are refused: (address, wanted, held)."""
-    addresses = [
-        address for address in {*want.owned, *have.owned} if want.owned.get(address) != have.owned.get(address)
-    ]
-    return [(each, want.owned.get(each), have.owned.get(each)) for each in sorted(addresses, key=address_order)]
+    """Every cluster IP whose Service differs, by which its undefined ports are refused: (address, wanted, held). None
+    is missed where other Services' frontends have taken the address: IPVS, which has frontends only, cannot hold it."""
+    differing = {each for each in {*want.owned, *have.owned} if want.owned.get(each) != have.owned.get(each)}
+    missing = {each for each in differing if each not in have.owned}
+    if missing:
+        rows = [(frontend.address, route) for (frontend, _), route in want.items() if frontend.address in missing]
+        differing -= {address for address, _ in rows} - {
+            address
+            for address, route in rows
+            if route.kind is Kind.CLUSTER_IP and route.service.service == want.owned[address]
+        }
+    return [(each, want.owned.get(each), have.owned.get(each)) for each in sorted(differing, key=address_order)]
 
 
 def _held(config: Config, parts: Parts) -> RouteTable:
