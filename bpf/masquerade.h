@@ -3,9 +3,9 @@
  * The address and port under which a masqueraded flow leaves this node.
  *
  * They are found as soon as the device is known whose address must be taken: by XDP with the first packet that enters, by
- * tc with the first that leaves. A port is free if no flow that still needs it and no socket of the node could get the
- * same replies; the range lies outside the kernel's own ephemeral ports, so that hardly any later socket takes it either
- * (`leave_alone` has to do with those that do).
+ * tc with the first that leaves. A port is free if no flow that still needs it, no socket of the node and no Service could
+ * get the same replies. The range lies outside the kernel's own ephemeral ports and the usual node ports, so that hardly
+ * any later socket or Service takes it either (`leave_alone` has to do with sockets that do).
  */
 #ifndef EBPFLB_MASQUERADE_H
 #define EBPFLB_MASQUERADE_H
@@ -45,8 +45,21 @@ static inline int port_is_taken(void *context, const struct flow_key *reply)
 	return 1;
 }
 
+/*
+ * Whether the reply would be taken for a request: a backend that answers a datagram by a socket without a peer names where
+ * the answer goes, and a Service's address is replaced there (sendmsg in sock.c).
+ */
+static inline int is_asked_for(const struct flow_key *reply)
+{
+	return reply->protocol == IPPROTO_UDP &&
+	       find_frontend(&reply->destination, reply->destination_port, reply->protocol);
+}
+
 /* Seconds for which the port of a flow that has ended stays with it, as TIME_WAIT at its backend, if others are free. */
 #define LINGER 60
+
+/* Seconds for which an idle flow of datagrams keeps its port at least, as conntrack keeps one of a single exchange. */
+#define EXCHANGE 30
 
 /* Seconds for which an idle connection keeps its port: two hours and four minutes (RFC 5382, REQ-5). */
 #define PATIENCE 7440
@@ -92,11 +105,11 @@ static inline struct flow *leaving_request_row(const struct flow_key *reply, con
  * Whether a port that has been given out is its flow's no more: that has ended, in both directions (a half-closed
  * connection that is in use keeps its port, and so do datagrams that nobody answers), or it is a connection that was
  * never opened (or forged SYNs would take all ports), or has been idle for so long that its client must have vanished.
+ * `idle` is what an ended flow must have been at least, `silent` what one of datagrams must have been to count as ended.
  */
-static inline int is_free_again(const struct flow_key *reply, const struct flow *other, int hurry,
+static inline int is_free_again(const struct flow_key *reply, const struct flow *other, u64 idle, u64 silent,
 				const struct settings *node, u64 now)
 {
-	u64 idle = hurry ? 2 * node->refresh : (u64)LINGER * node->second;
 	struct flow_key key = {};
 	struct flow *request;
 
@@ -108,8 +121,7 @@ static inline int is_free_again(const struct flow_key *reply, const struct flow 
 	else
 		request = request_row(reply, other, &key);
 	if (reply->protocol != IPPROTO_TCP)
-		return is_over(other, reply->protocol, node, now) &&
-		       (!request || is_over(request, reply->protocol, node, now));
+		return is_idle(other->seen, silent, now) && (!request || is_idle(request->seen, silent, now));
 	if (!request || (other->flags & request->flags & FLOW_CLOSING))
 		return 1;
 	if (!(request->flags & FLOW_OPENING))
@@ -135,19 +147,26 @@ static inline void forget_requests(const struct flow_key *reply, const struct fl
 static inline int find_port(void *context, struct flow_key *reply, u16 client_port, struct flow *row,
 			    const struct settings *node)
 {
+	u64 idle = (u64)LINGER * node->second;
+	u64 silent = node->flow_idle;
 	struct flow *other;
 
 	set_mark(MARK_ENTERS, &reply->destination, 0);
 #pragma nounroll
 	for (int i = 0; i < PORT_TRIES; i++) {
+		if (i == PORT_TRIES / 2) {
+			idle = 2 * node->refresh; /* ports are scarce */
+			if (silent > (u64)EXCHANGE * node->second)
+				silent = (u64)EXCHANGE * node->second;
+		}
 		/* The CRC of SCTP covers the ports, and no helper mends it: such a flow keeps its port or has none. */
 		reply->destination_port = reply->protocol == IPPROTO_SCTP ? client_port : random_port(node);
-		if (port_is_taken(context, reply))
+		if (port_is_taken(context, reply) || is_asked_for(reply))
 			continue;
 		if (!flows.insert(reply, row))
 			return GO_ON;
 		other = flows.lookup(reply);
-		if (!other || !is_free_again(reply, other, i >= PORT_TRIES / 2, node, row->seen))
+		if (!other || !is_free_again(reply, other, idle, silent, node, row->seen))
 			continue;
 		forget_requests(reply, other);
 		if (!flows.update(reply, row))
@@ -210,7 +229,7 @@ static inline int leave_alone(struct __sk_buff *skb, const struct packet *packet
 		return PASS;
 	}
 	now = bpf_jiffies64();
-	if (is_free_again(&reply, flow, 1, node, now)) {
+	if (is_free_again(&reply, flow, 2 * node->refresh, node->flow_idle, node, now)) {
 		forget_requests(&reply, flow);
 		flows.delete(&reply);
 		return PASS;

@@ -356,3 +356,15 @@ def test_a_connection_that_is_used_in_one_direction_keeps_its_port(lab: Lab, by:
     way(OLD.but(flags="A").frame(lab.family))
     change(lab, *({DNAT, SNAT, UNSNAT, UNDNAT} - {used}), ago=2 * HOURS)
     assert not given(lab, by, NEXT)
+
+
+@both_paths
+def test_where_ports_are_scarce_datagrams_keep_theirs_for_half_a_minute(lab: Lab, by: str) -> None:
+    """And not for two: a node would serve some 240 clients a second only, each with one question for one backend."""
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=2 * MINUTE)
+    lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
+    way_of(lab, by)(OLD.but(protocol="udp").frame(lab.family))
+    change(lab, ago=MINUTE // 2 - 10)
+    assert not given(lab, by, NEXT.but(protocol="udp"))
+    change(lab, ago=20)
+    assert given(lab, by, NEXT.but(protocol="udp", sport=41001))

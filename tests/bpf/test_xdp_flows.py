@@ -499,6 +499,19 @@ def test_xdp_and_tc_never_give_out_one_port_twice(lab: Lab, protocol: str) -> No
     assert len(given) >= 12 and lab.node.counters()["PACKET_NO_PORT"] == 60 - len(given)
 
 
+@pytest.mark.parametrize("by", ("xdp", "tc"))
+def test_a_port_at_which_the_node_serves_datagrams_is_not_given_out(lab: Lab, by: str) -> None:
+    """A backend answers by a socket without a peer: on this node, an answer to a node port goes to that Service."""
+    lab.node.put_settings(snat_low=50000, snat_high=50001, refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
+    lab.node.put_frontend("node", 50000, "udp", lab.family, REMOTE)
+    way = lab.sent if by == "xdp" else lab.by_stack
+    first = Packet("outside", 40000, "lb", 80, "udp")
+    assert inside_of(first, way(first.frame(lab.family))).sport == 50001
+    second = lab.xdp(Packet("outside", 40001, "lb", 80, "udp").frame(lab.family))
+    assert second.verdict == XDP_DROP and lab.node.counters()["PACKET_NO_PORT"] == 1
+
+
 @both_protocols
 @pytest.mark.parametrize("after", ("xdp", "tc"))
 @pytest.mark.parametrize("before", ("xdp", "tc"))

@@ -167,9 +167,13 @@ def test_preference(side: list[Filter], expected: int) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        pytest.param(32768, 60999, (1024, 32767), id="as usual"),
-        pytest.param(10000, 20000, (20001, 65535), id="more above"),
-        pytest.param(1024, 60000, (60001, 65535), id="nothing below"),
+        pytest.param(32768, 60999, (1024, 29999), id="as usual"),
+        pytest.param(1024, 20000, (32768, 65535), id="above, and above the node ports"),
+        pytest.param(30100, 65535, (1024, 29999), id="from within the node ports"),
+        pytest.param(2048, 31000, (32768, 65535), id="up to within the node ports"),
+        pytest.param(29000, 33000, (33001, 65535), id="around the node ports"),
+        pytest.param(1024, 60000, (60001, 65535), id="nothing below, enough above"),
+        pytest.param(2000, 65535, (33768, 65535), id="too few below"),
         pytest.param(1024, 65535, (33280, 65535), id="nothing at all"),
         pytest.param(100, 65535, (32818, 65535), id="nothing at all, from below 1024"),
     ],

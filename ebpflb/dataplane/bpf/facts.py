@@ -36,6 +36,9 @@ _XDP_PASS = assemble(move(0, 2), EXIT)
 _CLOCK_MONOTONIC_COARSE = 6
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 _LOWEST_PORT = 1024
+_FEWEST_PORTS = 4096
+NODE_PORTS = (30000, 32767)
+"""kube-apiserver's --service-node-port-range where nobody sets it, both inclusive."""
 _CLONE_NEWNET = 0x40000000
 _LOOPBACK = 1
 
@@ -158,15 +161,21 @@ def snat_ports() -> tuple[int, int]:
 
 
 def free_ports(low: int, high: int) -> tuple[int, int]:
-    """The larger of the two intervals of 1024…65535 beside the ephemeral ports `low`…`high`.
+    """The largest interval of 1024…65535 beside the ephemeral ports `low`…`high` and those that Kubernetes gives to
+    node ports unless told otherwise: a Service that gets the port of a living flow gets its datagrams too
+    (masquerade.h).
 
-    Where nothing is left beside them, their upper half: a masqueraded flow and a socket of this node then collide
-    only if both talk to the same backend by the same port.
+    Where fewer than 4,096 are left there, the upper half of the ephemeral ports: a masqueraded flow and a socket of
+    this node then collide only if both talk to the same backend by the same port.
     """
-    below, above = (_LOWEST_PORT, low - 1), (high + 1, 65535)
-    best = max(below, above, key=lambda interval: interval[1] - interval[0])
-    if best[0] <= best[1]:
-        return best
+    free = [
+        (first, last)
+        for start, end in ((_LOWEST_PORT, low - 1), (high + 1, 65535))
+        for first, last in ((start, min(end, NODE_PORTS[0] - 1)), (max(start, NODE_PORTS[1] + 1), end))
+    ]
+    first, last = max(free, key=lambda interval: interval[1] - interval[0])
+    if last - first >= _FEWEST_PORTS - 1:
+        return first, last
     return ((low + high + 1) // 2, high)
 
 
