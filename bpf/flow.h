@@ -15,17 +15,7 @@
 #ifndef EBPFLB_FLOW_H
 #define EBPFLB_FLOW_H
 
-#include "row.h"
-
-/* How often another port is tried before a flow is given up. */
-#define PORT_TRIES 12
-
-static inline u16 random_port(const struct settings *node)
-{
-	u32 span = (u32)node->snat_high - node->snat_low + 1;
-
-	return swap16((u16)(node->snat_low + (u32)(((u64)bpf_get_prandom_u32() * span) >> 32)));
-}
+#include "port.h"
 
 /*
  * The row by which replies find back to the frontend; `key` is what they are where they leave. Two flows of one client

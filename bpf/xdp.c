@@ -20,6 +20,7 @@
 #include "parse.h"
 #include "admit.h"
 #include "row.h"
+#include "port.h"
 #include "flow.h"
 #include "masquerade.h"
 #include "nat.h"

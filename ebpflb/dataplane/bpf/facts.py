@@ -163,7 +163,7 @@ def snat_ports() -> tuple[int, int]:
 def free_ports(low: int, high: int) -> tuple[int, int]:
     """The largest interval of 1024…65535 beside the ephemeral ports `low`…`high` and those that Kubernetes gives to
     node ports unless told otherwise: a Service that gets the port of a living flow gets its datagrams too
-    (masquerade.h).
+    (port.h).
 
     Where fewer than 4,096 are left there, the upper half of the ephemeral ports: a masqueraded flow and a socket of
     this node then collide only if both talk to the same backend by the same port.
