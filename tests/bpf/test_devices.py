@@ -205,6 +205,21 @@ def test_rows_follow_addresses(namespace: Namespace, loaded: Loaded) -> None:
         until(devices, lambda: row("eth0") == wanted, lambda: row("eth0"))
 
 
+def test_masquerade_does_not_take_a_virtual_address_that_comes(namespace: Namespace, loaded: Loaded) -> None:
+    """It leaves for another node again, and the answers with it: as keepalived and kube-vip add one, or plainly."""
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link set eth0 up")
+    namespace.ip("addr add 192.168.0.2/24 dev eth0")
+    namespace.ip("addr add fd00::2/64 dev eth0 nodad")
+    with running(namespace, loaded) as devices:
+        for virtual in ("192.168.0.100/32", "fd00::100/128 nodad", "fd00::101/64 nodad"):
+            namespace.ip(f"addr add {virtual.split()[0]} dev eth0 {virtual.partition(' ')[2]}")
+        namespace.ip("link set eth0 mtu 1400")  # seen when all before it has been
+        wanted = Row(packed("192.168.0.2"), packed("fd00::2"), loaded.clsact, 1400, namespace.mac("eth0"))
+        index = namespace.index("eth0")
+        until(devices, lambda: loaded.rows().get(index) == wanted, lambda: loaded.rows().get(index))
+
+
 def test_rows_follow_mtu_and_mac(namespace: Namespace, loaded: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     index = namespace.index("eth0")

@@ -95,8 +95,8 @@ def test_pod_devices(device: Link, name: str, expected: bool) -> None:
     assert is_pod_device(device, LINKS, name) is expected
 
 
-def at(index: int, address: str, scope: int = 0, flags: int = 0) -> InterfaceAddress:
-    return InterfaceAddress(index, 6 if ":" in address else 4, packed(address), scope, flags)
+def at(index: int, address: str, scope: int = 0, flags: int = 0, bits: int = 24) -> InterfaceAddress:
+    return InterfaceAddress(index, 6 if ":" in address else 4, packed(address), scope, flags, bits)
 
 
 SECONDARY, DADFAILED, DEPRECATED, TENTATIVE = 0x01, 0x08, 0x20, 0x40
@@ -108,6 +108,19 @@ HOST, LINK = 254, 253
     [
         pytest.param(NODE, [], {}, "", id="none at all"),
         pytest.param(NODE, [at(2, "192.0.2.1"), at(2, "192.0.2.2")], {}, "192.0.2.1", id="the first"),
+        pytest.param(
+            NODE, [at(2, "fd00::2"), at(2, "fd00::1")], {}, "fd00::1", id="the first, of IPv6 the last listed"
+        ),
+        pytest.param(NODE, [at(2, "192.0.2.9", bits=32), at(2, "192.0.2.1")], {}, "192.0.2.1", id="no virtual one"),
+        pytest.param(NODE, [at(2, "fd00::1", bits=64), at(2, "fd00::9", bits=128)], {}, "fd00::1", id="nor of IPv6"),
+        pytest.param(NODE, [at(2, "192.0.2.1", bits=32)], {}, "192.0.2.1", id="a single one, if there is no other"),
+        pytest.param(
+            PORT,
+            [at(2, "192.0.2.1", bits=32), at(5, "10.0.0.1")],
+            {4: 2},
+            "192.0.2.1",
+            id="a single one of the default route's device",
+        ),
         pytest.param(
             NODE, [at(2, "192.0.2.9", flags=SECONDARY), at(2, "192.0.2.1")], {}, "192.0.2.1", id="not secondary"
         ),

@@ -71,25 +71,29 @@ def masquerade_addresses(
     """What masquerade takes on `link`, (IPv4, IPv6), 16 zero bytes for none.
 
     The device's own first global address; of a bridge port or another slave, its master's; failing that, one of the
-    node's, best of the device of the default route (`defaults`: by version).
+    node's, best of the device of the default route (`defaults`: by version). First is what has been there for longest,
+    and not a single address beside one of a network: that may be a virtual one, which moves to another node with all
+    that is answered to it. `held` is in the order in which the kernel lists addresses.
     """
     own = {link.ifindex, link.master} - {0}
 
-    def rank(address: InterfaceAddress) -> tuple[bool, ...]:
+    def rank(place: int, address: InterfaceAddress) -> tuple[bool | int, ...]:
         device = links.get(address.ifindex)
         idle = device is None or device.kind == "dummy" or bool(device.flags & IFF_LOOPBACK)
         poor = bool(address.flags & (IFA_F_DEPRECATED | IFA_F_TENTATIVE | IFA_F_SECONDARY))
         elsewhere = address.ifindex not in own
         away = elsewhere and address.ifindex != defaults.get(address.version)
-        return (elsewhere, address.ifindex != link.ifindex, poor, away, idle)
+        single = address.bits == (32 if address.version == 4 else 128)
+        # A device's addresses are listed in the order in which they came, but those of IPv6 in reverse (as of 6.18).
+        age = place if address.version == 4 else -place
+        return (elsewhere, address.ifindex != link.ifindex, poor, away, idle, single, address.ifindex, age)
 
     def best(version: int) -> bytes:
         usable = [
-            address
-            for address in held
+            (rank(place, address), address.address)
+            for place, address in enumerate(held)
             if address.version == version and address.scope == SCOPE_GLOBAL and not address.flags & IFA_F_DADFAILED
         ]
-        # min() keeps the first of equals, and the kernel lists a device's primary address first.
-        return min(usable, key=rank).address if usable else _NOWHERE
+        return min(usable)[1] if usable else _NOWHERE
 
     return best(4), best(6)
