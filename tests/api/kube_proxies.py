@@ -26,7 +26,7 @@ from ebpflb.demo import namespaces
 from ebpflb.model import DetectLocal, ProxyOptions, Snapshot
 from ebpflb.source.local import look
 from tests.api.client import Object
-from tests.api.control_plane import ADVERTISED, ControlPlane, Program, until
+from tests.api.control_plane import ADVERTISED, PATIENCE, ControlPlane, Program, until
 from tests.api.follower import fresh
 from tests.api.objects import node as node_object
 from tests.api.objects import put_node
@@ -114,7 +114,8 @@ class KubeProxies:
                         found[version6] = text
             return len(found) == 2
 
-        until(f"kube-proxy {name} has written everything", probe)
+        # All of them write thousands of rules at once, on the processors that there are.
+        until(f"kube-proxy {name} has written everything", probe, 3 * PATIENCE)
         return found
 
     def snapshot(self, name: str) -> Snapshot:
