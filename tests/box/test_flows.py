@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from ebpflb.demo import namespaces
 from tests.box.box import SLO, Box
 from tests.box.clients import Answer, Target, about
+from tests.box.objects import Port
 from tests.box.services import TARGET, ServiceInBox, unready
 from tests.box.sockets import family_of
 from tests.pace import PACE
@@ -233,3 +238,38 @@ def test_many_clients_behind_one_masquerading_node(box: Box, family: str) -> Non
     finally:
         for conversation in open_ones:
             conversation.close()
+
+
+@contextmanager
+def ephemeral_ports(box: Box, node: str, low: int, high: int) -> Iterator[None]:
+    """A node whose sockets take their ports there, and whose daemon has found it so."""
+
+    def restarted_with(value: str) -> None:
+        daemon = box.cluster.nodes[node].daemon
+        assert daemon is not None and daemon.stop() == 0
+        namespaces.sysctl(box.cluster.nodes[node].namespace, {"ipv4/ip_local_port_range": value})
+        box.cluster.start_daemons([node])
+
+    with namespaces.inside(box.cluster.nodes[node].namespace):
+        before = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    restarted_with(f"{low} {high}")
+    try:
+        yield
+    finally:
+        restarted_with(before)
+
+
+@pytest.mark.dataplanes("bpf")
+def test_an_answer_is_not_taken_for_a_question_by_its_port(own: Box) -> None:
+    """A third of the 4,096 ports by which node1 masquerades are node ports, to which its pods' answers would go."""
+    with ephemeral_ports(own, "node1", 5120, 65535):
+        for first in range(1024, 2224, 100):
+            ports = [Port(port, "UDP", f"p{port}", port, TARGET) for port in range(first, first + 100)]
+            own.prepare("b1", ports=ports, type="NodePort").write()
+        web = own.service("a2", kinds=["NodePort"])
+        for family in ("ipv4", "ipv6"):
+            to = web.node_port("node1", family)
+            answers = [own.clients.ask(own.place("outside"), to, "UDP") for _ in range(40)]
+            assert {answer.server for answer in answers if isinstance(answer, Answer)} == {"a2"}
+            assert [str(answer) for answer in answers if not isinstance(answer, Answer)] == []
+            assert {answer.port for answer in answers if isinstance(answer, Answer)} <= {*range(2224, 5120)}
