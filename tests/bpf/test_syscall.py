@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpflb.dataplane.bpf import facts, map_calls, program_calls, syscall
+from ebpflb.dataplane.bpf import facts, map_calls, ports, program_calls, syscall
 from ebpflb.dataplane.bpf.assembly import EXIT, move
 from ebpflb.dataplane.bpf.constants import PROG_TYPE_CGROUP_SOCK_ADDR, PROG_TYPE_SCHED_CLS, PROG_TYPE_XDP
 
@@ -214,7 +214,7 @@ def test_a_second_has_so_many_jiffies() -> None:
 
 def test_facts_of_this_kernel() -> None:
     assert facts.netns_cookie() not in (None, 0)
-    low, high = facts.snat_ports()
+    low, high = ports.snat_ports()
     assert 1024 <= low < high <= 65535
     assert not facts.bpf_refusal() and facts.has_socket_programs() and facts.has_clsact()
     assert facts.may_administrate()

@@ -7,7 +7,7 @@ import pytest
 from ebpflb.dataplane.bpf.clsact import first_preference
 from ebpflb.dataplane.bpf.device_rows import Row
 from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
-from ebpflb.dataplane.bpf.facts import free_ports
+from ebpflb.dataplane.bpf.ports import free_ports
 from ebpflb.dataplane.bpf.tc import ALL_PROTOCOLS, INGRESS, Filter
 from ebpflb.routes import packed
 from ebpflb.rtnetlink import InterfaceAddress, Link

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ebpflb.dataplane import NODE, Report, Requirement
-from ebpflb.dataplane.bpf import devices, facts, maglev, map_calls, pins, tcx
+from ebpflb.dataplane.bpf import devices, facts, maglev, map_calls, pins, ports, tcx
 from ebpflb.dataplane.bpf.artifact import Artifact, load_artifact, read_sources, source_directory
 from ebpflb.dataplane.bpf.constants import Sizes
 from ebpflb.dataplane.bpf.device_rows import Rows, device_layout
@@ -186,7 +186,7 @@ class BpfDataplane:
             )
             stack.callback(edges.close)
             hertz = facts.jiffies_per_second()
-            low, high = facts.snat_ports()
+            low, high = ports.snat_ports()
             known = NodeFacts(
                 cookie,
                 FLOW_IDLE_SECONDS * hertz,

@@ -35,10 +35,6 @@ _XDP = 37
 _XDP_PASS = assemble(move(0, 2), EXIT)
 _CLOCK_MONOTONIC_COARSE = 6
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
-_LOWEST_PORT = 1024
-_FEWEST_PORTS = 4096
-NODE_PORTS = (30000, 32767)
-"""kube-apiserver's --service-node-port-range where nobody sets it, both inclusive."""
 _CLONE_NEWNET = 0x40000000
 _LOOPBACK = 1
 
@@ -151,32 +147,6 @@ def jiffies() -> int:
         return program_calls.prog_test_run(fd, bytes(14)).verdict & 0xFFFFFFFF
     finally:
         os.close(fd)
-
-
-def snat_ports() -> tuple[int, int]:
-    """The first and last port for masquerade: see `free_ports`; the ports of this network namespace's own sockets are
-    those of net.ipv4.ip_local_port_range."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    return free_ports(low, high)
-
-
-def free_ports(low: int, high: int) -> tuple[int, int]:
-    """The largest interval of 1024…65535 beside the ephemeral ports `low`…`high` and those that Kubernetes gives to
-    node ports unless told otherwise: a Service that gets the port of a living flow gets its datagrams too
-    (port.h).
-
-    Where fewer than 4,096 are left there, the upper half of the ephemeral ports: a masqueraded flow and a socket of
-    this node then collide only if both talk to the same backend by the same port.
-    """
-    free = [
-        (first, last)
-        for start, end in ((_LOWEST_PORT, low - 1), (high + 1, 65535))
-        for first, last in ((start, min(end, NODE_PORTS[0] - 1)), (max(start, NODE_PORTS[1] + 1), end))
-    ]
-    first, last = max(free, key=lambda interval: interval[1] - interval[0])
-    if last - first >= _FEWEST_PORTS - 1:
-        return first, last
-    return ((low + high + 1) // 2, high)
 
 
 def loads(type: int, code: bytes, attach_type: int = 0, flags: int = 0) -> bool:
