@@ -3,7 +3,8 @@
 Who does what, from the kernel up; `dataplane` puts it all together.
 
     kernel     `syscall` is bpf(2) and nothing else, `map_calls` and `program_calls` are its commands; `facts` asks the
-               kernel about itself, where need be by programs of a few lines (`assembly`)
+               kernel about itself, where need be by programs of a few lines (`assembly`); `ports` are those that are
+               free for masquerade
     programs   `compile` is a child process and the only importer of bcc; it gets its sources from `flatten` and its
                numbers from `constants`, and `artifact` keeps what it makes. `programs` loads and attaches that, `pins`
                is where it lives on, and `others` are those whom it succeeds
