@@ -22,10 +22,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -207,15 +207,25 @@ class ControlPlane:
 
     def etcd_call(self, path: str, body: dict[str, object]) -> dict[str, dict[str, str]]:
         """One call of etcd's JSON gateway."""
+        with self._etcd() as etcd:
+            return etcd(path, body)
+
+    @contextmanager
+    def _etcd(self) -> Iterator[Callable[[str, dict[str, object]], dict[str, Any]]]:
+        """Calls of etcd's JSON gateway by one connection."""
         connection = http.client.HTTPConnection(LOOPBACK, self._etcd_port, timeout=20)
+
+        def call(path: str, body: dict[str, object]) -> dict[str, Any]:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            found: dict[str, Any] = json.loads(answer.read())
+            assert answer.status == 200, (path, found)
+            return found
+
         try:
             with inside(self._namespace):
                 connection.connect()
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            found: dict[str, dict[str, str]] = json.loads(answer.read())
-            assert answer.status == 200, (path, found)
-            return found
+            yield call
         finally:
             connection.close()
 
@@ -226,9 +236,13 @@ class ControlPlane:
             self.etcd_call("/v3/kv/txn", {"success": [{"request_put": _put(resource, each)} for each in batch]})
 
     def unload(self, resource: str, namespace: str) -> None:
-        """Delete all objects of `resource` in a namespace in the same way."""
+        """Delete all objects of `resource` in a namespace in the same way, one by one: a watch that ends amid many of
+        one revision, as no API server writes them, could not go on where it was."""
         start, end = f"/registry/{resource}/{namespace}/", f"/registry/{resource}/{namespace}0"
-        self.etcd_call("/v3/kv/deleterange", {"key": _base64(start), "range_end": _base64(end)})
+        with self._etcd() as etcd:
+            found = etcd("/v3/kv/range", {"key": _base64(start), "range_end": _base64(end), "keys_only": True})
+            for each in found.get("kvs", ()):
+                etcd("/v3/kv/deleterange", {"key": each["key"]})
 
     def save(self) -> Path:
         """A copy of all data, for `restore`; the API server sees a pause."""

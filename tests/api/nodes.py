@@ -38,6 +38,7 @@ TARGET = 8080
 ZONES = {"node1": "a", "node2": "b"}
 PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb")}
 PATIENCE = 20.0
+SOON = 0.3  # for an answer, where one that does not come is asked for again
 ACCOUNT = Path("/run/secrets/kubernetes.io/serviceaccount")  # behind /var/run, where a pod has it
 
 
@@ -132,37 +133,41 @@ class Nodes:
 
     # ---- Who answers ----
 
-    def ask(self, client: str, to: Target, patience: float = 1.0) -> Answer | Nothing:
+    def ask(self, client: str, to: Target, patience: float = 3.0) -> Answer | Nothing:
         """One connection."""
         return self.clients.ask(self.place(client), to, "TCP", patience=patience)
 
-    def who(self, client: str, to: Target, tries: int = 40) -> set[str]:
+    def who(self, client: str, to: Target, tries: int = 40, patience: float = 3.0) -> set[str]:
         """Who answers, by name; what comes instead counts as a name."""
         found = set()
         for _ in range(tries):
-            answer = self.ask(client, to, 0.3)
+            answer = self.ask(client, to, patience)
             found.add(answer.server if isinstance(answer, Answer) else answer.how)
             if isinstance(answer, Nothing) and answer.how == "silence":
                 break
         return found
 
+    def _now(self, client: str, to: Target, tries: int = 40) -> set[str]:
+        """As `who`, for whoever asks again."""
+        return self.who(client, to, tries, SOON)
+
     def until_reaches(self, client: str, to: Target, *servers: str, seconds: float = PATIENCE) -> None:
         """Until all of these answer, and nobody and nothing else does."""
-        until(f"{client} -> {to} reaches {servers}", lambda: self.who(client, to), set(servers), seconds)
+        until(f"{client} -> {to} reaches {servers}", lambda: self._now(client, to), set(servers), seconds)
 
     def until_answers(self, client: str, to: Target, how: str, seconds: float = PATIENCE) -> None:
         """Until this comes instead of an answer ("refused", "silence")."""
-        until(f"{client} -> {to} is {how}", lambda: self.who(client, to, 3), {how}, seconds)
+        until(f"{client} -> {to} is {how}", lambda: self._now(client, to, 3), {how}, seconds)
 
     def until_all(self, asked: Iterable[tuple[str, Target]], server: str, *, answers: bool) -> None:
         """Until this server answers all of these clients, or none of them any more."""
         for client, to in asked:
             what = f"{client} -> {to} {'reaches' if answers else 'is lost to'} {server}"
-            until(what, lambda client=client, to=to: server in self.who(client, to), answers)  # type: ignore[misc]
+            until(what, lambda client=client, to=to: server in self._now(client, to), answers)  # type: ignore[misc]
 
     def until_lost(self, client: str, to: Target, server: str) -> None:
         """Until this one answers no more, whatever comes instead."""
-        until(f"{client} -> {to} is lost to {server}", lambda: server in self.who(client, to, 2), False)
+        until(f"{client} -> {to} is lost to {server}", lambda: server in self._now(client, to, 2), False)
 
     # ---- Daemons ----
 

@@ -17,7 +17,7 @@ from ebpflb.demo.manifests import node as node_manifest
 from tests.api.accounts import account
 from tests.api.chaos import ChaosProxy
 from tests.api.client import Api, Object
-from tests.api.control_plane import ADVERTISED, ControlPlane
+from tests.api.control_plane import ADVERTISED, PATIENCE, ControlPlane
 from tests.deploy import base
 from tests.deploy.pod import Container, machine_root
 from tests.deploy.stage import PROTOCOLS, Running, Stage, config_files, endpoint_slice, service
@@ -144,7 +144,7 @@ def test_the_pod_serves_what_the_api_server_says(served: Running, api: Api, name
     api.replace(endpoint_slice(namespace))
     began = time.monotonic()
     while not stage.unanswered():
-        assert time.monotonic() - began < 10, daemon.words()
+        assert time.monotonic() - began < PATIENCE, daemon.words()
     daemon.process.terminate()
     assert daemon.process.wait(10) == 0, daemon.words()
     assert list((served.host.directory / "var/lib/ebpflb").iterdir())  # for a start while the server is away

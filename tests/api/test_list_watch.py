@@ -18,7 +18,7 @@ from ebpflb.source import DropService, PutNode, PutService, PutSlice, SourceStat
 from tests.api.chaos import ChaosProxy, answer_of
 from tests.api.client import Api, Object
 from tests.api.control_plane import ADMIN, ControlPlane
-from tests.api.follower import QUICK, Follower, access
+from tests.api.follower import IMPATIENT, QUICK, Follower, access
 from tests.api.objects import endpoint_slice, node, pod, put_node, put_pod, service, set_ready
 
 pytestmark = pytest.mark.api
@@ -289,7 +289,7 @@ def test_a_stopped_api_server_is_noticed_and_what_follows_is_not_missed(
     cluster: ControlPlane, api: Api, namespace: str
 ) -> None:
     """As after a cable is pulled: connections stay open and say nothing."""
-    with follower(cluster) as following:
+    with follower(cluster, timing=IMPATIENT) as following:
         following.sync()
         cluster.apiserver.signal(signal.SIGSTOP)
         try:
@@ -304,7 +304,7 @@ def test_a_stopped_api_server_is_noticed_and_what_follows_is_not_missed(
 
 
 def test_half_open_connections_are_given_up(cluster: ControlPlane, api: Api, proxy: ChaosProxy, namespace: str) -> None:
-    with follower(cluster, proxy) as following:
+    with follower(cluster, proxy, timing=IMPATIENT) as following:
         following.sync()
         proxy.swallowing = True
         api.create(service(namespace, "unheard"))

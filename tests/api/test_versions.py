@@ -55,7 +55,7 @@ def test_lists_watches_and_every_interruption(version: ControlPlane) -> None:
         api.create(endpoint_slice("default", f"s{number}-a", f"s{number}", [f"10.1.0.{number + 1}"]))
     api.create(service("default", "headless", clusterIP="None"))
     api.create(service("default", "elsewhere", type="ExternalName", externalName="example.com"))
-    timing = replace(QUICK, page=10, silence=8.0, watch_least=2.0, watch_most=4.0)
+    timing = replace(QUICK, page=10, watch_least=2.0, watch_most=4.0)
     with (
         ChaosProxy(loopback_listener(), version.identity, version.port) as proxy,
         Follower(access(version, account, proxy.port), node="node-1", timing=timing) as following,

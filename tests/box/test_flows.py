@@ -12,7 +12,7 @@ import pytest
 
 from ebpflb.demo import namespaces
 from tests.box.box import SLO, Box
-from tests.box.clients import Answer, Target, about
+from tests.box.clients import PATIENCE, Answer, Target, about
 from tests.box.objects import Port
 from tests.box.services import TARGET, ServiceInBox, unready
 from tests.box.sockets import family_of
@@ -35,7 +35,7 @@ class Sender:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def ask(self, patience: float = 1.0 * PACE, to: Target | None = None) -> tuple[Answer, Target]:
+    def ask(self, patience: float = PATIENCE, to: Target | None = None) -> tuple[Answer, Target]:
         """One datagram; who answered, and from where the answer seems to come. Raises OSError."""
         self.socket.settimeout(patience)
         self.socket.sendto(b"who?", to or self.to)
