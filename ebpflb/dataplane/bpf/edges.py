@@ -2,8 +2,10 @@
 
 Rules of this file: links and addresses in, decisions out. An edge is a device by which a packet enters or leaves this
 network namespace as an Ethernet frame: hardware, veths, VXLAN, VLANs. Not an edge: loopback; a bridge (its ports are);
-a slave of a bond or team (the master is); devices that lead nowhere (dummy) or where packets pass that a real edge
-sees too (VRF). A device without an Ethernet header cannot be one: the programs read Ethernet frames.
+a slave of a bond, a team, a netvsc… (the master is); a port of Open vSwitch (the device by which the stack reaches it
+is); devices that lead nowhere (dummy) or where packets pass that a real edge sees too (VRF): to a second edge on the
+same way in, what the first has translated is a client's own to a backend, and leaves without masquerade. A device
+without an Ethernet header cannot be one: the programs read Ethernet frames.
 """
 
 from __future__ import annotations
@@ -24,15 +26,27 @@ from ebpflb.rtnetlink import (
     Link,
 )
 
-_NOT_EDGES = ("bridge", "dummy", "vrf", "ifb", "nlmon", "vcan", "ovs")
-_MASTERS = ("bond", "team")
+_NOT_EDGES = ("bridge", "dummy", "vrf", "ifb", "nlmon", "vcan")
+_MASTERS_OF_EDGES = ("bridge", "vrf", "batadv")
+"""Kinds of masters whose slaves are edges: pods on one bridge reach each other past its own device; a VRF has no frames
+of its own; batman-adv takes from a slave only frames of its own protocol, which the programs pass by.
+
+Any other master hands its slaves' frames in once more, as its own: bonds, teams, and those of drivers, which have no
+kind (Azure's netvsc above its VF, net_failover). Open vSwitch, too, and there it could be the ports instead, as with a
+bridge. But its rules go by what is on the wire (spoof guards, its own conntrack, policies, Services): a flow translated
+at a port is a stranger's to them. Its CNIs (Antrea, Kube-OVN, OVN-Kubernetes) reckon with NAT where kube-proxy does it,
+behind the device of kind "openvswitch" by which the stack reaches them; and whatever backend is behind it, on this node
+or by a tunnel, answers to that device's address.
+"""
 _NOWHERE = bytes(16)
 
 
 def is_edge(link: Link, patterns: tuple[str, ...] = ()) -> bool:
     """Whether our programs belong on `link`. `patterns` (shell-like, () for all) narrow the node's own devices; veths
     and bridge ports, by which pods are reached, always belong."""
-    if link.type != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or link.kind in _NOT_EDGES or link.slave_kind in _MASTERS:
+    if link.type != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or link.kind in _NOT_EDGES:
+        return False
+    if link.master and link.slave_kind not in _MASTERS_OF_EDGES:
         return False
     if not patterns or link.kind == "veth" or link.slave_kind == "bridge":
         return True
