@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpflb.dataplane.bpf import map_calls
+from ebpflb.dataplane.bpf import facts, map_calls
 from ebpflb.dataplane.bpf.artifact import Artifact
 from ebpflb.demo import namespaces
 from ebpflb.routes import Masquerade
@@ -200,10 +200,11 @@ def test_an_end_that_one_path_sees_is_known_to_the_other(lab: Lab, begun: str, e
 def test_a_syn_that_is_sent_again_keeps_its_backend(lab: Lab) -> None:
     many = To(tuple(("remote", 8000 + number) for number in range(64)), masquerade=Masquerade.ALWAYS)
     lab.node.put_frontend("lb", 80, "tcp", lab.family, many)
-    frame = Packet("outside", 40000, "lb", 80).frame(lab.family)
+    request = Packet("outside", 40000, "lb", 80)
+    frame = request.frame(lab.family)
     first = lab.sent(frame)
     assert_same(lab.sent(frame), first)
-    assert_same(lab.by_stack(frame)[34:], first[34:]) if lab.family == 4 else None
+    assert_same(lab.by_stack(frame), inside_of(request, first).frame(lab.family), "by tc")
 
 
 def test_a_connection_whose_backend_has_gone(lab: Lab) -> None:
@@ -285,8 +286,8 @@ def test_a_stale_flow_that_goes_on_by_tc_is_counted_once(lab: Lab, protocol: str
 # ---- Ways
 
 
-def forget_ways(lab: Lab) -> None:
-    """What the FIB has said is no longer believed, as after a second."""
+def forget_ways(lab: Lab, believed_until: int = 0) -> None:
+    """What the FIB has said is no longer believed, as after a second; or until then (jiffies)."""
     fd = lab.node.maps["flows"]
     value, key_size = lab.node.packer("flows"), lab.node.packer("flows", key=True).layout.size
     way = value.layout.field("way")
@@ -295,7 +296,7 @@ def forget_ways(lab: Lab) -> None:
     size, at_until = value.layout.size, way.offset + until.offset
     for at in range(count):
         row = bytearray(values[at * size : (at + 1) * size])
-        row[at_until : at_until + until.bytes] = bytes(until.bytes)
+        row[at_until : at_until + until.bytes] = believed_until.to_bytes(until.bytes, "little")
         map_calls.update(fd, keys[at * key_size : (at + 1) * key_size], bytes(row))
 
 
@@ -327,6 +328,46 @@ def test_a_way_that_changes(lab: Lab, protocol: str) -> None:
         lab.passed_up(more)
     finally:
         namespaces.ip(lab.namespace, [f"route replace {there} dev up0", f"neigh del {there} dev up1"])
+
+
+@both_protocols
+@pytest.mark.parametrize("late", (0, 1, 1000))
+def test_what_the_fib_has_said_is_believed_for_its_time_only(lab: Lab, protocol: str, late: int) -> None:
+    """Or a flow would go the old way for as long as it has packets."""
+    lab.node.put_settings(refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, ELSEWHERE)
+    frame = Packet("outside", 40000, "lb", 80, protocol).frame(lab.family)
+    first = lab.sent(frame)
+    there, old = address("remote2", lab.family), WIRES["up0"].behind["remote2"]
+    try:
+        namespaces.ip(lab.namespace, [f"neigh replace {there} lladdr 02:00:00:00:99:99 dev up0 nud permanent"])
+        assert_same(lab.sent(frame), first, "still believed")
+        forget_ways(lab, (facts.jiffies() - late) & 0xFFFFFFFF)
+        assert lab.sent(frame)[:6] == bytes.fromhex("020000009999")
+        assert lab.sent(frame)[:6] == bytes.fromhex("020000009999"), "believed in its turn"
+    finally:
+        namespaces.ip(lab.namespace, [f"neigh replace {there} lladdr {old} dev up0 nud permanent"])
+
+
+@both_protocols
+def test_a_neighbour_that_becomes_known(lab: Lab, protocol: str) -> None:
+    """Until then tc carries the flow, and the stack asks; XDP goes on with tc's port."""
+    lab.node.put_settings(refresh=1 << 20)
+    lab.node.put_frontend("lb", 80, protocol, lab.family, To((("silent", 8080),), masquerade=Masquerade.ALWAYS))
+    request = Packet("outside", 40000, "lb", 80, protocol)
+    more = request.but(flags="A")
+    inside = inside_of(more, lab.by_both(request.frame(lab.family)), "silent")
+    assert_same(lab.by_both(more.frame(lab.family)), inside.frame(lab.family), "not yet")
+    there, mac = address("silent", lab.family), "02:00:00:00:98:98"
+    try:
+        namespaces.ip(lab.namespace, [f"neigh replace {there} lladdr {mac} dev up0 nud permanent"])
+        macs = bytes.fromhex((mac + WIRES["up0"].mac).replace(":", ""))
+        wanted = macs + inside.but(hops=inside.hops - 1).frame(lab.family)[12:]
+        assert_same(lab.sent(more.frame(lab.family)), wanted, "request")
+        wanted = on_wire(more.reply(), lab.family, "up0", "outside")
+        assert_same(lab.sent(inside.reply().frame(lab.family)), wanted, "reply")
+    finally:
+        namespaces.ip(lab.namespace, [f"neigh del {there} dev up0"])
 
 
 @both_protocols
