@@ -1,7 +1,7 @@
 """Frames that end too early or lie about their lengths, through XDP and tc.
 
 Rules of this file: whatever is no sound packet of a flow is passed, dropped by a verdict of its row, or translated in
-nothing but addresses, ports, sums and the hop; `Judge` of fuzz.py says so of tc's frames, `wrong` here of XDP's.
+nothing but addresses, ports, sums and the hop; the judges of the fuzz tests say so of every frame that is cut off.
 """
 
 from __future__ import annotations
@@ -12,14 +12,29 @@ import struct
 import pytest
 
 from ebpflb.routes import Masquerade
-from tests.bpf.loaded import DROP, REJECT, SHOT, UNSPEC, XDP_DROP, XDP_PASS, XDP_TX, To, gso_context
+from tests.bpf.fuzz import Judge
+from tests.bpf.loaded import (
+    DROP,
+    PROTOCOLS,
+    REDIRECT,
+    REJECT,
+    SHOT,
+    UNSPEC,
+    XDP_DROP,
+    XDP_PASS,
+    XDP_TX,
+    To,
+    gso_context,
+)
+from tests.bpf.test_xdp_fuzz import XdpJudge
 from tests.bpf.xdp_lab import Lab, on_wire, sport_of
-from tests.packets import ETHERNET, Packet, assert_same, icmp_error
+from tests.packets import ETHERNET, Packet, assert_same, icmp_error, packed
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
 REMOTE = To((("remote", 8080),), masquerade=Masquerade.ALWAYS)
+ERRORS = ("too-big", "unreachable", "exceeded")
 
 
 def put_services(lab: Lab) -> None:
@@ -71,33 +86,66 @@ def corpus(lab: Lab) -> dict[str, bytes]:
         made["extensions"] = Packet("outside", 40000, "lb", 80, extensions=("hop", "dest", "route"))
     frames = {name: packet.frame(lab.family) for name, packet in made.items()}
     about = Packet("uplink", 40000, "remote", 8080, "udp")
-    for kind in ("too-big", "unreachable", "exceeded"):
+    for kind in ERRORS:
         frames[kind] = icmp_error(kind, "router", "uplink", about, lab.family)
     return frames
 
 
-def test_every_kind_of_packet_cut_off_at_every_length(lab: Lab) -> None:
-    """No verdict but those that rows speak of, and what is passed is as it came."""
+def judges(lab: Lab) -> tuple[XdpJudge, Judge]:
+    """Of XDP and of tc, who know the rows of `put_services`."""
+
+    def ends(role: str, port: int) -> set[tuple[bytes, int, int]]:
+        return {(packed(role, lab.family), port, int(number)) for number in PROTOCOLS.values()}
+
+    forwarding, refusing, dropping = ends("lb", 80), ends("lb", 81) | ends("vip", 7), ends("lb", 82)
+    own = {packed("uplink", lab.family)}
+    return XdpJudge(forwarding, dropping, own), Judge(forwarding, refusing, dropping, ends("remote", 8080), own)
+
+
+@pytest.mark.parametrize("known", (False, True), ids=("new", "known"))
+def test_every_kind_of_packet_cut_off_at_every_length(lab: Lab, known: bool) -> None:
+    """No verdict but those that rows speak of. What is passed is as it came; what tc translates is, as far as it goes,
+    what the whole becomes. `known`: XDP has begun both flows, and the errors are about one of them."""
+    lab.node.put_settings(snat_low=40000, snat_high=40000)
     put_services(lab)
-    for name, frame in corpus(lab).items():
+    by_xdp, by_tc = judges(lab)
+    frames = corpus(lab)
+    seen: dict[tuple[str, int], set[str]] = {}
+
+    def begin_anew() -> None:
+        lab.node.forget("flows")
+        for name in ("tcp", "udp") if known else ():
+            lab.sent(frames[name])
+
+    for name, frame in frames.items():
+        begin_anew()
+        whole = lab.tc("tc_ingress", frame, "up0").frame
         for length in range(ETHERNET, len(frame) + 1):
             piece = frame[:length]
+            begin_anew()
             ran = lab.xdp(piece)
-            assert ran.verdict in (XDP_PASS, XDP_TX, XDP_DROP), (name, length)
-            assert ran.verdict != XDP_DROP or name == "dropped", (name, length)
-            assert ran.verdict != XDP_TX or name in ("tcp", "udp"), (name, length)
-            assert len(ran.frame) == length
-            if ran.verdict == XDP_PASS:
-                assert_same(ran.frame, piece, f"{name}, {length} bytes")
+            complaint = by_xdp.complaint(piece, ran.verdict, ran.frame)
+            assert not complaint, (name, length, complaint)
+            assert ran.verdict != XDP_TX or piece == frame, (name, length)
+            if ran.verdict != XDP_PASS:
+                seen.setdefault(("xdp", ran.verdict), set()).add(name)
             if not can_run(piece):
                 continue
-            by_tc = lab.tc("tc_ingress", piece, "up0")
-            refused = name.startswith("refused") or name == "undefined"
-            assert by_tc.verdict == UNSPEC or refused or (name in ("dropped", "sctp") and by_tc.verdict == SHOT), (
-                name, length, by_tc.verdict,
-            )  # fmt: skip
-            if by_tc.verdict == UNSPEC and by_tc.frame != piece:
-                assert len(by_tc.frame) == length
+            begin_anew()
+            ran = lab.tc("tc_ingress", piece, "up0")
+            complaint = by_tc.complaint(piece, ran.verdict, ran.frame, ingress=True)
+            assert not complaint, (name, length, complaint)
+            assert ran.verdict != UNSPEC or ran.frame in (piece, whole[:length]), (name, length)
+            if ran.verdict != UNSPEC or ran.frame != piece:
+                seen.setdefault(("tc", ran.verdict), set()).add(name)
+    odd = {"fragment", "options" if lab.family == 4 else "extensions"}
+    assert seen == {
+        ("xdp", XDP_TX): {"tcp", "udp"},
+        ("xdp", XDP_DROP): {"dropped"},
+        ("tc", UNSPEC): {"tcp", "udp", *odd, *(("later-fragment", *ERRORS) if known else ())},
+        ("tc", REDIRECT): {"refused-tcp", "refused-udp", "undefined"},
+        ("tc", SHOT): {"refused-tcp", "dropped", "sctp"},
+    }
     assert lab.node.counters()["PACKET_TOO_SHORT"] > 0
 
 
@@ -143,7 +191,7 @@ def test_a_packet_that_is_too_long_to_say_how_long(lab: Lab) -> None:
     assert_same(ran.frame[: skip.start] + ran.frame[skip.stop :], wanted[: skip.start] + wanted[skip.stop :])
 
 
-@pytest.mark.parametrize("kind", ("too-big", "unreachable", "exceeded"))
+@pytest.mark.parametrize("kind", ERRORS)
 def test_an_error_that_says_to_end_inside_what_it_quotes(lab: Lab, kind: str) -> None:
     put_services(lab)
     whole = Packet("outside", 40000, "lb", 80, payload=b"payload")
@@ -175,7 +223,8 @@ def test_a_length_field_that_lies(lab: Lab, protocol: str, lie: str) -> None:
         out = lab.sent(frame)
         inside = whole.but(source="uplink", sport=sport_of(out), destination="remote", dport=8080)
         assert_same(out, saying(on_wire(inside, lab.family, "up0", "remote"), value, lab.family))
-    assert len(lab.entered(frame)) == len(frame)
+    entered = saying(whole.but(destination="remote", dport=8080).frame(lab.family), value, lab.family)
+    assert_same(lab.entered(frame), entered, "by tc")
     long = whole.but(payload=bytes(1600)).frame(lab.family)
     lab.passed_up(saying(long, 100, lab.family))
 
@@ -228,7 +277,8 @@ def test_an_extension_header_beyond_the_frame(lab: Lab, length: int) -> None:
     frame = frame[:at] + bytes([length]) + frame[at + 1 :]
     lab.passed_up(frame)
     ran = lab.tc("tc_ingress", frame, "up0")
-    assert ran.verdict == UNSPEC and len(ran.frame) == len(frame)
+    assert ran.verdict == UNSPEC and not judges(lab)[1].complaint(frame, ran.verdict, ran.frame, ingress=True)
+    assert (ran.frame != frame) == (length == 1), "the true one"
 
 
 def test_padding_behind_a_short_packet_stays(lab: Lab) -> None:
