@@ -278,6 +278,16 @@ def test_a_table_spreads_sockets(sock_lab: Lab, family: int) -> None:
 
 
 @both_families
+@pytest.mark.parametrize("connected", (True, False), ids=("connect", "sendto"))
+def test_a_socket_goes_by_the_table_and_not_by_chance(sock_lab: Lab, family: int, connected: bool) -> None:
+    """Every place of this one is the first backend's."""
+    backends = Backends(sock_lab, family)
+    sock_lab.loaded.put_frontend("vip", 80, "udp", family, to(*PORTS, affinity=0, table=1))
+    sock_lab.loaded.put_table(1, 1, 1)
+    assert {backends.asked("vip", connected=connected) for _ in range(ENOUGH)} == {PORTS[0]}
+
+
+@both_families
 @pytest.mark.parametrize("table", (1, 200))
 def test_a_table_that_is_missing(sock_lab: Lab, family: int, table: int) -> None:
     """Or of a size that this program does not know: any backend will do."""
