@@ -595,6 +595,25 @@ def test_cleanup_leaves_qdiscs_as_before(namespace: Namespace, filtering: Loaded
     assert namespace.qdiscs() == before
 
 
+def test_cleanup_after_an_upgrade_with_empty_maps_leaves_qdiscs_as_before(
+    namespace: Namespace, artifact: Artifact, filtering: Loaded
+) -> None:
+    """Whose the qdisc is stood in a row of the old maps."""
+    namespace.ip("link add eth0 type veth peer name far")
+    namespace.ip("link add used type veth peer name used-in")
+    namespace.tc("qdisc add dev used clsact")
+    namespace.tc("filter add dev used egress pref 9 protocol ip u32 match u32 0 0")
+    before = namespace.qdiscs()
+    with running(namespace, filtering):
+        pass
+    with contextlib.closing(Loaded(artifact, False)) as upgraded:
+        with running(namespace, upgraded):
+            pass
+        with namespace.entered():
+            installed(upgraded.rows(), remove=True)
+    assert namespace.qdiscs() == before
+
+
 def test_empty_clsact_of_somebody_else_stays(namespace: Namespace, filtering: Loaded) -> None:
     namespace.ip("link add eth0 type veth peer name far")
     namespace.tc("qdisc add dev eth0 clsact")

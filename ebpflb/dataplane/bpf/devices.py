@@ -216,12 +216,13 @@ class Devices:
         if self._xdp is not None:
             around = Surroundings(self._links, self._addresses, self._defaults, self._patterns, self._pod_interface)
             self._xdp.plan(edges, around)
+        known = {index: self._attached.get(index, _made(self._rows.get(index))) for index in edges}
         # Rows go first: a program that finds no row has no address to masquerade with.
         written += self._write_rows(edges)
         for index in sorted(edges):
             renamed = index in before and before[index].name != self._links[index].name
             if index not in self._attached or index in suspects or index in self._failures or renamed:
-                written += self._guarded(index, self._attach)
+                written += self._guarded(index, functools.partial(self._attach, made=known[index]))
         if self._xdp is not None:
             written += self._xdp.release() + self._xdp.attach()
         return written + self._write_rows(edges)
@@ -241,10 +242,9 @@ class Devices:
         self._failures.pop(index, None)
         return written
 
-    def _attach(self, index: int) -> int:
-        """Our programs on both sides, whatever was there; how many had to be attached."""
+    def _attach(self, index: int, made: bool | None) -> int:
+        """Our programs on both sides, whatever was there; how many had to be attached. `made`: as in `clsact`."""
         is_new = index not in self._attached
-        made = _made(self._rows.get(index)) if is_new else self._attached[index]
         filtered = clsact.is_at_work(self._netlink, index)
         if self._tcx is not None and (not filtered or tcx.running(index)):
             written = self._tcx.keep(index)
