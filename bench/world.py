@@ -129,6 +129,7 @@ class World:
         """The range from which masquerade takes its ports: one of a single port decides which it is."""
         second = 250
         values = {"netns": 1, "flow_idle": 1 << 40, "refresh": second, "layout": LAYOUT, "second": second}
+        values["by_stack"] = 1 << 30  # looked at, and never due
         row = bytearray(self._settings.size)
         for name, value in (values | {"snat_low": low, "snat_high": high}).items():
             field = self._settings.field(name)

@@ -177,7 +177,8 @@ struct settings {
 	u8 pod_interface_is_prefix;
 	u8 flows_elsewhere; /* another dataplane carried Services before: connections not known here are its own */
 	u8 retired;         /* another one carries them now: a port that it takes is no longer ours */
-	u8 pad[5];
+	u8 pad;
+	u32 by_stack; /* jiffies after which a packet to a neighbour goes by the stack; 0: never */
 };
 _Static_assert(sizeof(struct settings) == 64, "struct settings");
 
@@ -360,6 +361,12 @@ _Static_assert(sizeof(struct hop) == 64, "struct hop");
 #define HOP_CELLS 2048
 
 /*
+ * When XDP last left a packet to a neighbour to the stack, by a hash of its link-layer address and device: the low word
+ * of jiffies, at first that of the first packet to it. Neighbours of one hash share it.
+ */
+#define NEIGHBOUR_CELLS 1024
+
+/*
  * Hints where `flows` may have rows, so that packets which are nobody's need not look: a byte for each of many hash
  * values of an address, set before the row is written and never cleared. A false hint costs one lookup.
  */
@@ -381,6 +388,7 @@ BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, MAX_FRAGM
 BPF_TABLE("lru_hash", struct socket_key, struct socket_value, sockets, MAX_SOCKETS);
 BPF_TABLE("lru_hash", struct affinity_key, struct affinity, affinity, MAX_CLIENTS);
 BPF_TABLE("percpu_array", u32, struct hop, hops, HOP_CELLS);
+BPF_TABLE("array", u32, u32, neighbours, NEIGHBOUR_CELLS);
 
 /* ---- Counters: one cell for each thing worth counting, summed over CPUs by the reader ---- */
 
@@ -419,6 +427,7 @@ enum counter {
 	XDP_OPTIONS,          /* left to the stack: IP options, extension headers or a fragment */
 	AROUND_SENT,          /* a packet went from one pod to another around the stack */
 	XDP_NO_ROUTE,         /* left to the stack: the FIB has no way that XDP could take */
+	XDP_BY_STACK,         /* left to the stack, lest it never asks whether the neighbour is still there */
 	COUNTERS
 };
 

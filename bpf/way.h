@@ -28,12 +28,22 @@ static inline int is_for(const struct ethhdr *ethernet, const struct way *way)
 	return there[0] == own[0] && (u16)there[1] == (u16)own[1];
 }
 
-/* A copy of what a row keeps; 0 where that is nothing, too old, being written or not known to carry this length. */
-static inline int recall_way(const struct way *kept, u32 length, u32 entered, u64 now, struct way *way)
+/* Until when is believed what the FIB says now. */
+static inline u32 believed_until(const struct settings *node, u64 now)
 {
-	u32 until = kept->until;
+	return (u32)(now + node->refresh) ?: 1;
+}
 
-	if (!until || (s32)(until - (u32)now) <= 0 || kept->entered != entered || length > kept->mtu)
+/*
+ * A copy of what a row keeps; 0 where that is nothing, too old, being written or not known to carry this length. No way is
+ * believed for longer than a refresh: what seems to be was written before the word came round.
+ */
+static inline int recall_way(const struct way *kept, u32 length, u32 entered, const struct settings *node, u64 now,
+			     struct way *way)
+{
+	u32 until = kept->until, left = until - (u32)now;
+
+	if (!until || !left || left > (u32)node->refresh + 1 || kept->entered != entered || length > kept->mtu)
 		return 0;
 	*way = *kept;
 	asm volatile("" ::: "memory");
@@ -51,6 +61,29 @@ static inline void keep_way(struct way *kept, const struct way *way)
 	kept->mtu = way->mtu;
 	asm volatile("" ::: "memory");
 	kept->until = way->until;
+}
+
+/*
+ * Whether it is the stack's turn to send to this neighbour. A neighbour that the stack does not send to is never asked
+ * whether it is still there (RFC 4861 7.3.3; arp(7)), and the FIB tells its last link-layer address for ever. A packet
+ * that goes by the stack now and then has it asked, and looked for anew where it does not answer.
+ */
+static inline int is_for_the_stack(const struct way *way, const struct settings *node, u64 now)
+{
+	const u32 *frame = (const void *)way->frame;
+	u32 cell = finished(mix(mix(way->device, frame[0]), frame[1] & 0xffff)) % NEIGHBOUR_CELLS;
+	u32 *last, before;
+
+	if (!node->by_stack)
+		return 0;
+	last = neighbours.lookup(&cell);
+	if (!last)
+		return 0;
+	before = *last;
+	if (before && (u32)now - before < node->by_stack)
+		return 0;
+	*last = (u32)now ?: 1;
+	return before != 0;
 }
 
 #endif

@@ -102,14 +102,14 @@ static inline int parse_frame(struct xdp_md *ctx, struct packet *packet, struct 
 
 /* What the FIB says; GO_ON, or PASS, counted. */
 static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-			  const struct address *source, const struct address *destination, const struct settings *node,
-			  u64 now, struct way *way)
+			  const struct address *destination, const struct settings *node, u64 now, struct way *way)
 {
 	struct bpf_fib_lookup fib = {};
 	struct device *device;
 	u32 leaving, may, back, mtu, entered = entry->device, under = entry->under;
 	u16 length = (u16)packet->length;
-	long found = ask_fib(ctx, packet, source, destination, entered, length, &fib);
+	/* As the stack would route it behind tc, which replaces the source where the packet leaves. */
+	long found = ask_fib(ctx, packet, &packet->key.source, destination, entered, length, &fib);
 
 	if (found == BPF_FIB_LKUP_RET_NO_NEIGH)
 		count(XDP_NO_NEIGHBOUR);
@@ -146,7 +146,7 @@ static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const
 	way->mtu = (u16)mtu;
 	__builtin_memcpy(way->frame, fib.dmac, 6);
 	__builtin_memcpy(way->frame + 6, fib.smac, 6);
-	way->until = (u32)(now + node->refresh) ?: 1;
+	way->until = believed_until(node, now);
 	return GO_ON;
 }
 
@@ -155,8 +155,8 @@ static inline int ask_way(struct xdp_md *ctx, const struct packet *packet, const
  * FIB; PASS, counted, where XDP has none or the packet does not fit it.
  */
 static inline int find_way(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-			   const struct address *source, const struct address *destination, const struct settings *node,
-			   u64 now, struct way *kept, struct way *way)
+			   const struct address *destination, const struct settings *node, u64 now, struct way *kept,
+			   struct way *way)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -168,8 +168,8 @@ static inline int find_way(struct xdp_md *ctx, const struct packet *packet, cons
 		count(XDP_NO_HOPS);
 		return PASS;
 	}
-	if (!kept || !recall_way(kept, packet->length, entry->device, now, way)) {
-		if (ask_way(ctx, packet, entry, source, destination, node, now, way) != GO_ON)
+	if (!kept || !recall_way(kept, packet->length, entry->device, node, now, way)) {
+		if (ask_way(ctx, packet, entry, destination, node, now, way) != GO_ON)
 			return PASS;
 		if (kept)
 			keep_way(kept, way);
@@ -219,7 +219,7 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 		return verdict == DISCARD ? DISCARD : PASS;
 
 	if ((chosen.how & FLOW_MASQUERADE) &&
-	    find_way(ctx, packet, entry, &address, &chosen.backend->address, node, now, 0, way) == GO_ON) {
+	    find_way(ctx, packet, entry, &chosen.backend->address, node, now, 0, way) == GO_ON) {
 		leaving = way->device & ~BY_REDIRECT;
 		device = devices.lookup(&leaving);
 		if (device)
@@ -246,9 +246,10 @@ static inline int new_flow(struct xdp_md *ctx, struct packet *packet, const stru
 	return GO_ON;
 }
 
-/* Give the frame its new tuple and send it on; or pass it up, untouched, where it is not for this device. */
+/* Give the frame its new tuple and send it on; or pass it up, untouched, where the stack must see one. */
 static inline int send(struct xdp_md *ctx, const struct packet *packet, const struct entry *entry,
-		       const struct flow_key *to, const struct way *way, u32 service)
+		       const struct flow_key *to, const struct way *way, const struct settings *node, u64 now,
+		       u32 service)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -256,6 +257,10 @@ static inline int send(struct xdp_md *ctx, const struct packet *packet, const st
 
 	if ((void *)(ethernet + 1) > end)
 		return XDP_PASS;
+	if (way->until == believed_until(node, now) && is_for_the_stack(way, node, now)) {
+		count(XDP_BY_STACK);
+		return XDP_PASS;
+	}
 	if (rewrite_in_place(data, end, packet, to) != GO_ON)
 		return XDP_PASS;
 	write_macs(ethernet, way);
@@ -269,7 +274,6 @@ static inline int send(struct xdp_md *ctx, const struct packet *packet, const st
 int xdp_ingress(struct xdp_md *ctx)
 {
 	struct packet packet = {};
-	struct address anywhere = {}; /* a request's source is not known before the device is */
 	struct entry entry = {};
 	struct settings *node;
 	struct flow_key to;
@@ -299,13 +303,7 @@ int xdp_ingress(struct xdp_md *ctx)
 	if (flow) {
 		if (!(flow->flags & FLOW_WHOLE))
 			return XDP_PASS;
-		if (flow->action == FLOW_DNAT)
-			verdict =
-				find_way(ctx, &packet, &entry, &anywhere, &flow->address, node, now, &flow->way, &way);
-		else
-			verdict = find_way(ctx, &packet, &entry, &flow->beyond, &flow->address, node, now, &flow->way,
-					   &way);
-		if (verdict != GO_ON)
+		if (find_way(ctx, &packet, &entry, &flow->address, node, now, &flow->way, &way) != GO_ON)
 			return XDP_PASS;
 		service = flow->service;
 		use_flow(&packet, flow, node, now);
@@ -320,5 +318,5 @@ int xdp_ingress(struct xdp_md *ctx)
 		if (verdict != GO_ON)
 			return XDP_PASS; /* tc sees to what is stale, unless it has been begun anew */
 	}
-	return send(ctx, &packet, &entry, &to, &way, service);
+	return send(ctx, &packet, &entry, &to, &way, node, now, service);
 }

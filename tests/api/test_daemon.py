@@ -25,8 +25,8 @@ from tests.conftest import ARTIFACTS
 
 pytestmark = [pytest.mark.api, pytest.mark.root, pytest.mark.box]
 
-# From the write of a slice to an answered connection, in seconds: half of them, and nine of ten. The second is loose, as
-# two cores are shared by all of it, and the slowest may have met a pause of the machine.
+# From the write of a slice to an answered connection, in seconds: half of them, and nine of ten. The second is loose,
+# as two cores are shared by all of it, and the slowest may have met a pause of the machine.
 GOAL, LATEST = 0.050, 0.500
 CHANGES = 100
 

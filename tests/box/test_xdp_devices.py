@@ -288,7 +288,8 @@ def test_from_one_uplink_to_another(xdp: Box, family: str) -> None:
                     first = conversation.ask()
                     assert first.server == "far" and first.source in ("198.18.7.1", "fd00:198:18:7::1")
                     assert [conversation.ask() for _ in range(20)] == [first] * 20
-        assert (seen[0].xdp, seen[0].tc) == (2, 0) and seen[0].sent >= 4 * 20
+        # One to each neighbour may be the stack's.
+        assert (seen[0].xdp, seen[0].tc) == (2, 0) and seen[0].sent >= 4 * 20 - 2
         web.delete()
     eventually(lambda: "eth1" not in told(xdp))
     xdp.settle()

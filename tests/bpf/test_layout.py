@@ -16,7 +16,7 @@ from ebpflb.dataplane.bpf.layouts import KEY_VALUE, LAYOUT, SIZES, check_layouts
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
-PROGRAMS_OWN = {"hops"}
+PROGRAMS_OWN = {"hops", "neighbours"}
 """Maps that the control plane neither reads nor writes."""
 
 MAPS_H = (Path(__file__).resolve().parents[2] / "bpf" / "maps.h").read_text()

@@ -48,7 +48,7 @@ LEAST = 40
 TRIED = {Outcome.FORWARD: 1.0, Outcome.DROP: 1.0, Outcome.REJECT: 0.4, Outcome.NOT_SERVICE: 0.2}
 """How many of the packets of each verdict: most of a grid are nobody's."""
 
-OWN_STATE = ("flows", "fragments", "marks", "hops", "counters", "traffic", "sockets")
+OWN_STATE = ("flows", "fragments", "marks", "hops", "neighbours", "counters", "traffic", "sockets")
 LOW, HIGH = 32768, 60999
 FACTS = NodeFacts(netns=1, flow_idle=1 << 40, refresh=250, snat_low=LOW, snat_high=HIGH)
 NODE = {False: packed(NODE_IP)[12:], True: packed(v6(NODE_IP))}

@@ -33,7 +33,7 @@ class Tracer:
     def __init__(self, tables: Mapping[str, Rows], local: frozenset[Address]) -> None:
         self._tables = tables
         self._local = local
-        *_, layout, _, _, _, _, interface, prefix, _, _ = SETTINGS.unpack(tables["settings"][U32.pack(0)])
+        *_, layout, _, _, _, _, interface, prefix, _, _, _ = SETTINGS.unpack(tables["settings"][U32.pack(0)])
         assert layout == LAYOUT, f"settings of layout {layout}"
         self._interface = interface.rstrip(b"\0").decode()
         self._is_prefix = bool(prefix)

@@ -51,7 +51,7 @@ def maps(
         "backends": backends,
         "sources": {SOURCE_KEY.pack(bits, address(each)): U32.pack(flags) for each, (bits, flags) in sources.items()},
         "ranges": {RANGE_KEY.pack(32 + 96 + 24, 5, address("203.0.113.0")): U32.pack(1)},
-        "settings": {U32.pack(0): SETTINGS.pack(0, 0, 0, LAYOUT, 0, 0, 0, 0, interface, prefix, False, False)},
+        "settings": {U32.pack(0): SETTINGS.pack(0, 0, 0, LAYOUT, 0, 0, 0, 0, interface, prefix, False, False, 0)},
     }
 
 

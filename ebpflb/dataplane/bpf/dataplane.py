@@ -49,6 +49,9 @@ FLOW_IDLE_SECONDS = 120
 REFRESH_SECONDS = 1
 """How exactly a flow's last use is known."""
 
+BY_STACK_SECONDS = 5
+"""How often XDP leaves a packet to a neighbour to the stack: Linux' delay_first_probe_time."""
+
 
 class BpfDataplane:
     """See `ebpflb.dataplane.Dataplane`.
@@ -195,6 +198,7 @@ class BpfDataplane:
                 high,
                 self._flows_elsewhere,
                 second=hertz,
+                by_stack=BY_STACK_SECONDS * hertz,
             )
             self._programs, self._devices = programs, edges
             self._orphans = Orphans(programs.maps["sockets"], cgroup_directory(self._cgroup))

@@ -62,7 +62,8 @@ REQUIRED: dict[str, tuple[tuple[str, int], ...]] = {
         ("pod_interface_is_prefix", 1),
         ("flows_elsewhere", 1),
         ("retired", 1),
-        ("pad", 5),
+        ("pad", 1),
+        ("by_stack", 4),
     ),
     "flow_key": (
         ("source", 16),
@@ -138,7 +139,7 @@ BACKEND = struct.Struct("=16sHHB3xI")
 NAME = struct.Struct("=64s64s64s")
 SOURCE_KEY = struct.Struct("=I16s")
 RANGE_KEY = struct.Struct("=II16s")
-SETTINGS = struct.Struct("=QQQIIHHI16sBBB5x")
+SETTINGS = struct.Struct("=QQQIIHHI16sBBBxI")
 FLOW_KEY = struct.Struct("=16s16sHHBBH")
 FLOW = struct.Struct("=16sHHBBHIIQQ16sHH36x")
 SOCKET_KEY = struct.Struct("=Q16sHBB4x")

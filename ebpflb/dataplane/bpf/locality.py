@@ -21,11 +21,14 @@ ONLY = U32.pack(0)
 # a node address inside a pod CIDR has both bits below, but is no pod CIDR itself.
 _OWN = 16
 
+_RETIRED = -2  # where the settings' fields say so
+
 
 class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     """What the settings say besides locality. `netns` is the cookie of the node's network namespace; times are in
     jiffies, `second` too; the ports are the range of masquerade, both inclusive. `flows_elsewhere`: another dataplane
-    carried Services before this one, and its connections go on. `retired`: another one carries Services now."""
+    carried Services before this one, and its connections go on. `retired`: another one carries Services now. After
+    `by_stack` a packet to a neighbour goes by the stack, not XDP (0: never)."""
 
     netns: int
     flow_idle: int
@@ -35,6 +38,7 @@ class NodeFacts(msgspec.Struct, frozen=True, gc=False):
     flows_elsewhere: bool = False
     retired: bool = False
     second: int = 250
+    by_stack: int = 0
 
 
 def pack_sources(locality: Locality) -> dict[bytes, bytes]:
@@ -91,19 +95,20 @@ def pack_settings(facts: NodeFacts, locality: Locality) -> bytes:
         interface.endswith("*"),
         facts.flows_elsewhere,
         facts.retired,
+        facts.by_stack,
     )
 
 
 def unpack_facts(settings: bytes) -> tuple[NodeFacts, int]:
     """The facts of a `settings` row, and its layout version (0: never written)."""
-    netns, flow_idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired = SETTINGS.unpack(settings)
-    return NodeFacts(netns, flow_idle, refresh, low, high, bool(elsewhere), bool(retired), second), layout
+    netns, idle, refresh, layout, _, low, high, second, _, _, elsewhere, retired, by_stack = SETTINGS.unpack(settings)
+    return NodeFacts(netns, idle, refresh, low, high, bool(elsewhere), bool(retired), second, by_stack), layout
 
 
 def retired(settings: bytes) -> bytes:
     """The `settings` row of a dataplane that has retired."""
     fields = list(SETTINGS.unpack(settings))
-    fields[-1] = True
+    fields[_RETIRED] = True
     return SETTINGS.pack(*fields)
 
 
@@ -115,7 +120,7 @@ def unpack_locality(keys: bytes, values: bytes, settings: bytes) -> Locality:
             nodes.append(unpack_address(address))
         if flags >> _OWN & SOURCE_POD:
             cidrs.append(unpack_network(bits, address))
-    *_, interface, prefix, _, _ = SETTINGS.unpack(settings)
+    *_, interface, prefix, _, _, _ = SETTINGS.unpack(settings)
     return Locality(
         tuple(sorted(nodes, key=address_order)),
         tuple(sorted(cidrs, key=cidr_order)),
