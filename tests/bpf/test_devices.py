@@ -7,6 +7,7 @@ at tcx and as filters of clsact in turn, but for what only one of the two has.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import select
@@ -160,6 +161,85 @@ def test_patterns_narrow_the_nodes_devices_only(namespace: Namespace, loaded: Lo
     namespace.ip("link add vx6 type vxlan id 6 dstport 4790 remote 192.0.2.1 dev veth0")
     with running(namespace, loaded, "vx5", "eth*") as devices:
         assert devices.attached() == ("veth0", "veth1", "vx5")
+
+
+@pytest.mark.parametrize("rows_survive", [True, False])
+def test_what_an_earlier_daemon_attached_goes_where_it_does_not_belong_any_more(
+    namespace: Namespace, artifact: Artifact, loaded: Loaded, rows_survive: bool
+) -> None:
+    """Beside its master's or another edge's, a packet would meet our programs twice. An upgrade may come with maps of
+    another layout, which are empty then."""
+    namespace.ip("tuntap add data mode tap")
+    namespace.ip("tuntap add office mode tap")
+    before = namespace.qdiscs()
+    with running(namespace, loaded) as earlier:
+        assert earlier.attached() == ("data", "office")
+    with contextlib.closing(Loaded(artifact, loaded.with_tcx)) as upgraded:
+        later = loaded if rows_survive else upgraded
+        with running(namespace, later, "data") as devices:
+            assert devices.attached() == ("data",)
+            assert devices.problems() == ()
+            assert (later.runs(namespace, "data"), later.runs(namespace, "office")) == (OURS, ())
+            assert devices.audit() == 0
+        with running(namespace, later, "office"):
+            assert (later.runs(namespace, "data"), later.runs(namespace, "office")) == ((), OURS)
+        with namespace.entered():
+            installed(later.rows(), remove=True)
+    assert namespace.qdiscs() == before
+
+
+def test_audit_removes_what_somebody_attached_where_it_does_not_belong(namespace: Namespace, loaded: Loaded) -> None:
+    """An older version that has run meanwhile takes other devices for edges."""
+    namespace.ip("tuntap add data mode tap")
+    namespace.ip("tuntap add office mode tap")
+    with running(namespace, loaded, "data") as devices:
+        with running(namespace, loaded):
+            assert loaded.runs(namespace, "office") == OURS
+        assert devices.audit() >= len(OURS)
+        assert (loaded.runs(namespace, "data"), loaded.runs(namespace, "office")) == (OURS, ())
+        assert devices.audit() == 0
+
+
+def test_a_foreign_program_stays_where_ours_do_not_belong(namespace: Namespace, modern: Loaded) -> None:
+    namespace.ip("tuntap add office mode tap")
+    index = namespace.index("office")
+    foreign = program_calls.prog_load(PROG_TYPE_SCHED_CLS, assembly.move(0, 0) + assembly.EXIT, "foreign")
+    try:
+        with namespace.entered():
+            program_calls.prog_attach(foreign, index, TCX_INGRESS)
+        namespace.tc("qdisc add dev office clsact")
+        namespace.tc("filter add dev office egress pref 9 protocol ip u32 match u32 0 0")
+        before = (namespace.qdiscs(), namespace.filters("office", "egress"))
+        with running(namespace, modern, "data"), namespace.entered():
+            assert program_calls.prog_query(index, TCX_INGRESS)[1] == (program_calls.prog_info(foreign).id,)
+        assert (namespace.qdiscs(), namespace.filters("office", "egress")) == before
+    finally:
+        os.close(foreign)
+
+
+def test_a_device_from_which_our_programs_do_not_go_is_a_problem_until_they_do(
+    namespace: Namespace, modern: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace.ip("tuntap add office mode tap")
+    with running(namespace, modern):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as refused:
+        refused.setattr(program_calls, "prog_detach", refuse)
+        with namespace.entered():
+            devices = modern.devices("office?")
+            devices.sync()
+    with contextlib.closing(devices), namespace.entered():
+        assert [(each.subject, each.reason.partition(":")[0]) for each in devices.problems()] == [
+            ("device office", "not detached"),
+            ("--devices", "no device here is called office?"),
+        ]
+        devices.sync()
+        assert [each.subject for each in devices.problems()] == ["--devices"]
+        assert modern.runs(namespace, "office") == ()
 
 
 def test_device_that_appears_later_is_attached_at_once_and_forgotten_when_gone(

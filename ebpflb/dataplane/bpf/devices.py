@@ -97,6 +97,7 @@ class Devices:
         self._failures: dict[int, str] = {}
         self._stale = True
         self._routes_stale = True
+        self._leftovers = True  # whether others than `_attached` may have programs of ours: an earlier daemon's
         self._suspects: set[int] = set()
 
     def fileno(self) -> int:
@@ -116,9 +117,14 @@ class Devices:
         return tuple(sorted(self._links[index].name for index in self._attached if index in self._links))
 
     def problems(self) -> tuple[Problem, ...]:
-        """Devices that should run our programs and do not, with the reason; patterns that no device has."""
+        """Devices that should run our programs and do not, or the other way round, with the reason; patterns that no
+        device has."""
         found = [
-            Problem(f"device {self._links[index].name}", f"not attached: {reason}; tried again with the next sync")
+            Problem(
+                f"device {self._links[index].name}",
+                f"not {'attached' if is_edge(self._links[index], self._patterns) else 'detached'}: {reason}; "
+                "tried again with the next sync",
+            )
             for index, reason in sorted(self._failures.items())
             if index in self._links
         ]
@@ -176,7 +182,7 @@ class Devices:
             self._suspects.add(tc.index_of(body))
 
     def _forget(self) -> None:
-        self._stale = self._routes_stale = True
+        self._stale = self._routes_stale = self._leftovers = True
         self._suspects |= set(self._attached)
 
     def set_pod_interface(self, name: str) -> None:
@@ -206,13 +212,8 @@ class Devices:
         before, self._links = self._links, rtnetlink.links(self._netlink)
         self._addresses = rtnetlink.addresses(self._netlink)
         edges = {index for index, link in self._links.items() if is_edge(link, self._patterns)}
-        self._failures = {index: why for index, why in self._failures.items() if index in edges}
-        written = 0
-        for index in [index for index in self._attached if index not in edges]:
-            made = self._attached.pop(index)
-            self._filtered.discard(index)
-            if index in self._links:  # it has become a bond's slave, or the like
-                written += self._guarded(index, functools.partial(self._release, made=made))
+        self._failures = {index: why for index, why in self._failures.items() if index in self._links}
+        written = self._release_all_but(edges)
         if self._xdp is not None:
             around = Surroundings(self._links, self._addresses, self._defaults, self._patterns, self._pod_interface)
             self._xdp.plan(edges, around)
@@ -226,6 +227,21 @@ class Devices:
         if self._xdp is not None:
             written += self._xdp.release() + self._xdp.attach()
         return written + self._write_rows(edges)
+
+    def _release_all_but(self, edges: set[int]) -> int:
+        """None of our programs on devices that are no edges: they have become bonds' slaves, or --devices is another.
+        Asked are those that had them, or may have them from an earlier daemon; how many programs there were."""
+        written = 0
+        asked = self._attached.keys() | self._failures.keys()
+        if self._leftovers:
+            asked.update(self._links)
+            self._leftovers = False
+        for index in sorted(asked - edges):
+            made = self._attached.pop(index, _made(self._rows.get(index)))
+            self._filtered.discard(index)
+            if index in self._links:
+                written += self._guarded(index, functools.partial(self._release, made=made))
+        return written
 
     def _guarded(self, index: int, action: Callable[[int], int]) -> int:
         """What `action` wrote; its failure is the device's own."""
@@ -260,10 +276,13 @@ class Devices:
         self._attached[index] = made
         return written
 
-    def _release(self, index: int, made: bool) -> int:
+    def _release(self, index: int, made: bool | None) -> int:
         """None of our programs any more; how many there were."""
         removed = self._tcx.release(index) if self._tcx is not None else 0
-        return removed + clsact.release(self._netlink, index, made)
+        removed += clsact.release(self._netlink, index, made)
+        if removed:
+            log.info("detached from device %s", self._links[index].name)
+        return removed
 
     def _write_rows(self, edges: set[int]) -> int:
         """The rows of all edges, where they differ; rows of others go. How many were written."""
