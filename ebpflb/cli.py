@@ -125,8 +125,9 @@ def dump(parts: Parts | None, /, what: str, service: str | None, output: str, **
 
     WHAT: routes (default), services, backends, flows, counters, traffic (with --service-metrics), raw (every map, every
     field); affinity (which client goes where, and for how long still), sources (who counts as this node, who as a pod,
-    and who may use which load balancer), maglev (each backend's share of its Service's table). Exit status: 0, 4 if
-    nothing is programmed.
+    and who may use which load balancer), maglev (each backend's share of its Service's table; of ipvs, which backends
+    the scheduler mh has: their shares the kernel does not tell; nothing of iptables, which has no such tables). Exit
+    status: 0, 4 if nothing is programmed.
     """
     from ebpflb.commands.look import WHATS
     from ebpflb.commands.look import dump as act

@@ -86,14 +86,15 @@ def _who_may_use(items: Sequence[Item], frontends: set[str]) -> Sequence[Item]:
 
 
 def _by_backend(items: Sequence[Item]) -> Sequence[Item]:
-    """Tables of consistent hashing for people: a line for each backend of each."""
+    """Tables of consistent hashing for people: a line for each backend of each. The kernel may not tell shares."""
     lines = []
     for item in items:
         backends = item["backends"]
         assert isinstance(backends, (list, tuple))
         for backend in backends:
             place = endpoint_text(backend["address"], backend["port"])
-            line = {"backend": place, "weight": backend["weight"], "share": f"{backend['share']:.1%}"}
+            share = backend["share"]
+            line = {"backend": place, "weight": backend["weight"], "share": share if share is None else f"{share:.1%}"}
             lines.append({name: value for name, value in item.items() if name != "backends"} | line)
     return lines
 

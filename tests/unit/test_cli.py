@@ -419,7 +419,7 @@ def test_dump_of_other_tables(shell: Shell) -> None:
 
 
 def test_dump_of_a_table_that_the_dataplane_lacks(shell: Shell) -> None:
-    assert "no such table" in refused(shell(World(held=routes()), "dump", "maglev"), 2)
+    assert "no such table" in refused(shell(World(held=routes()), "dump", "traffic"), 2)
 
 
 def test_dump_of_a_word_that_is_none(shell: Shell) -> None:
@@ -696,6 +696,16 @@ def test_dump_of_consistent_hashing_is_a_line_for_each_backend(shell: Shell) -> 
         ["ns/web:p80", "TCP", "1021", "3", "[fd00::1]:8080", "2", "66.6%"],
     ]
     assert shell(world, "dump", "maglev", "-o", "json").items == [item]
+
+
+def test_dump_of_consistent_hashing_where_the_kernel_tells_no_shares(shell: Shell) -> None:
+    world = World(held=routes(*both()))
+    backends = [{"address": "10.180.0.1", "port": 8080, "weight": 3, "share": None}]
+    world.dataplane.rows["maglev"] = [
+        {"service": WEB, "protocol": "TCP", "size": None, "backends": backends, "id": "FWM 0x7 IPv4"}
+    ]
+    (line,) = shell(world, "dump", "maglev").out.splitlines()[1:]
+    assert line.split() == ["ns/web:p80", "TCP", "-", "FWM", "0x7", "IPv4", "10.180.0.1:8080", "3", "-"]
 
 
 def test_dump_sources_of_a_service_are_its_source_ranges(shell: Shell) -> None:

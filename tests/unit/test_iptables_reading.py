@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from ebpflb.dataplane.iptables import reading
+from ebpflb.dataplane.iptables import inspect, reading
 from ebpflb.model import Family, ServiceName, TrafficPolicy
 from ebpflb.netfilter.ruleset import Ruleset, ruleset_of
 from ebpflb.routes import Kind, Masquerade, RouteTable, Scope, Verdict
@@ -229,3 +229,9 @@ def test_a_row_that_lacks_a_rule_is_not_that_row(damage: Callable[[Ruleset], Non
     back = read(found, wanted)
     assert back != wanted
     assert all(wanted.get(key) == route for key, route in back.items())
+
+
+def test_consistent_hashing_is_nothing_that_rules_hold() -> None:
+    """A Service may ask for it: backends are chosen at random all the same."""
+    held = table_of(msgspec.structs.replace(WEB, annotations=(("algorithm", "maglev"),)), WEB_PODS)
+    assert inspect.tables("maglev", (), lambda: held) == []

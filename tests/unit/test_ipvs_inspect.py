@@ -12,7 +12,7 @@ from ebpflb.errors import UserError
 from ebpflb.model import Protocol
 from ebpflb.routes import Frontend
 from tests.unit.test_ipvs_writer import Standing, web
-from tests.world import LOCAL
+from tests.world import LOCAL, leaving
 
 HEADER = "Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData\n"
 LINES = (
@@ -78,8 +78,46 @@ def test_the_rest(standing: Standing, tmp_path: Path) -> None:
     assert {"ipset": "KUBE-CLUSTER-IP", "entry": "172.30.0.41,tcp:80", "value": None} in raw
     assert {"device": "kube-ipvs0", "address": "172.30.0.41"} in raw
     assert {"name": "KUBE-CLUSTER-IP", "entries": 1, "max": 1 << 20} in look.tables("fill")
-    with pytest.raises(UserError, match="maglev"):
-        look.tables("maglev")
+    assert look.tables("maglev") == []
+    with pytest.raises(UserError, match="traffic"):
+        look.tables("traffic")
+
+
+def test_consistent_hashing_is_told_by_virtual_server_without_the_shares_that_the_kernel_keeps_to_itself(
+    standing: Standing, tmp_path: Path
+) -> None:
+    standing.sync(
+        web(
+            "10.0.1.1",
+            "10.0.2.1",
+            external=("192.168.99.1",),
+            external_policy=LOCAL,
+            annotations=(("algorithm", "maglev"),),
+        )
+    )
+    cluster_ip, external, by_mark = inspector(standing, tmp_path).tables("maglev")
+    assert cluster_ip == {
+        "service": {"namespace": "ns1", "name": "svc1", "port": ""},
+        "protocol": "TCP",
+        "size": None,
+        "backends": [
+            {"address": "10.0.1.1", "port": 80, "weight": 1, "share": None},
+            {"address": "10.0.2.1", "port": 80, "weight": 1, "share": None},
+        ],
+        "id": "172.30.0.41:80/TCP",
+        "frontend": "172.30.0.41:80/TCP",
+    }
+    assert [each["frontend"] for each in (external, by_mark)] == ["192.168.99.1:80/TCP"] * 2
+    assert (external["id"], str(by_mark["id"])[:4]) == ("192.168.99.1:80/TCP", "FWM ")
+    assert by_mark["backends"] == [{"address": "10.0.1.1", "port": 80, "weight": 1, "share": None}]
+
+
+def test_consistent_hashing_has_what_takes_new_flows(tmp_path: Path) -> None:
+    """Also where the operator's scheduler is mh, and no Service asks for anything."""
+    hashing = Standing(scheduler="mh")
+    hashing.sync(web("10.0.1.1", leaving("10.0.2.1")))
+    (item,) = inspector(hashing, tmp_path).tables("maglev")
+    assert item["backends"] == [{"address": "10.0.1.1", "port": 80, "weight": 1, "share": None}]
 
 
 def test_entries_are_written_as_ipset_writes_them() -> None:

@@ -43,6 +43,7 @@ def tables(what: str, tools: Sequence[Iptables], state: Callable[[], RouteTable]
         "flows": lambda: _flows(state(), tools),
         "affinity": lambda: _affinity(state()),
         "sources": lambda: source_items(state()),
+        "maglev": list,  # backends are chosen at random, whatever a Service asks for
         "counters": lambda: _counters(tools),
         "raw": lambda: _raw(tools),
         "fill": lambda: _fill(tools),

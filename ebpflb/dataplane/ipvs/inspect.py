@@ -13,19 +13,21 @@ from typing import NamedTuple
 
 from ebpflb.dataplane.ipvs import reading
 from ebpflb.dataplane.ipvs.messages import SetHeader
-from ebpflb.dataplane.ipvs.names import SET_NAMES, Mark
+from ebpflb.dataplane.ipvs.names import SET_NAMES, Mark, Set
 from ebpflb.dataplane.ipvs.reading import Held
-from ebpflb.dataplane.ipvs.table import cidr_of, frontend_of, placed, unpacked
+from ebpflb.dataplane.ipvs.table import Server, cidr_of, frontend_of, placed, server_of, unpacked
 from ebpflb.dataplane.items import Item, backend_item, endpoint_text, service_item, service_items, source_items
 from ebpflb.errors import ApplyError, UserError
 from ebpflb.model import Address
-from ebpflb.routes import RouteTable, Scope, address_order
+from ebpflb.routes import Frontend, RouteTable, Scope, ServicePortName, address_order
 
 __all__ = ["Inspector", "SetHeader"]
 
-WHATS = ("services", "backends", "flows", "affinity", "sources", "counters", "raw", "fill")
+WHATS = ("services", "backends", "flows", "affinity", "maglev", "sources", "counters", "raw", "fill")
 
 NET = Path("/proc/thread-self/net")
+
+_MAGLEV = "mh"
 
 
 class Connection(NamedTuple):
@@ -62,6 +64,7 @@ class Inspector:
             "backends": self._backends,
             "flows": self._flows,
             "affinity": self._affinity,
+            "maglev": self._maglev,
             "sources": self._sources,
             "counters": self._counters,
             "raw": self._raw,
@@ -131,6 +134,36 @@ class Inspector:
                 }
             )
         return sorted(items, key=lambda item: (str(item["frontend"]), str(item["client"])))
+
+    def _maglev(self) -> list[Item]:
+        """One item per virtual server of the scheduler `mh`, whoever asked for it. How large its table is, and how much
+        of it each destination has, the kernel tells nobody."""
+        held = self._held()
+        items: list[Item] = []
+        for server, (frontend, service) in sorted(_served(held).items(), key=lambda each: (each[1][::-1], each[0])):
+            settings = held.servers.get(server)
+            if settings is None or settings.scheduler != _MAGLEV:
+                continue
+            found = [
+                (*placed(key), each.weight)
+                for key, each in held.destinations.get(server, {}).items()
+                if each.weight and not each.leaving
+            ]
+            found.sort(key=lambda each: (address_order(each[0]), each[1]))
+            items.append(
+                {
+                    "service": service_item(service),
+                    "protocol": frontend.protocol.name,
+                    "size": None,
+                    "backends": [
+                        {"address": address, "port": port, "weight": weight, "share": None}
+                        for address, port, weight in found
+                    ],
+                    "id": str(server),
+                    "frontend": str(frontend),
+                }
+            )
+        return items
 
     def _sources(self) -> list[Item]:
         return source_items(reading.routes(self._held()))
@@ -235,6 +268,21 @@ def _names(table: RouteTable) -> dict[str, Item]:
         for (frontend, scope), route in table.items()
         if scope is Scope.INTERNAL
     }
+
+
+def _served(held: Held) -> dict[Server, tuple[Frontend, ServicePortName]]:
+    """Whose each virtual server is: of a frontend, the one of its own address or what stands in for that, and the one
+    of its mark."""
+    found: dict[Server, tuple[Frontend, ServicePortName]] = {}
+    for version in (4, 6):
+        marks = held.entries.get((Set.MARKS, version), {})
+        for frontend, key, said in reading.frontends(held, version):
+            own = Server(version, said.parked) if said.parked else server_of(frontend)
+            found[own] = frontend, said.service
+            mark = marks.get(key)
+            if isinstance(mark, int):
+                found[Server(version, mark)] = frontend, said.service
+    return found
 
 
 def _marks(held: Held) -> dict[int, str]:
