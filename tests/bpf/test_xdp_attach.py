@@ -525,6 +525,32 @@ def test_check_says_beforehand_what_would_be_and_then_what_is(node: Node) -> Non
         assert [(told.device, told.mode) for told in survey(NATIVE, ())] == [("eth0", NATIVE)]
 
 
+@pytest.mark.parametrize("mode", [AUTO, NATIVE, GENERIC])
+def test_check_says_beside_a_daemon_what_status_says(node: Node, mode: str) -> None:
+    """Also that a veth whose other end takes no frames sends nothing: "native" alone would be taken for all is well."""
+    with node.running(mode) as daemon:
+        assert survey(mode, ()) == daemon.devices.told()
+
+
+def test_check_says_beforehand_that_a_device_takes_vlan_tags_off(node: Node) -> None:
+    """It is known without a try, and no XDP runs there."""
+    made = ["ip", "-n", node.namespace.name, "link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"]
+    if subprocess.run(made, stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this kernel has no VLANs")
+    with node.namespace.entered():
+        (told,) = (each for each in survey(GENERIC, ()) if each.device == "eth0")
+        assert told.mode == OFF and "rxvlan off" in told.reason
+
+
+def test_a_device_that_is_named_and_never_runs_xdp_is_a_problem(node: Node) -> None:
+    """`--devices vx0 --xdp native`: it is not as it was asked for."""
+    node.namespace.ip("link add vx0 type vxlan id 7 dstport 4789 remote 192.0.2.9 dev eth0")
+    node.namespace.ip("link set vx0 up")
+    with node.running(NATIVE, "vx0") as daemon:
+        assert daemon.told("vx0") == (OFF, "an overlay: its frames come inside another device's")
+        assert [said for said in daemon.problems() if "an overlay" in said]
+
+
 def test_a_link_is_never_made_in_another_namespace(node: Node) -> None:
     """The system call takes the thread's namespace, whatever the devices were read from."""
     with node.running(GENERIC) as daemon:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from ebpflb.dataplane.bpf.xdp_choice import AUTO, GENERIC, NATIVE, OFF, Surroundings, Wish, vlans_of, wish
+from ebpflb.dataplane.bpf.xdp_choice import (
+    AUTO,
+    GENERIC,
+    NATIVE,
+    OFF,
+    Surroundings,
+    Told,
+    Wish,
+    refused,
+    running,
+    vlans_of,
+    wish,
+)
 from ebpflb.dataplane.bpf.xdp_features import BASIC, NDO_XMIT, REDIRECT, sends
 from ebpflb.routes import packed
 from ebpflb.rtnetlink import InterfaceAddress, Link
@@ -122,6 +134,56 @@ def test_a_pods_device_never_and_status_does_not_name_it(mode: str) -> None:
     assert wish(pod, place, mode) == Wish(OFF, "a pod's device", told=False)
     bare = link("veth7", kind="veth")
     assert not wish(bare, around(bare), mode).told
+
+
+@pytest.mark.parametrize(
+    ("device", "patterns", "expected"),
+    [
+        pytest.param(link("bond0", kind="bond"), (), {NATIVE}, id="a bond that is the node's way out"),
+        pytest.param(link("bond0", kind="bond"), ("bond0",), {NATIVE}, id="a bond by name"),
+        pytest.param(link("vx0", kind="vxlan"), ("eth0", "vx0"), {NATIVE, GENERIC}, id="an overlay by name"),
+        pytest.param(link("vx0", kind="vxlan"), (), set(), id="an overlay that nobody names"),
+        pytest.param(link("eth0.7", kind="vlan", parent=9), ("eth0.7",), {NATIVE, GENERIC}, id="a VLAN alone by name"),
+        pytest.param(link("eth0.7", kind="vlan", parent=9), ("eth0*",), set(), id="a VLAN with the device below"),
+        pytest.param(link("eth0.7", kind="vlan", parent=9), (), set(), id="a VLAN that nobody names"),
+        pytest.param(link("away.5", kind="vlan"), ("away.5",), {NATIVE, GENERIC}, id="a VLAN of another namespace"),
+        pytest.param(link("ens1"), ("eth0",), set(), id="a device that --devices leave out"),
+        pytest.param(link("cali1", kind="veth", slave="bridge", master=9), ("*",), set(), id="a pod's device"),
+    ],
+)
+def test_what_was_asked_for_and_never_runs_is_a_problem(
+    device: Link, patterns: tuple[str, ...], expected: set[str]
+) -> None:
+    """`auto` asks for nothing on any one device."""
+    place = around(device, link("eth0", 9), addresses=(address("192.0.2.1/24"),), patterns=patterns)
+    found = {mode: wish(device, place, mode) for mode in (AUTO, NATIVE, GENERIC, OFF)}
+    assert {mode for mode, each in found.items() if each.problem} == expected
+    assert all(found[mode].mode == OFF and found[mode].told for mode in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sends", "is_known", "reason", "problem"),
+    [
+        ("", True, True, "", False),
+        ("veth", True, True, "", False),
+        ("", False, True, "takes no frames from other devices", False),
+        ("veth", False, True, "before its other end has GRO", True),
+        ("veth", False, False, "this kernel does not tell", True),
+        ("tun", False, False, "this kernel does not tell", True),
+    ],
+)
+def test_a_device_that_runs_natively_is_told_with_what_keeps_it_from_sending(
+    kind: str, sends: bool, is_known: bool, reason: str, problem: bool
+) -> None:
+    told = running(link("eth0", kind=kind), NATIVE, sends=sends, is_known=is_known)
+    assert (told.mode, told.problem) == (NATIVE, problem)
+    assert reason in told.reason and bool(told.reason) == bool(reason)
+
+
+@pytest.mark.parametrize(("mode", "problem"), [(AUTO, False), (NATIVE, True), (GENERIC, True)])
+def test_a_refusal_is_a_problem_for_who_asked(mode: str, problem: bool) -> None:
+    assert refused(link("eth0"), mode, "no") == Told("eth0", OFF, "no", problem)
+    assert refused(link("eth0")._replace(xdp=((5, 1),)), mode, "somebody else's").problem
 
 
 def test_vlans_are_known_by_parent_and_id() -> None:

@@ -18,7 +18,20 @@ from pathlib import Path
 from ebpflb import rtnetlink
 from ebpflb.dataplane.bpf import others, program_calls
 from ebpflb.dataplane.bpf.constants import DEVICE_REDIRECT, DEVICE_XDP, XDP_HOOKS
-from ebpflb.dataplane.bpf.xdp_choice import GENERIC, NATIVE, OFF, WIRES, Surroundings, Told, Wish, carries_vlans, wish
+from ebpflb.dataplane.bpf.xdp_choice import (
+    GENERIC,
+    NATIVE,
+    OFF,
+    WIRES,
+    Surroundings,
+    Told,
+    Wish,
+    carries_vlans,
+    refused,
+    running,
+    strips_tags,
+    wish,
+)
 from ebpflb.dataplane.bpf.xdp_features import Features, sends
 from ebpflb.dataplane.bpf.xdp_links import find, foreign, is_ours, namespace, remove
 from ebpflb.dataplane.bpf.xdp_pins import PinnedLinks
@@ -156,7 +169,7 @@ class Xdp:
                 continue
             try:
                 if strips:
-                    raise Unwilling(f"VLAN tags are gone before XDP sees them (ethtool -K {link.name} rxvlan off)")
+                    raise Unwilling(strips_tags(link))
                 changed += self._keep(link, wished.mode)
             except Unwilling as refusal:
                 if index in self._links or is_ours(link):
@@ -285,25 +298,11 @@ class Xdp:
             link = self._around.links[index]
             if not wished.told:
                 continue
-            mode, reason, problem = self._modes.get(index, OFF), wished.reason, False
+            mode = self._modes.get(index, OFF)
             if index in self._refusals:
-                reason = self._refusals[index][1]
-                problem = self._mode in (NATIVE, GENERIC) or bool(link.xdp)
-            elif mode == NATIVE:
-                reason = self._hindrance(index)
-                problem = bool(reason) and not self.bits(index, 0)
-            elif mode == GENERIC:
-                reason = "--xdp generic"
-            found.append(Told(link.name, mode, reason, problem))
+                found.append(refused(link, self._mode, self._refusals[index][1]))
+            elif mode == OFF:
+                found.append(Told(link.name, OFF, wished.reason, wished.problem))
+            else:
+                found.append(running(link, mode, sends=self._sends(index), is_known=self._able is not None))
         return tuple(sorted(found))
-
-    def _hindrance(self, index: int) -> str:
-        """Why a device that runs our program in its driver does not send all that it could."""
-        bits = self.bits(index, 0)
-        if bits == DEVICE_XDP:
-            return "takes no frames from other devices"
-        if bits:
-            return ""
-        if self._able is None:
-            return "nothing is sent by it: this kernel does not tell whether its other end takes frames"
-        return "nothing is sent by it before its other end has GRO (there: ethtool -K DEVICE gro on) or an XDP program"

@@ -25,6 +25,7 @@ from ebpflb.dataplane.bpf.edges import is_pod_device
 from ebpflb.rtnetlink import SCOPE_GLOBAL, InterfaceAddress, Link
 
 AUTO, NATIVE, GENERIC, OFF = "auto", "native", "generic", "off"
+_ASKING = (NATIVE, GENERIC)  # what does not run is then not as it was asked for
 
 _PORTS = ("bridge", "openvswitch")
 _OVERLAYS = frozenset(("vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "bareudp", "l2tp", "batadv"))
@@ -35,11 +36,12 @@ _HOST_BITS = {4: 32, 6: 128}
 
 class Wish(NamedTuple):
     """What is to be tried on a device: NATIVE, GENERIC or OFF, and why it is OFF. `told`: whether `status` names it;
-    pods' devices are too many, and never meant."""
+    pods' devices are too many, and never meant. `problem`: whether it was asked to run and never will."""
 
     mode: str
     reason: str = ""
     told: bool = True
+    problem: bool = False
 
 
 class Told(NamedTuple):
@@ -86,11 +88,14 @@ def wish(link: Link, around: Surroundings, mode: str, *, runs: bool = False) -> 
         return Wish(OFF, f"a port of {_name(link.master, around)}", told=False)
     if is_pod_device(link, around.links, around.pod_interface):
         return Wish(OFF, "a pod's device", told=False)
+    named, asked = _is_named(link, around), mode in _ASKING
     if link.kind == "vlan":
-        return Wish(OFF, f"a VLAN of {_name(link.parent, around)}, where its frames are met")
+        # Who names the device below too has XDP where it was asked for, or is told of that device.
+        parent = around.links.get(link.parent)
+        alone = named and (parent is None or not _is_named(parent, around))
+        return Wish(OFF, f"a VLAN of {_name(link.parent, around)}, where its frames are met", problem=asked and alone)
     if link.kind in _OVERLAYS:
-        return Wish(OFF, "an overlay: its frames come inside another device's")
-    named = any(fnmatch.fnmatchcase(link.name, pattern) for pattern in around.patterns)
+        return Wish(OFF, "an overlay: its frames come inside another device's", problem=asked and named)
     wire = link.kind in WIRES
     if around.patterns and not named:
         return Wish(OFF, "not named by --devices", told=not wire)
@@ -99,12 +104,41 @@ def wish(link: Link, around: Surroundings, mode: str, *, runs: bool = False) -> 
     if mode == OFF:
         return Wish(OFF, "--xdp off")
     if link.kind == "bond" and mode != GENERIC:
-        return Wish(OFF, "a bond: in its driver, programs run on its ports")
+        return Wish(OFF, "a bond: in its driver, programs run on its ports", problem=asked)
     if mode == AUTO and link.kind:
         what = WIRES.get(link.kind, f"device of kind {link.kind}")
         why = ": checksums of what comes by it may be still to be computed" if wire else ""
         return Wish(OFF, f"auto takes no {what}{why}")
     return Wish(GENERIC if mode == GENERIC else NATIVE)
+
+
+def running(link: Link, mode: str, *, sends: bool, is_known: bool) -> Told:
+    """A device that runs our program. `sends`: whether it takes frames from programs; `is_known`: whether the kernel
+    tells that, else its driver's name has to."""
+    if mode == GENERIC:
+        return Told(link.name, mode, "--xdp generic", False)
+    if sends:
+        return Told(link.name, mode, "", False)
+    if link.kind not in WIRES:
+        return Told(link.name, mode, "takes no frames from other devices", False)
+    # A veth that takes no redirected frames gives nothing back either.
+    if is_known:
+        why = "before its other end has GRO (there: ethtool -K DEVICE gro on) or an XDP program"
+        return Told(link.name, mode, f"nothing is sent by it {why}", True)
+    return Told(
+        link.name, mode, "nothing is sent by it: this kernel does not tell whether its other end takes frames", True
+    )
+
+
+def refused(link: Link, mode: str, reason: str) -> Told:
+    """A device that does not run our program although it is wished; `mode` is that of --xdp. Somebody else's program
+    is a problem also for `auto`."""
+    return Told(link.name, OFF, reason, mode in _ASKING or bool(link.xdp))
+
+
+def strips_tags(link: Link) -> str:
+    """Why a device with VLANs runs none while it takes their tags off."""
+    return f"VLAN tags are gone before XDP sees them (ethtool -K {link.name} rxvlan off)"
 
 
 def is_way_out(link: Link, around: Surroundings) -> bool:
@@ -134,6 +168,10 @@ def vlans_of(links: Mapping[int, Link], edges: Iterable[int]) -> dict[tuple[int,
         if link.kind == "vlan" and link.vlan and link.parent in links and links[link.parent].kind != "vlan":
             found[link.parent, link.vlan] = index
     return found
+
+
+def _is_named(link: Link, around: Surroundings) -> bool:
+    return any(fnmatch.fnmatchcase(link.name, pattern) for pattern in around.patterns)
 
 
 def _name(index: int, around: Surroundings) -> str:
