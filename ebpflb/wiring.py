@@ -29,6 +29,7 @@ from ebpflb.source import Event, Source, SourceState
 from ebpflb.source.store import Store
 
 if TYPE_CHECKING:
+    from ebpflb.dataplane.bpf.xdp_choice import Told
     from ebpflb.dataplane.ipvs.options import IpvsOptions
     from ebpflb.source.kube.client import HttpClient
     from ebpflb.source.kube.endpoints import ApiServers
@@ -257,7 +258,24 @@ def _bpf(config: Config) -> Dataplane:
         count_traffic=config.service_metrics > 0,
         maglev_table_size=config.maglev_table_size,
         go_around=config.pod_path == REDIRECT,
+        beside=lambda: _told_beside(config),
     )
+
+
+def _told_beside(config: Config) -> tuple[Told, ...] | None:
+    """What the daemon of this network namespace says of XDP on its devices; None where it has none to tell of, and
+    where --xdp or --devices ask for something else than it was started with."""
+    from ebpflb.commands.status import ask_status
+    from ebpflb.dataplane.bpf.xdp_choice import Told
+
+    try:
+        status = ask_status(control.NAME)
+    except control.NotRunning:
+        return None
+    asked = (config.xdp, config.devices)
+    if not status.devices or asked not in ((AUTO, ()), (status.xdp, status.device_patterns)):
+        return None
+    return tuple(Told(device.name, device.xdp, device.reason, device.problem) for device in status.devices)
 
 
 def _ipvs(config: Config) -> Dataplane:

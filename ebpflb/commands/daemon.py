@@ -156,7 +156,14 @@ class _Daemon:
             stack.callback(gc.enable)
             gc.disable()
             if not once:
-                identity = Identity(config.node_name, dataplane.name, parts.now(), self._chosen.passed)
+                identity = Identity(
+                    config.node_name,
+                    dataplane.name,
+                    parts.now(),
+                    self._chosen.passed,
+                    xdp=config.xdp,
+                    patterns=config.devices,
+                )
                 control = Control(
                     self._server,
                     selector,

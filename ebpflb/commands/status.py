@@ -30,12 +30,14 @@ _FEW = 20
 
 class Identity(msgspec.Struct, frozen=True):
     """Who answers: node, dataplane, since when (RFC 3339), and the better dataplanes that cannot be had, each with its
-    reason."""
+    reason; and what --xdp and --devices are."""
 
     node: str
     dataplane: str
     since: str
     passed: tuple[tuple[str, str], ...] = ()
+    xdp: str = ""
+    patterns: tuple[str, ...] = ()
 
 
 class Passed(msgspec.Struct, frozen=True):
@@ -55,11 +57,13 @@ class Fill(msgspec.Struct, frozen=True):
 
 class DeviceStatus(msgspec.Struct, frozen=True):
     """A device of the node's that might carry outside traffic: how our XDP program runs there (`native`, `generic` or
-    `off`), and why that is not native, or what it does not do there; "" for nothing to say."""
+    `off`), and why that is not native, or what it does not do there; "" for nothing to say. `problem`: whether that is
+    not as it was asked for."""
 
     name: str
     xdp: str
     reason: str
+    problem: bool = False
 
 
 class SourceStatus(msgspec.Struct, frozen=True, rename="camel"):
@@ -77,7 +81,7 @@ class SourceStatus(msgspec.Struct, frozen=True, rename="camel"):
 class Status(msgspec.Struct, frozen=True, rename="camel"):
     """One item of kind Status. Ages in seconds, null for never. `remembered_since` is when what is served was saved,
     while it is what a source remembers of an earlier run (RFC 3339), else null. `retiring` are dataplanes that carried
-    Services before, and are not gone yet."""
+    Services before, and are not gone yet. `xdp` and `device_patterns` are --xdp and --devices."""
 
     node: str
     dataplane: str
@@ -99,6 +103,8 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
     maps: tuple[Fill, ...]
     devices: tuple[DeviceStatus, ...]
     problems: tuple[Found, ...]
+    xdp: str = ""
+    device_patterns: tuple[str, ...] = ()
 
 
 class _Envelope(msgspec.Struct, frozen=True):
@@ -140,6 +146,8 @@ def status_document(
         maps=fills,
         devices=devices,
         problems=tuple(troubles),
+        xdp=identity.xdp,
+        device_patterns=identity.patterns,
     )
     item: Mapping[str, object] = msgspec.to_builtins(status)
     return document("Status", [item], Format.JSON).encode()
@@ -166,10 +174,14 @@ def _stamp(at: float | None) -> str | None:
     return None if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def ask_status(socket_name: str, wait: float = 0.0) -> Status:
+    """What the daemon of this network namespace says of itself. Raises NotRunning."""
+    return msgspec.json.decode(ask(wait, socket_name), type=_Envelope).items[0]
+
+
 def show_status(parts: Parts, *, wait: float, form: Format) -> Result:
     """Ask the daemon of this network namespace."""
-    answer = ask(wait, parts.socket_name)
-    status = msgspec.json.decode(answer, type=_Envelope).items[0]
+    status = ask_status(parts.socket_name, wait)
     exit_status = OK if status.healthy else REFUSED
     if form.structured:
         return Result(document("Status", [msgspec.to_builtins(status)], form), exit_status)

@@ -110,8 +110,8 @@ class Dataplane(Protocol):
     def tables(self, what: str) -> list[dict[str, object]]:
         """Rows of `dump WHAT` that are not routes (`services`, `backends`, `flows`, `counters`, `raw`, …), read from
         the kernel, in plain values ready for JSON, sorted. `fill`, which `status` asks for, has `name`, `entries` and
-        `max` of each table of a fixed size; `devices` has `name`, `xdp` and `reason` of each device that might run
-        XDP. Raises UserError for a WHAT that this dataplane lacks."""
+        `max` of each table of a fixed size; `devices` has `name`, `xdp`, `reason` and `problem` of each device
+        that might run XDP. Raises UserError for a WHAT that this dataplane lacks."""
 
     def canary(self) -> bool:
         """Whether what was installed is still there, by a look that costs next to nothing whatever the number of rows:

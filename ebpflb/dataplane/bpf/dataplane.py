@@ -60,7 +60,7 @@ class BpfDataplane:
     those of --devices, () for all. `xdp`: as --xdp. `count_traffic`: whether to count what each Service carries.
     `go_around`: whether flows between pods of this node go around the stack. `maglev_table_size`: how many positions
     the largest table of consistent hashing may have. `cache`: where compiled programs are kept; None for the usual
-    place.
+    place. `beside` asks the daemon that runs here, if one does, what it says of XDP on each device; None for nothing.
     """
 
     name = "bpf"
@@ -78,6 +78,7 @@ class BpfDataplane:
         sizes: Sizes | None = None,
         cache: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        beside: Callable[[], tuple[Told, ...] | None] = lambda: None,
     ) -> None:
         self._bpffs = bpffs
         self._cgroup = cgroup
@@ -89,6 +90,7 @@ class BpfDataplane:
         self._sizes = sizes
         self._cache = cache
         self._clock = clock
+        self._beside = beside
         self._artifact: Artifact | None = None
         self._programs: Programs | None = None
         self._devices: Devices | None = None
@@ -100,9 +102,10 @@ class BpfDataplane:
     # ---- Before anything is touched
 
     def requirements(self) -> tuple[Requirement, ...]:
-        """What this dataplane needs of the node, and what XDP comes to on its devices."""
+        """What this dataplane needs of the node, and what XDP comes to on its devices: who has tried it knows best."""
         try:
-            devices = tuple(_xdp_requirement(told) for told in self._told())
+            beside = self._beside() if self._devices is None else None
+            devices = tuple(_xdp_requirement(told) for told in (self._told() if beside is None else beside))
         except ApplyError as error:
             devices = (Requirement("XDP", False, str(error), essential=False),)
         return (*self._needed(), *devices)
@@ -284,9 +287,13 @@ class BpfDataplane:
 
     def tables(self, what: str) -> list[dict[str, object]]:
         """Rows of `dump what`; none if nothing is programmed. `devices` has, for each device that might carry outside
-        traffic, its mode of XDP (`xdp`), and why that is not native (`reason`)."""
+        traffic, its mode of XDP (`xdp`), why that is not native (`reason`), and whether it is not as it was asked for
+        (`problem`)."""
         if what == "devices":
-            return [{"name": told.device, "xdp": told.mode, "reason": told.reason} for told in self._told()]
+            return [
+                {"name": told.device, "xdp": told.mode, "reason": told.reason, "problem": told.problem}
+                for told in self._told()
+            ]
         with self._maps() as maps:
             if maps is None:
                 return []
@@ -388,7 +395,7 @@ class BpfDataplane:
 def _xdp_requirement(told: Told) -> Requirement:
     """A device for `check`: nothing stops where it has no XDP."""
     detail = f"{told.mode}: {told.reason}" if told.reason else told.mode
-    return Requirement(f"XDP on {told.device}", told.mode != OFF, detail, essential=False)
+    return Requirement(f"XDP on {told.device}", told.mode != OFF and not told.problem, detail, essential=False)
 
 
 @contextmanager
