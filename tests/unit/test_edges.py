@@ -6,7 +6,7 @@ import pytest
 
 from ebpflb.dataplane.bpf.clsact import first_preference
 from ebpflb.dataplane.bpf.device_rows import Row
-from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses
+from ebpflb.dataplane.bpf.edges import is_edge, is_out_of_reach, is_pod_device, masquerade_addresses, own_mac
 from ebpflb.dataplane.bpf.ports import free_ports
 from ebpflb.dataplane.bpf.tc import ALL_PROTOCOLS, INGRESS, Filter
 from ebpflb.routes import packed
@@ -100,6 +100,24 @@ LINKS = {each.ifindex: each for each in _ALL}
 )
 def test_pod_devices(device: Link, name: str, expected: bool) -> None:
     assert is_pod_device(device, LINKS, name) is expected
+
+
+MAC = bytes.fromhex("020000000007")
+
+
+@pytest.mark.parametrize(
+    ("device", "mac", "expected"),
+    [
+        pytest.param(NODE, MAC, MAC, id="hardware"),
+        pytest.param(link("eth0", slave="vrf", master=9), MAC, MAC, id="in a vrf"),
+        pytest.param(PORT, MAC, bytes(6), id="bridge port"),
+        pytest.param(link("ib0"), bytes(20), bytes(6), id="an address of another length"),
+    ],
+)
+def test_frames_are_for_the_devices_own_address_unless_it_takes_them_for_others(
+    device: Link, mac: bytes, expected: bytes
+) -> None:
+    assert own_mac(device._replace(mac=mac)) == expected
 
 
 def at(index: int, address: str, scope: int = 0, flags: int = 0, bits: int = 24) -> InterfaceAddress:

@@ -34,6 +34,7 @@ from ebpflb.dataplane.bpf.edges import (
     is_pod_device,
     leads_to_a_namespace,
     masquerade_addresses,
+    own_mac,
 )
 from ebpflb.dataplane.bpf.xdp import Xdp
 from ebpflb.dataplane.bpf.xdp_choice import Surroundings, Told, is_way_out, vlans_of
@@ -303,10 +304,8 @@ class Devices:
                 flags |= self._xdp.bits(index, row.flags if row else 0)
                 if link.kind == "veth":
                     flags |= DEVICE_BACK
-            # What a bridge's port takes is for the bridge or another port, and our business all the same.
-            mac = link.mac if len(link.mac) == 6 and not link.slave_kind else bytes(6)
             try:
-                written += self._rows.put(index, Row(ipv4, ipv6, flags, link.mtu, mac))
+                written += self._rows.put(index, Row(ipv4, ipv6, flags, link.mtu, own_mac(link)))
             except OSError as error:
                 self._failures[index] = f"its row cannot be written: {error.strerror}"
         return written

@@ -39,6 +39,7 @@ behind the device of kind "openvswitch" by which the stack reaches them; and wha
 or by a tunnel, answers to that device's address.
 """
 _NOWHERE = bytes(16)
+_NO_MAC = bytes(6)
 
 
 def is_edge(link: Link, patterns: tuple[str, ...] = ()) -> bool:
@@ -77,6 +78,14 @@ def leads_to_a_namespace(link: Link) -> bool:
     """Whether what leaves by `link` enters another network namespace, with nothing in between: a veth that is on no
     bridge, whose other end is there."""
     return link.kind == "veth" and link.leads_away and not link.master
+
+
+def own_mac(link: Link) -> bytes:
+    """The link-layer address of what is for this node among all that enters by `link`; zero for whatever enters: a
+    bridge's port takes frames for the bridge or another port, and they are our business all the same."""
+    if len(link.mac) != 6 or link.slave_kind == "bridge":
+        return _NO_MAC
+    return link.mac
 
 
 def masquerade_addresses(
