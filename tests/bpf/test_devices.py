@@ -156,11 +156,13 @@ def test_edges_are_attached_and_nothing_else(namespace: Namespace, loaded: Loade
 
 
 def test_patterns_narrow_the_nodes_devices_only(namespace: Namespace, loaded: Loaded) -> None:
-    namespace.ip("link add veth0 type veth peer name veth1")
-    namespace.ip("link add vx5 type vxlan id 5 dstport 4789 remote 192.0.2.1 dev veth0")
-    namespace.ip("link add vx6 type vxlan id 6 dstport 4790 remote 192.0.2.1 dev veth0")
-    with running(namespace, loaded, "vx5", "eth*") as devices:
-        assert devices.attached() == ("veth0", "veth1", "vx5")
+    """Pods are reached by all others: on other nodes by the overlay, where masquerade has its place."""
+    namespace.ip("tuntap add data mode tap")
+    namespace.ip("tuntap add office mode tap")
+    namespace.ip("link add pod1 type veth peer name pod1-in")
+    namespace.ip("link add flannel.1 type vxlan id 1 dstport 8472 dev data")
+    with running(namespace, loaded, "data", "eth*") as devices:
+        assert devices.attached() == ("data", "flannel.1", "pod1", "pod1-in")
 
 
 @pytest.mark.parametrize("rows_survive", [True, False])

@@ -59,10 +59,15 @@ def test_edges(device: Link, expected: bool) -> None:
         (link("ens3"), ("eth*", "ens3"), True),
         (link("cali1", kind="veth"), ("eth*",), True),
         (link("tap1", slave="bridge", master=9), ("eth*",), True),
+        (link("flannel.1", kind="vxlan"), ("eth*",), True),
+        (link("cilium_geneve", kind="geneve"), ("eth*",), True),
+        (link("antrea-gw0", kind="openvswitch"), ("eth*",), True),
+        (link("pod1", kind="netkit"), ("eth*",), True),
+        (link("eth1.7", kind="vlan"), ("eth0",), False),
         (link("cni0", kind="bridge"), ("cni0",), False),
     ],
 )
-def test_patterns_narrow_all_but_veths_and_bridge_ports(
+def test_patterns_narrow_all_but_those_by_which_pods_are_reached(
     device: Link, patterns: tuple[str, ...], expected: bool
 ) -> None:
     assert is_edge(device, patterns) is expected

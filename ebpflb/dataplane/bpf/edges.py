@@ -38,18 +38,21 @@ at a port is a stranger's to them. Its CNIs (Antrea, Kube-OVN, OVN-Kubernetes) r
 behind the device of kind "openvswitch" by which the stack reaches them; and whatever backend is behind it, on this node
 or by a tunnel, answers to that device's address.
 """
+OVERLAYS = frozenset(("vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "bareudp", "l2tp", "batadv"))
+_PODS = OVERLAYS | {"veth", "netkit", "openvswitch"}
 _NOWHERE = bytes(16)
 _NO_MAC = bytes(6)
 
 
 def is_edge(link: Link, patterns: tuple[str, ...] = ()) -> bool:
-    """Whether our programs belong on `link`. `patterns` (shell-like, () for all) narrow the node's own devices; veths
-    and bridge ports, by which pods are reached, always belong."""
+    """Whether our programs belong on `link`. `patterns` (shell-like, () for all) narrow the devices of outside traffic;
+    those by which pods are reached, here and on other nodes, always belong: veths, bridge ports, overlays, Open
+    vSwitch's. What was translated where it entered must be masqueraded where it leaves."""
     if link.type != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or link.kind in _NOT_EDGES:
         return False
     if link.master and link.slave_kind not in _MASTERS_OF_EDGES:
         return False
-    if not patterns or link.kind == "veth" or link.slave_kind == "bridge":
+    if not patterns or link.kind in _PODS or link.slave_kind == "bridge":
         return True
     return any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
 
