@@ -21,14 +21,13 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ebpflb.dataplane.bpf.edges import is_pod_device
+from ebpflb.dataplane.bpf.edges import OVERLAYS, is_pod_device
 from ebpflb.rtnetlink import SCOPE_GLOBAL, InterfaceAddress, Link
 
 AUTO, NATIVE, GENERIC, OFF = "auto", "native", "generic", "off"
 _ASKING = (NATIVE, GENERIC)  # what does not run is then not as it was asked for
 
 _PORTS = ("bridge", "openvswitch")
-_OVERLAYS = frozenset(("vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "bareudp", "l2tp", "batadv"))
 WIRES = {"veth": "veth", "tun": "tap", "netkit": "netkit"}
 """Kinds whose other end is a namespace or a virtual machine, and how they are called."""
 _HOST_BITS = {4: 32, 6: 128}
@@ -94,7 +93,7 @@ def wish(link: Link, around: Surroundings, mode: str, *, runs: bool = False) -> 
         parent = around.links.get(link.parent)
         alone = named and (parent is None or not _is_named(parent, around))
         return Wish(OFF, f"a VLAN of {_name(link.parent, around)}, where its frames are met", problem=asked and alone)
-    if link.kind in _OVERLAYS:
+    if link.kind in OVERLAYS:
         return Wish(OFF, "an overlay: its frames come inside another device's", problem=asked and named)
     wire = link.kind in WIRES
     if around.patterns and not named:
