@@ -30,7 +30,7 @@ from tests.pace import PACE
 
 pytestmark = pytest.mark.box
 
-NATIVELY = {"name": "eth0", "xdp": "native", "reason": ""}
+NATIVELY = {"name": "eth0", "xdp": "native", "reason": "", "problem": False}
 
 
 @pytest.fixture(scope="module")
