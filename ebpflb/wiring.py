@@ -263,14 +263,14 @@ def _bpf(config: Config) -> Dataplane:
 
 
 def _told_beside(config: Config) -> tuple[Told, ...] | None:
-    """What the daemon of this network namespace says of XDP on its devices; None where it has none to tell of, and
-    where --xdp or --devices ask for something else than it was started with."""
+    """What the daemon of this network namespace says of XDP on its devices; None where it has none to tell of, is of
+    another version, and where --xdp or --devices ask for something else than it was started with."""
     from ebpflb.commands.status import ask_status
     from ebpflb.dataplane.bpf.xdp_choice import Told
 
     try:
         status = ask_status(control.NAME)
-    except control.NotRunning:
+    except (control.NotRunning, UserError):
         return None
     asked = (config.xdp, config.devices)
     if not status.devices or asked not in ((AUTO, ()), (status.xdp, status.device_patterns)):

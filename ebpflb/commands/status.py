@@ -175,8 +175,12 @@ def _stamp(at: float | None) -> str | None:
 
 
 def ask_status(socket_name: str, wait: float = 0.0) -> Status:
-    """What the daemon of this network namespace says of itself. Raises NotRunning."""
-    return msgspec.json.decode(ask(wait, socket_name), type=_Envelope).items[0]
+    """What the daemon of this network namespace says of itself. Raises NotRunning, and UserError where it is of a
+    version that says something else."""
+    try:
+        return msgspec.json.decode(ask(wait, socket_name), type=_Envelope).items[0]
+    except (msgspec.DecodeError, IndexError) as error:
+        raise UserError(f"the daemon that runs here is of another version than this command: {error}") from None
 
 
 def show_status(parts: Parts, *, wait: float, form: Format) -> Result:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -151,6 +152,9 @@ class Nodes:
         """As `who`, for whoever asks again."""
         return self.who(client, to, tries, SOON)
 
+    def _answers(self, server: str, client: str, to: Target) -> bool:
+        return server in self._now(client, to)
+
     def until_reaches(self, client: str, to: Target, *servers: str, seconds: float = PATIENCE) -> None:
         """Until all of these answer, and nobody and nothing else does."""
         until(f"{client} -> {to} reaches {servers}", lambda: self._now(client, to), set(servers), seconds)
@@ -163,7 +167,7 @@ class Nodes:
         """Until this server answers all of these clients, or none of them any more."""
         for client, to in asked:
             what = f"{client} -> {to} {'reaches' if answers else 'is lost to'} {server}"
-            until(what, lambda client=client, to=to: server in self._now(client, to), answers)  # type: ignore[misc]
+            until(what, partial(self._answers, server, client, to), answers)
 
     def until_lost(self, client: str, to: Target, server: str) -> None:
         """Until this one answers no more, whatever comes instead."""

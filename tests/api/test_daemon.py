@@ -25,8 +25,8 @@ from tests.conftest import ARTIFACTS
 
 pytestmark = [pytest.mark.api, pytest.mark.root, pytest.mark.box]
 
-# From the write of a slice to an answered connection, in seconds: half of them, and nine of ten. The second is loose,
-# as two cores are shared by all of it, and the slowest may have met a pause of the machine.
+# From the write of a slice to an answered connection, in seconds: half of them, and 99 of 100. The second is loose, as
+# two cores are shared by all of it, and the slowest one may have met a pause of the machine.
 GOAL, LATEST = 0.050, 0.500
 CHANGES = 100
 
@@ -80,10 +80,10 @@ def test_a_service_answers_within_50_ms_of_its_slices_write(nodes: Nodes, own: s
             assert time.monotonic() - began < PATIENCE, nodes.status("node1")
         answered.append(time.monotonic() - began - written[-1])
     answered.sort()
-    half, most = statistics.median(answered), answered[CHANGES * 9 // 10]
+    half, most = statistics.median(answered), answered[CHANGES * 99 // 100 - 1]
     words = (
         f"from the API server's answer to an answered connection, {CHANGES} Services: p50 {half * 1e3:.1f} ms, "
-        f"p90 {most * 1e3:.1f} ms, most {answered[-1] * 1e3:.1f} ms; the write itself: p50 "
+        f"p99 {most * 1e3:.1f} ms, most {answered[-1] * 1e3:.1f} ms; the write itself: p50 "
         f"{statistics.median(written) * 1e3:.1f} ms\n"
     )
     ARTIFACTS.mkdir(exist_ok=True)

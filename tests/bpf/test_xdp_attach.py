@@ -409,12 +409,17 @@ def test_a_device_that_loses_its_address_keeps_xdp_until_the_next_start(node: No
         daemon.until(lambda: node.bits("eth0") == BOTH, lambda: node.bits("eth0"))
 
 
+def add_vlan(node: Node) -> None:
+    """eth0.7; the test is skipped where the kernel has none."""
+    made = ["ip", "-n", node.namespace.name, "link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"]
+    if subprocess.run(made, stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this kernel has no VLANs")
+
+
 def test_a_device_with_vlans_shows_their_tags_to_xdp_or_runs_none(node: Node) -> None:
     """Tags that the device takes off are invisible: a VLAN's frame would be taken for its parent's."""
-    made = ["ip", "-n", node.namespace.name, "link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"]
     with node.running(GENERIC) as daemon:
-        if subprocess.run(made, stderr=subprocess.DEVNULL, check=False).returncode:
-            pytest.skip("this kernel has no VLANs")
+        add_vlan(node)
         daemon.until(lambda: not node.running_on("eth0"), lambda: node.running_on("eth0"))
         assert "rxvlan off" in daemon.told("eth0")[1]
         assert daemon.told("eth0.7") == (OFF, "a VLAN of eth0, where its frames are met")
@@ -534,9 +539,7 @@ def test_check_says_beside_a_daemon_what_status_says(node: Node, mode: str) -> N
 
 def test_check_says_beforehand_that_a_device_takes_vlan_tags_off(node: Node) -> None:
     """It is known without a try, and no XDP runs there."""
-    made = ["ip", "-n", node.namespace.name, "link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"]
-    if subprocess.run(made, stderr=subprocess.DEVNULL, check=False).returncode:
-        pytest.skip("this kernel has no VLANs")
+    add_vlan(node)
     with node.namespace.entered():
         (told,) = (each for each in survey(GENERIC, ()) if each.device == "eth0")
         assert told.mode == OFF and "rxvlan off" in told.reason

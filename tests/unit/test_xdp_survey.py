@@ -5,19 +5,21 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ebpflb import control, rtnetlink
-from ebpflb.commands.status import Identity, status_document
+from ebpflb.commands.status import Identity, ask_status, status_document
 from ebpflb.config.options import Options, configure
 from ebpflb.dataplane import Requirement
 from ebpflb.dataplane.bpf.dataplane import BpfDataplane
 from ebpflb.dataplane.bpf.xdp_choice import AUTO, GENERIC, NATIVE, OFF, Told
 from ebpflb.dataplane.bpf.xdp_features import BASIC, Features
 from ebpflb.dataplane.bpf.xdp_survey import survey
+from ebpflb.errors import UserError
 from ebpflb.rtnetlink import Link
 from ebpflb.wiring import real_parts
 from tests.fakes import FakeDataplane
@@ -58,15 +60,23 @@ def test_a_bond_that_is_asked_to_run_natively_is_told_as_a_problem_beforehand(no
 
 # ---- Beside a daemon ----
 
+DEFAULTS = Options()
 TOLD = {"name": "eth0", "xdp": OFF, "reason": "too few queues", "problem": True}
 
 
-@contextmanager
-def daemon(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, object], xdp: str = NATIVE) -> Iterator[None]:
+def daemon(
+    monkeypatch: pytest.MonkeyPatch, *devices: dict[str, object], xdp: str = NATIVE
+) -> AbstractContextManager[None]:
     """One that has these devices, started with this --xdp."""
     dataplane = FakeDataplane()
     dataplane.rows["devices"] = list(devices)
-    answer = status_document(Identity("node1", "bpf", "2026-01-31T12:00:00Z", xdp=xdp), dataplane, overview())
+    identity = Identity("node1", "bpf", "2026-01-31T12:00:00Z", xdp=xdp)
+    return answering(monkeypatch, status_document(identity, dataplane, overview()))
+
+
+@contextmanager
+def answering(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Iterator[None]:
+    """A daemon that says this of itself."""
     monkeypatch.setattr(control, "NAME", f"ebpflb-test-survey-{threading.get_native_id()}")
     with control.listen(control.NAME) as server:
         server.setblocking(True)
@@ -89,34 +99,35 @@ def daemon(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, object], xdp: st
             thread.join()
 
 
-def checked(tmp_path: Path, **typed: object) -> list[Requirement]:
+def checked(tmp_path: Path, typed: Options = DEFAULTS) -> list[Requirement]:
     """What `check` finds of XDP."""
-    typed["bpffs"] = str(tmp_path)
-    config = configure(Options(**typed), hostname="node1", need_source=False)  # type: ignore[arg-type]
+    config = configure(replace(typed, bpffs=str(tmp_path)), hostname="node1", need_source=False)
     bpf, *_ = real_parts().dataplanes(config)
     assert isinstance(bpf, BpfDataplane)
     return [each for each in bpf.requirements() if each.name.startswith("XDP")]
 
 
-@pytest.mark.parametrize("typed", [{}, {"xdp": NATIVE}])
+@pytest.mark.parametrize("typed", [DEFAULTS, Options(xdp=NATIVE)], ids=["auto", "native"])
 def test_check_says_what_the_daemon_was_refused(
-    node: dict[int, Link], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: dict[str, object]
+    node: dict[int, Link], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: Options
 ) -> None:
     """Nobody knows beforehand: only the driver says it, once it is asked."""
     with daemon(monkeypatch, TOLD):
-        (said,) = checked(tmp_path, **typed)
+        (said,) = checked(tmp_path, typed)
     assert said == Requirement("XDP on eth0", False, "off: too few queues", essential=False)
-    (said,) = checked(tmp_path, **typed)
+    (said,) = checked(tmp_path, typed)
     assert (said.found, said.detail) == (True, "native: would be tried")
 
 
-@pytest.mark.parametrize("typed", [{"xdp": GENERIC}, {"xdp": NATIVE, "devices": ("eth0",)}])
+@pytest.mark.parametrize(
+    "typed", [Options(xdp=GENERIC), Options(xdp=NATIVE, devices=("eth0",))], ids=["mode", "devices"]
+)
 def test_check_says_what_would_be_tried_where_the_daemon_was_asked_for_something_else(
-    node: dict[int, Link], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: dict[str, object]
+    node: dict[int, Link], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: Options
 ) -> None:
     with daemon(monkeypatch, TOLD):
-        (said,) = checked(tmp_path, **typed)
-    assert said.detail == f"{typed['xdp']}: would be tried"
+        (said,) = checked(tmp_path, typed)
+    assert said.detail == f"{typed.xdp}: would be tried"
 
 
 def test_check_beside_a_daemon_of_another_dataplane_says_what_would_be_tried(
@@ -124,6 +135,17 @@ def test_check_beside_a_daemon_of_another_dataplane_says_what_would_be_tried(
 ) -> None:
     with daemon(monkeypatch):
         (said,) = checked(tmp_path)
+    assert said.detail == "native: would be tried"
+
+
+@pytest.mark.parametrize("answer", [b'{"items": [{"node": "node1"}]}', b'{"items": []}', b"not at all"])
+def test_check_beside_a_daemon_of_another_version_says_what_would_be_tried(
+    node: dict[int, Link], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: bytes
+) -> None:
+    with answering(monkeypatch, answer):
+        (said,) = checked(tmp_path)
+        with pytest.raises(UserError, match="of another version"):
+            ask_status(control.NAME)
     assert said.detail == "native: would be tried"
 
 
