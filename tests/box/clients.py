@@ -6,9 +6,11 @@ compares values and prints them when they differ.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
@@ -153,8 +155,20 @@ class Clients:
     def converse(
         self, place: Place, to: Target, protocol: str, *, port: int = 0, patience: float = PATIENCE
     ) -> Conversation:
-        """A conversation from `place` and its port `port`; 0: the kernel's choice, or a fresh one for UDP. Raises
-        OSError."""
+        """A conversation from `place` and its port `port`; 0: the kernel's choice, or a fresh one for UDP. A port whose
+        last connection to the same peer is still closing is waited for, as long as `patience`: the kernel gives it out
+        again when the peer has acknowledged the end. Raises OSError."""
+        deadline = time.monotonic() + patience
+        while True:
+            made = self._bound(place, to, protocol, port)
+            try:
+                return Conversation(made, to, patience)
+            except OSError as error:
+                if not port or error.errno != errno.EADDRNOTAVAIL or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def _bound(self, place: Place, to: Target, protocol: str, port: int) -> socket.socket:
         made = self.sockets.make(place, family_of(to.address), protocol)
         try:
             if port:
@@ -165,7 +179,7 @@ class Clients:
         except BaseException:
             made.close()
             raise
-        return Conversation(made, to, patience)
+        return made
 
     def ask(
         self, place: Place, to: Target, protocol: str, *, port: int = 0, patience: float = PATIENCE,
