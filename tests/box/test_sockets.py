@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from tests.box.box import Box
-from tests.box.clients import Target
+from tests.box.clients import PATIENCE, Target
 from tests.box.sockets import family_of
 
 pytestmark = pytest.mark.box
@@ -33,7 +33,7 @@ def test_an_ipv6_socket_may_use_the_ipv4_address_of_a_service(box: Box, pod: str
     address, port = web.cluster_ip("ipv4")
     made = box.sockets.make(box.place(pod), socket.AF_INET6, protocol)
     with contextlib.closing(made):
-        made.settimeout(3)
+        made.settimeout(PATIENCE)
         made.connect((f"::ffff:{address}", port))
         made.send(b"who?\n")
         assert made.recv(4096).split()[0] == b"b1"
@@ -44,7 +44,7 @@ def test_an_unconnected_ipv6_socket_may_use_the_ipv4_address_of_a_service(box: B
     web = box.service("b1")
     address, port = web.cluster_ip("ipv4")
     with contextlib.closing(box.sockets.make(box.place(pod), socket.AF_INET6, "UDP")) as made:
-        made.settimeout(3)
+        made.settimeout(PATIENCE)
         made.sendto(b"who?", (f"::ffff:{address}", port))
         body, source = made.recvfrom(4096)
         assert body.split()[0] == b"b1"
@@ -81,7 +81,7 @@ def test_a_socket_that_does_not_wait_connects(box: Box, family: str, pod: str) -
         made.setblocking(False)
         with pytest.raises(BlockingIOError):
             made.connect(web.cluster_ip(family))
-        _, writable, _ = select.select([], [made], [], 3)
+        _, writable, _ = select.select([], [made], [], PATIENCE)
         assert writable and made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
         assert peer(made) == web.cluster_ip(family)
 

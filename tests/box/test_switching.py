@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from ebpflb.commands.handover import PERIOD
 from ebpflb.demo.network import Cni, Join
 from tests.box.box import NODES, PROTOCOLS, SLO, Box
 from tests.box.clients import Conversation, Target
@@ -192,12 +193,13 @@ def test_trace_explains_alike_on_every_dataplane(changing: Box) -> None:
 
 
 def test_what_is_not_needed_any_more_goes(changing: Box) -> None:
-    """iptables has nothing to keep once BPF carries everything: its rules go by themselves."""
+    """iptables has nothing to keep once BPF carries everything: its rules go by themselves. It is asked again after a
+    while where a connection of an earlier test was still closing."""
     changing.service("b1", kinds=["NodePort"])
     changing.switch("node1", IPTABLES_NFT)
     assert "KUBE-SVC-" in changing.kernel.said("node1", "iptables-nft-save")
     changing.switch("node1", BPF)
-    deadline = time.monotonic() + SLO
+    deadline = time.monotonic() + PERIOD + SLO
     while "KUBE-" in (rules := changing.kernel.said("node1", "iptables-nft-save")):
         assert time.monotonic() < deadline, rules
         time.sleep(0.05)

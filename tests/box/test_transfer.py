@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import pytest
 
 from ebpflb.demo import namespaces
 from tests.box.box import Box
-from tests.box.clients import Answer, Conversation, Target
+from tests.box.clients import Answer, Conversation, Target, about
 from tests.box.servers import pattern
 from tests.box.services import ServiceInBox
 from tests.pace import PACE
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.box
 
 LARGE = 8 << 20
 DATAGRAM = 8000
+FRAGMENTS = 6  # of such a datagram
 
 # From a pod to a pod on this node and on another, from a node, and from outside by a node with the backend and without.
 WAYS = {
@@ -58,24 +60,32 @@ def test_should_be_able_to_handle_large_requests_udp(box: Box, family: str, way:
     """Each datagram and its answer is cut into six fragments."""
     client, server, node = WAYS[way]
     web = box.service(server, kinds=["NodePort"])
-    body = pattern(DATAGRAM)
     with box.clients.converse(box.place(client), target(web, client, node, family), "UDP") as conversation:
-        learn_path_mtu(conversation)
-        for _ in range(5):
-            answer = conversation.ask(body)
-            assert answer.server == server
-            assert answer.body == body
+        for _ in range(6):
+            assert exchanged(conversation, DATAGRAM).server == server
 
 
-def learn_path_mtu(conversation: Conversation) -> None:
-    """IPv6 loses the first datagram that is too big for the overlay, and says so: fragments are made by the sender."""
-    for _ in range(3):
+_exchanges = itertools.count(1)
+
+
+def exchanged(conversation: Conversation, size: int) -> Answer:
+    """The answer to a datagram of that size, which has come back whole. IPv6 loses the first one that is too big for
+    the overlay, since fragments are made by the sender, and says so once for each fragment: now, or only when a later
+    one is under way, whose answer comes all the same. So each datagram differs from all others."""
+    for _ in range(FRAGMENTS + 1):
+        number = next(_exchanges).to_bytes(8, "big")
+        body = number + pattern(size)[len(number) :]
         try:
-            conversation.ask(bytes(DATAGRAM))
-        except TimeoutError:
-            raise
+            conversation.socket.send(body)
+            while True:
+                line, _, rest = conversation.socket.recv(65_535).partition(b"\n")
+                if rest[: len(number)] >= number:  # no answer to an earlier one
+                    assert rest == body
+                    return about(line, rest)
         except OSError as error:
-            assert error.errno == errno.EMSGSIZE
+            if error.errno != errno.EMSGSIZE:
+                raise
+    raise AssertionError(f"{size} bytes are too big each time")
 
 
 @contextmanager

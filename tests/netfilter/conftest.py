@@ -73,6 +73,14 @@ class Place:
         return done.stdout
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_lock_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """These namespaces share no xtables lock with this machine or with other tests, whoever holds that for how long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XTABLES_LOCKFILE", str(tmp_path_factory.mktemp("netfilter") / "xtables.lock"))
+        yield
+
+
 @pytest.fixture(params=("nft", "legacy"))
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """An empty namespace whose loopback is up."""

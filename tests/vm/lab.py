@@ -10,6 +10,7 @@ Nothing runs in the node's namespace but what a test starts there.
 
 from __future__ import annotations
 
+import itertools
 import os
 import selectors
 import socket
@@ -32,6 +33,7 @@ REMOTES = ("10.0.2.1", "10.0.2.2")
 PORTS = (80, 8080)
 PATIENCE = 3.0 * PACE
 SILENCE = 0.3 * PACE
+_FRESH_PORTS = range(36_000, 61_000)  # above the node ports
 
 _VIPS = ("172.30.0.0/16", "192.168.99.0/24", "1.2.3.0/24", "5.6.7.0/24")
 _KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
@@ -62,6 +64,8 @@ class Lab:
             REMOTE_POD: "world",
             **dict.fromkeys(REMOTES, "world"),
         }
+        # Datagrams from a port that the kernel gives out again belong to a flow that has its backend already.
+        self._fresh_ports = itertools.cycle(_FRESH_PORTS)
 
     def namespace(self, place: str) -> str:
         return f"{self.name}-{place}"
@@ -128,8 +132,9 @@ class Lab:
             made = socket.socket(family, _KINDS[protocol])
         try:
             made.settimeout(patience)
-            if client:
-                made.bind((v6(client) if version6 else client, 0))
+            own = next(self._fresh_ports) if protocol is Protocol.UDP else 0
+            if client or own:
+                made.bind((v6(client) if client and version6 else client, own))
             made.connect((to, port))
         except (ConnectionRefusedError, ConnectionResetError):
             made.close()
