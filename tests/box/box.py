@@ -48,7 +48,8 @@ from tests.box.wires import answer_xdp
 from tests.pace import PACE
 from tests.world import v6
 
-SLO = 20.0 * PACE  # seconds from a changed manifest to the kernels of all nodes; far more than it takes
+SLO = 30.0 * PACE  # seconds from a changed manifest to the kernels of all nodes; far more than it takes
+START = 60.0 * PACE  # seconds until daemons are ready; where nothing is cached yet, three compile at once
 
 PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb"), "node3": ("c1", "sc")}
 NODES = ("node1:a", "node2:a", "node3:b")
@@ -92,7 +93,7 @@ class Box:
             self._route()
             if self.mode.xdp:
                 answer_xdp(self.cluster.fabric.namespace, len(self.cluster.nodes))
-            self.cluster.start_daemons(seconds=30 * PACE)
+            self.cluster.start_daemons(seconds=START)
             self.settle()
             self._stack = stack.pop_all()
         return self
@@ -210,7 +211,7 @@ class Box:
         assert daemon is not None and daemon.stop() == 0
         self.modes[node] = mode
         self.cluster.under = mode.under
-        self.cluster.start_daemon(node, *mode.options).wait_ready(30 * PACE)
+        self.cluster.start_daemon(node, *mode.options).wait_ready(START)
         self.settle([node])
 
     def daemon_runs(self, node: str) -> bool:

@@ -28,11 +28,13 @@ class Footprint(NamedTuple):
     parts: dict[str, str]
 
     def differences(self, before: Footprint) -> list[str]:
-        """One line for each part that is not what it was."""
+        """One line for each part that is not what it was. A sysctl that only one of them has is no difference: it is of
+        a device, whose link is a part as well, or of a module that anybody on this machine may have loaded."""
         return [
             f"{part}: was {before.parts.get(part)!r}, is {self.parts.get(part)!r}"
             for part in sorted({*self.parts, *before.parts})
             if self.parts.get(part) != before.parts.get(part)
+            if not part.startswith("sysctl ") or (part in self.parts and part in before.parts)
         ]
 
 
@@ -71,9 +73,7 @@ def footprint_of(cluster: Cluster, name: str) -> Footprint:
         "cgroup": ("bpftool", "cgroup", "tree", str(node.node_cgroup)),
     }.items():
         parts[what] = _PASSING.sub("", said(*argv))
-    parts["pins"] = "\n".join(
-        sorted(str(path) for path in cluster.bpffs.rglob("*") if cluster.pins(name) in path.parents)
-    )
+    parts["pins"] = "\n".join(sorted(map(str, cluster.pins(name).rglob("*"))))
     with namespaces.inside(node.namespace):
         parts.update(_sysctls(Path("/proc/sys/net")))
     return Footprint(parts)

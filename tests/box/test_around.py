@@ -13,6 +13,7 @@ import pytest
 
 from ebpflb.demo.network import Cni, Join
 from tests.box.box import NODES, Box
+from tests.box.clients import Answer, Conversation
 from tests.box.conftest import OnFailure, tidied
 from tests.box.modes import AROUND, BPF
 from tests.box.servers import pattern
@@ -35,9 +36,26 @@ def box(standing: Box, on_failure: OnFailure) -> Iterator[Box]:
     yield from tidied(standing, on_failure)
 
 
+# Packets by which the last connections of the test before may still end. What is asked here is 40 at least.
+STRAYS = 10
+
+
 def gone_around(box: Box) -> int:
     """Packets that node1 has sent around its stack so far."""
     return box.kernel.counters("node1")["around_sent"]
+
+
+def asked_by_packets(box: Box, conversation: Conversation, body: bytes, number: int) -> Answer:
+    """The answer to a datagram, for which so many packets went around. Others may, too, while it is asked: so it is
+    asked again where that was so."""
+    seen = []
+    for _ in range(3):
+        before = gone_around(box)
+        answer = conversation.ask(body)
+        seen.append(gone_around(box) - before)
+        if seen[-1] == number:
+            return answer
+    raise AssertionError(f"{number} packets were to go around each time: {seen}")
 
 
 def test_pod_to_pod_of_one_node_goes_around(box: Box, family: str) -> None:
@@ -67,7 +85,7 @@ def test_a_backend_of_another_node_is_reached_through_the_stack(box: Box, family
     before = gone_around(box)
     box.expect("sa", to=web.cluster_ip(family)).reaches("b1").sees_source("sa")
     box.check()
-    assert gone_around(box) == before
+    assert gone_around(box) - before < STRAYS
 
 
 def test_a_pod_that_is_sent_to_itself_goes_through_the_stack(box: Box, family: str) -> None:
@@ -76,7 +94,7 @@ def test_a_pod_that_is_sent_to_itself_goes_through_the_stack(box: Box, family: s
     before = gone_around(box)
     box.expect("sa", to=web.cluster_ip(family)).reaches("sa").sees_source("node1")
     box.check()
-    assert gone_around(box) == before
+    assert gone_around(box) - before < STRAYS
 
 
 def test_much_data_both_ways(box: Box, family: str) -> None:
@@ -95,12 +113,9 @@ def test_fragments_go_through_the_stack_with_the_same_backend(box: Box, family: 
     web = box.service("a1", "a2")
     with box.clients.converse(box.place("sa"), web.cluster_ip(family), "UDP", patience=10 * PACE) as conversation:
         first = conversation.ask()
-        before = gone_around(box)
-        answer = conversation.ask(pattern(DATAGRAM))
+        answer = asked_by_packets(box, conversation, pattern(DATAGRAM), 0)
         assert (answer.server, answer.body) == (first.server, pattern(DATAGRAM))
-        assert gone_around(box) == before
-        assert conversation.ask().server == first.server
-        assert gone_around(box) == before + 2
+        assert asked_by_packets(box, conversation, b"who?", 2).server == first.server
 
 
 def test_connections_go_on_when_the_way_is_given_up_and_taken_again(box: Box, family: str) -> None:

@@ -20,7 +20,7 @@ SERVING, NOT_SERVING, CLOSED = 200, 503, 0
 
 def checked(box: Box, *backends: str | Member, **spec: Any) -> tuple[ServiceInBox, int]:
     """A load balancer's Service with policy Local, and its health check's port."""
-    port = 31_000 + box.client_port() % 1000
+    port = 32_100 + box.client_port() % 600  # above all node ports, below what sockets are given
     web = box.service(
         *backends, kinds=["LoadBalancer"], externalTrafficPolicy="Local", healthCheckNodePort=port, **spec,
     )  # fmt: skip
@@ -34,7 +34,7 @@ def status(box: Box, node: str, family: str, port: int, client: str = "outside")
         try:
             connection.request("GET", "/healthz")
             return connection.getresponse().status
-        except (ConnectionRefusedError, ConnectionResetError):
+        except ConnectionError:  # refused; or it was closed while it was being asked
             return CLOSED
         finally:
             connection.close()

@@ -88,6 +88,7 @@ def held_back(box: Box, node: str) -> Iterator[None]:
     assert daemon is not None
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
+        os.waitid(os.P_PID, daemon.pid, os.WSTOPPED | os.WNOWAIT)  # to be sent a signal is not to have had it
         yield
     finally:
         os.kill(daemon.pid, signal.SIGCONT)

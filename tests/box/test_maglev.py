@@ -22,7 +22,7 @@ from tests.world import v6
 pytestmark = [pytest.mark.box, pytest.mark.dataplanes("bpf")]
 
 SERVERS = ("a1", "a2", "b1", "b2", "c1")
-FLOWS = 60
+FLOWS = 120
 
 
 def maglev(box: Box, *servers: str, **spec: Any) -> ServiceInBox:
@@ -119,7 +119,7 @@ def test_every_node_makes_the_same_choice(box: Box, family: str) -> None:
     web = maglev(box, *SERVERS)
     to, ports = web.cluster_ip(family), ports_of(box)
     first = chosen(box, to, ports)
-    assert set(first.values()) == set(SERVERS)  # by chance one of them has no flow once in 10^5
+    assert set(first.values()) == set(SERVERS)  # by chance one of them has no flow once in 10^11
     for node in ("node2", "node3"):
         with brought_to(box, node):
             assert chosen(box, to, ports) == first
@@ -135,8 +135,8 @@ def test_few_flows_move_when_a_backend_leaves(box: Box, family: str) -> None:
         second = chosen(box, to, ports)
     assert SERVERS[0] not in second.values()
     moved = [port for port in ports if first[port] != SERVERS[0] and second[port] != first[port]]
-    # Of these five's places 2 % move: of some 50 flows more than 8 once in 10^6.
-    assert len(moved) <= 8, moved
+    # Of these five's places 2 % move: of some 100 flows more than 20 once in 10^14.
+    assert len(moved) <= 20, moved
     web.endpoints(*SERVERS)
     with brought_to(box, "node3"):
         assert chosen(box, to, ports) == first
@@ -155,4 +155,4 @@ def test_with_session_affinity_a_client_has_one_backend_on_all_nodes(box: Box, f
     with brought_to(box, "node2"):
         assert set(chosen(box, web.cluster_ip(family), ports[10:20]).values()) == {server}
     web.change(**LOOSE)
-    assert set(chosen(box, web.cluster_ip(family), ports[20:]).values()) > {server}
+    assert len(set(chosen(box, web.cluster_ip(family), ports[20:]).values())) > 1  # which need not include that one

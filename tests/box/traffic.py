@@ -5,6 +5,7 @@ Rules of this file: every answer is kept with its time, so that a test says afte
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,8 @@ from types import TracebackType
 from typing import Protocol
 
 from ebpflb.demo.cluster import Place
-from tests.box.clients import Answer, Clients, Nothing, Target
+from tests.box.clients import PATIENCE, Answer, Clients, Nothing, Target
+from tests.box.servers import ROOM, SO_RCVBUFFORCE
 from tests.pace import PACE
 
 PAUSE = 0.002  # seconds between two questions: many, but not all that this machine can do
@@ -48,7 +50,7 @@ class Traffic:
         self._over.set()
         self._thread.join()
 
-    def wait_for(self, more: int, seconds: float = 10 * PACE) -> None:
+    def wait_for(self, more: int, seconds: float = 3 * PATIENCE) -> None:
         """Until that many more questions have been answered or have failed."""
         enough = len(self.got) + more
         deadline = time.monotonic() + seconds
@@ -76,30 +78,35 @@ class Stream:
 
     def __init__(self, world: World, client: str, to: Target, pause: float = 0.001) -> None:
         self._conversation = world.clients.converse(world.place(client), to, "UDP")
-        self._conversation.socket.settimeout(1.0 * PACE)
+        self._conversation.socket.settimeout(0.1 * PACE)
+        self._conversation.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
         self._pause = pause
         self._over = threading.Event()
+        self._all_sent = threading.Event()
         self._seen: set[int] = set()
         self.sent = 0
         self.servers: set[str] = set()
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._send, self._receive)]
+        self._sending = threading.Thread(target=self._send, daemon=True)
+        self._receiving = threading.Thread(target=self._receive, daemon=True)
 
     def __enter__(self) -> Stream:
-        for thread in self._threads:
-            thread.start()
+        self._sending.start()
+        self._receiving.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._sending.join()
+        self._deadline = time.monotonic() + PATIENCE
+        self._all_sent.set()  # not before: how many there are is known only now
+        self._receiving.join()
         self._conversation.close()
 
     def wait_for(self, more: int) -> None:
         """Until that many more have been sent."""
-        enough, deadline = self.sent + more, time.monotonic() + 10 * PACE
+        enough, deadline = self.sent + more, time.monotonic() + 3 * PATIENCE
         while self.sent < enough:
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, f"{self.sent} sent, waited for {enough}"
             time.sleep(0.001)
 
     @property
@@ -113,14 +120,11 @@ class Stream:
             self.sent += 1
 
     def _receive(self) -> None:
-        while True:
+        """Until every one has been answered, or those that are missing have had an answer's time."""
+        while not self._all_sent.is_set() or (len(self._seen) < self.sent and time.monotonic() < self._deadline):
             try:
                 line, _, number = self._conversation.socket.recv(2048).partition(b"\n")
             except TimeoutError:
-                if self._over.is_set():
-                    return
                 continue
             self._seen.add(int(number))
             self.servers.add(line.split()[0].decode())
-            if self._over.is_set() and len(self._seen) == self.sent:
-                return
