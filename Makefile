@@ -5,6 +5,8 @@
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
+# Where one test starts dozens of processes, and another stage runs beside it.
+PATIENT := --timeout=400
 ARTIFACTS := artifacts
 
 # Hundreds of processes start here, on the emulated machine each for seconds, if every one has to compile our modules.
@@ -45,14 +47,14 @@ test-root: setup
 	@echo '== tests that load programs, send packets and run daemons (root)'
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
-	@$(PYTEST) -m '(root or bpf_load or slow or fuzz) and not box and not vm and not api' --ignore=tests/property \
-		--ignore=tests/plan --junitxml=$(ARTIFACTS)/root.xml
+	@$(PYTEST) $(PATIENT) -m '(root or bpf_load or slow or fuzz) and not box and not vm and not api' \
+		--ignore=tests/property --ignore=tests/plan --junitxml=$(ARTIFACTS)/root.xml
 
 test-box: setup
 	@echo '== tests with clusters of namespaces, in every proxy mode (root)'
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
-	@$(PYTEST) -m 'box and not vm and not api' --junitxml=$(ARTIFACTS)/box.xml
+	@$(PYTEST) $(PATIENT) -m 'box and not vm and not api' --junitxml=$(ARTIFACTS)/box.xml
 
 # IPVS, and whatever needs another kernel than this machine's: emulated, so that no hypervisor is needed.
 test-vm: setup
@@ -73,7 +75,7 @@ test-api: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
 	@nice $(PYTHON) -m tests.api.binaries >/dev/null
-	@$(PYTEST) -m api --junitxml=$(ARTIFACTS)/api.xml
+	@$(PYTEST) $(PATIENT) -m api --junitxml=$(ARTIFACTS)/api.xml
 
 # The lists and watches with older API servers too: each takes minutes to build, once.
 test-api-versions: setup

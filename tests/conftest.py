@@ -33,7 +33,7 @@ KERNEL_MARKERS = ("root", "bpf_load", "box")
 _SYSTEMD_CGROUP = re.compile(r"\.(slice|service|scope|mount|socket)(/|$)")
 
 # How long the kernel may take to free what was released (programs and maps go after a grace period).
-LEAK_PATIENCE_SECONDS = 10.0
+LEAK_PATIENCE_SECONDS = 60.0
 
 
 # ---- What the environment lacks ----
@@ -138,9 +138,14 @@ def _names(directory: Path) -> set[str]:
 
 
 def _bpftool(*arguments: str) -> list[dict[str, object]]:
-    done = subprocess.run(["bpftool", "-j", *arguments], capture_output=True, text=True, check=False)
+    """What it lists. Where it comes upon something that another session is just making or removing, it says so in the
+    midst of its list and leaves out the rest: then it is asked again."""
+    for _ in range(20):
+        done = subprocess.run(["bpftool", "-j", *arguments], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            break
     answer = json.loads(done.stdout or "[]")
-    return answer if isinstance(answer, list) else []
+    return [each for each in answer if "error" not in each] if isinstance(answer, list) else []
 
 
 def footprint() -> set[str]:

@@ -38,7 +38,8 @@ T = TypeVar("T")
 TARGET = 8080
 ZONES = {"node1": "a", "node2": "b"}
 PODS = {"node1": ("a1", "a2", "sa"), "node2": ("b1", "b2", "sb")}
-PATIENCE = 20.0
+PATIENCE = 45.0
+LONG = 15.0  # for an answer that must come, though the machine may stand still meanwhile
 SOON = 0.3  # for an answer, where one that does not come is asked for again
 ACCOUNT = Path("/run/secrets/kubernetes.io/serviceaccount")  # behind /var/run, where a pod has it
 
@@ -134,11 +135,11 @@ class Nodes:
 
     # ---- Who answers ----
 
-    def ask(self, client: str, to: Target, patience: float = 3.0) -> Answer | Nothing:
+    def ask(self, client: str, to: Target, patience: float = LONG) -> Answer | Nothing:
         """One connection."""
         return self.clients.ask(self.place(client), to, "TCP", patience=patience)
 
-    def who(self, client: str, to: Target, tries: int = 40, patience: float = 3.0) -> set[str]:
+    def who(self, client: str, to: Target, tries: int = 40, patience: float = LONG) -> set[str]:
         """Who answers, by name; what comes instead counts as a name."""
         found = set()
         for _ in range(tries):
@@ -189,11 +190,11 @@ class Nodes:
 
     def until_source(self, at: str, state: str) -> None:
         """Until it is in this state. A daemon's back-off goes up to half a minute."""
-        until(f"{at}'s source is {state}", lambda: str(self.source(at).get("state")), state, 45)
+        until(f"{at}'s source is {state}", lambda: str(self.source(at).get("state")), state, 60)
 
     def fetch(self, at: str, url: str) -> tuple[int, str]:
         """HTTP status and body of a URL, asked on a node."""
-        argv = ["curl", "-gsS", "--max-time", "5", "-w", "\n%{http_code}", url]
+        argv = ["curl", "-gsS", "--max-time", "30", "-w", "\n%{http_code}", url]
         body, _, status = self.cluster.run(self.place(at), argv).stdout.rpartition("\n")
         return int(status or 0), body
 

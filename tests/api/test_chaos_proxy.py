@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.api.chaos import ChaosProxy, answer_of
 from tests.api.conftest import loopback_listener
 
 pytestmark = pytest.mark.api
+
+PATIENCE = 30.0
 
 
 class Echo:
@@ -79,7 +82,7 @@ def spoiler(echo: Echo, identity: Identity) -> Iterator[ChaosProxy]:
 def connect(proxy: ChaosProxy) -> ssl.SSLSocket:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    return tls.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), timeout=5))
+    return tls.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE))
 
 
 def receive(connection: ssl.SSLSocket, size: int) -> bytes:
@@ -138,7 +141,7 @@ def test_half_open_connections_neither_speak_nor_end(spoiler: ChaosProxy, echo: 
         assert not broken(connection)
         assert echo.seen == b"a"
         spoiler.behave()
-        connection.settimeout(5)
+        connection.settimeout(PATIENCE)
         assert broken(connection)
 
 
@@ -166,12 +169,10 @@ def test_requests_are_answered_by_the_proxy_and_then_again_by_the_server(spoiler
 def test_a_delay_holds_every_piece(spoiler: ChaosProxy) -> None:
     with connect(spoiler) as connection:
         spoiler.delay = 0.3
+        began = time.monotonic()
         connection.sendall(b"slow")
-        connection.settimeout(0.1)
-        with pytest.raises(TimeoutError):
-            connection.recv(1)
-        connection.settimeout(5)
         assert receive(connection, 4) == b"slow"
+        assert time.monotonic() - began > 0.29
 
 
 def test_where_no_server_is_the_connection_ends(identity: Identity, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_after_a_storm_on_the_network_all_is_as_a_fresh_list_says(
         assert not writer.failed
         proxy.behave()
         following.agrees(api)
-        following.until("no problem", lambda: not following.source.problems(), 10)
+        following.until("no problem", lambda: not following.source.problems())
 
 
 def test_after_a_storm_in_which_the_server_dies_and_history_is_lost_too(

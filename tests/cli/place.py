@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 SIDES = {tc.INGRESS: "ingress", tc.EGRESS: "egress"}
 BPFFS = Path("/sys/fs/bpf")
-DEADLINE = 60.0
+DEADLINE = 100.0
 _numbers = itertools.count()
 
 
@@ -52,10 +53,24 @@ class Daemon:
     def log(self) -> str:
         return self._log.read_text()
 
-    def end(self, signal: int) -> int:
+    def end(self, number: int) -> int:
         """Send a signal, and give the exit status."""
-        self.process.send_signal(signal)
+        self.process.send_signal(number)
         return self.process.wait(DEADLINE)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It stands still in the block, with all its threads."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            until("it stands still", lambda: set(self._states()) == {"T"})
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def _states(self) -> Iterator[str]:
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            yield (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class Place:
@@ -86,6 +101,13 @@ class Place:
         self.ip("address", "add", "192.168.0.2/24", "dev", "eth0")
         self.ip("link", "set", "eth0", "up")
         self.ip("link", "set", "peer0", "up")
+        # They come a moment later, each with its routes, which no difference shall be.
+        until("link-local addresses", self._is_settled)
+
+    def _is_settled(self) -> bool:
+        """Whether both devices have their link-local addresses, to be used."""
+        said = self.ip("-6", "-oneline", "address", "show", "scope", "link").splitlines()
+        return len(said) == 2 and not any("tentative" in line for line in said)
 
     def remove(self) -> None:
         """Also what a failed test left; a place that was cleaned up has none of it."""
@@ -206,11 +228,19 @@ class Place:
 
 def alive() -> set[tuple[str, int]]:
     """Every BPF object of this machine."""
-    return {
-        (kind, int(each["id"]))
-        for kind in ("map", "prog", "link")
-        for each in json.loads(_command("bpftool", "-j", kind, "list") or "[]")
-    }
+    return {(kind, number) for kind in ("map", "prog", "link") for number in _numbers_of(kind)}
+
+
+def _numbers_of(kind: str) -> set[int]:
+    """Those of one kind. A list breaks off where it meets a link that somebody is just making."""
+
+    def listed() -> subprocess.CompletedProcess[str] | None:
+        done = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, text=True, check=False)
+        return done if done.returncode == 0 else None
+
+    done = until(f"bpftool lists every {kind}", listed)
+    assert done is not None
+    return {int(each["id"]) for each in json.loads(done.stdout or "[]")}
 
 
 def _existing(path: Path) -> set[str]:

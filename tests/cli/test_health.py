@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 def ask(place: Place, host: str, port: int, path: str = "/") -> Answer | None:
     """None if nobody listens, or stops listening just then."""
     with inside(place.name):
-        connection = http.client.HTTPConnection(host, port, timeout=10)
+        connection = http.client.HTTPConnection(host, port, timeout=30)
         try:
             connection.request("GET", path)
             response = connection.getresponse()

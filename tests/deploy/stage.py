@@ -102,7 +102,7 @@ class Stage:
         """What the manifests say from now on; the node is always there."""
         self.cluster.manifests.write("web", *objects)
 
-    def unanswered(self) -> dict[str, object]:
+    def unanswered(self, patience: float = 15.0) -> dict[str, object]:
         """Clients and protocols that the Service does not serve now, with what they got instead."""
         node = self.cluster.nodes["node1"].addresses.ipv4
         asked = [("client", Target(CLUSTER_IP, 80)), ("sandbox", Target(CLUSTER_IP, 80))]
@@ -111,7 +111,7 @@ class Stage:
         for name, target in asked:
             place = self.cluster.outside if name == "outside" else self.cluster.pods[name]
             for protocol in PROTOCOLS:
-                answer = self.clients.ask(place, target, protocol, patience=1.0)
+                answer = self.clients.ask(place, target, protocol, patience=patience)
                 if not isinstance(answer, Answer) or answer.server not in SERVERS:
                     found[f"{name} {protocol}"] = answer
         return found
@@ -159,6 +159,6 @@ class Running:
         until(
             "it has synced or ended", lambda: "INFO sync:" in container.words() or container.process.poll() is not None
         )
-        said = container.execute("ebpflb", "status", "--wait", "10")
+        said = container.execute("ebpflb", "status", "--wait", "50")
         assert said.returncode == 0, (said, container.words())
         return container

@@ -27,7 +27,7 @@ import socket, sys
 client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 client.connect((sys.argv[1], 80))
 print("connected", flush=True)
-client.settimeout(30)
+client.settimeout(60)
 try:
     client.recv(1)
 except OSError as error:
@@ -40,7 +40,7 @@ def test_it_serves_on_both_paths_and_goes_on_without_its_daemon(running: Running
     daemon = running.serve()
     assert running.stage.unanswered() == {}
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(10) == 0, daemon.words()
+    assert daemon.process.wait(60) == 0, daemon.words()
     assert running.stage.unanswered() == {}
     successor = running.serve()
     assert "0 rows written, 0 removed" in successor.words()
@@ -61,7 +61,7 @@ def test_on_a_node_without_bpf_it_serves_by_iptables(running: Running, variant: 
         assert "dataplane iptables" in daemon.execute("ebpflb", "status").stdout
     finally:
         daemon.process.send_signal(signal.SIGTERM)
-        daemon.process.wait(10)
+        daemon.process.wait(60)
         assert running.start("ebpflb", ["--cleanup"]).process.wait(60) == 0
 
 
@@ -137,7 +137,7 @@ def test_without_one_of_them_it_says_what_it_lacks(running: Running, capability:
     running.pod = copy.deepcopy(running.pod)
     running.pod["containers"][0]["securityContext"]["capabilities"]["add"].remove(capability)
     daemon = running.start()
-    assert daemon.process.wait(30) not in (0, -9)
+    assert daemon.process.wait(60) not in (0, -9)
     lines = [line for line in daemon.words().splitlines() if line.startswith("ebpflb: ")]
     assert len(lines) == 1 and "Traceback" not in daemon.words(), daemon.words()
 

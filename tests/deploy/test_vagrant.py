@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-NOT_OURS = {".git", ".venv", "build", "artifacts", "node_modules"}
+# Also what other tests may be writing just now.
+NOT_OURS = {".git", ".hypothesis", ".venv", "__pycache__", "build", "artifacts", "node_modules"}
 SHELL = re.compile(rb"#! ?(/usr)?/bin/(env )?(ba|da)?sh\b")
 
 # All that Vagrant asks VirtualBox for before there is a machine.

@@ -36,6 +36,14 @@ def ours() -> set[str]:
     return found
 
 
+def until_gone(before: set[str]) -> None:
+    """Until no process of ours is left but those of before; one that was ended takes a moment to go."""
+    deadline = time.monotonic() + 30
+    while left := ours() - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def test_a_command_runs_as_root_on_another_kernel_and_its_words_and_status_come_out() -> None:
     mark = ARTIFACTS / "vm" / "mark"
     mark.unlink(missing_ok=True)
@@ -49,14 +57,18 @@ def test_a_command_runs_as_root_on_another_kernel_and_its_words_and_status_come_
 
 
 def test_a_machine_that_hangs_is_ended_and_its_console_shown() -> None:
-    before, begun = ours(), time.monotonic()
-    done = machine("sh", "-c", "echo begun; sleep 1000", seconds=60)
-    assert done.returncode == TIMED_OUT
-    assert time.monotonic() - begun < 90
+    before = ours()
+    for seconds in (60, BOOT_SECONDS):  # a busy machine may not have begun by then
+        began = time.monotonic()
+        done = machine("sh", "-c", "echo begun; sleep 1000", seconds=seconds)
+        assert done.returncode == TIMED_OUT
+        assert time.monotonic() - began < seconds + 60
+        assert f"took longer than {seconds:.0f} s" in done.stderr
+        if done.stdout:
+            break
     assert done.stdout == "begun\n"
-    assert "took longer than 60 s" in done.stderr
     assert "virtme-ng-init" in done.stderr
-    assert not ours() - before
+    until_gone(before)
 
 
 def test_a_kernel_that_dies_is_told() -> None:
@@ -65,7 +77,7 @@ def test_a_kernel_that_dies_is_told() -> None:
     assert done.returncode == NO_MACHINE
     assert "Kernel panic" in done.stderr
     assert "ended without an answer" in done.stderr
-    assert not ours() - before
+    until_gone(before)
 
 
 def test_a_kernel_that_is_in_no_matrix_is_named() -> None:

@@ -15,7 +15,7 @@ from ebpflb.errors import SourceError
 from ebpflb.source.kube.access import Access, Address
 from ebpflb.source.kube.client import HttpClient
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 30.0
 
 
 STATUS = b'{"kind": "Status", "message": "no\\u0007", "reason": "Expired", "details": {"retryAfterSeconds": 1}}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -413,11 +414,20 @@ def test_what_the_package_leaves_out_in_silence_is_said(kubeconfig: Kubeconfig) 
 
 
 def test_no_key_is_left_in_a_file(kubeconfig: Kubeconfig, ca: Authority) -> None:
-    before = set(os.listdir("/dev/shm"))
     certificate, key = ca.issue("node")
     kubeconfig.user |= {"client-certificate-data": encoded(certificate), "client-key-data": encoded(key)}
     kubeconfig.read()
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if "tmp" in name]
+    assert not left_of(key)
+
+
+def left_of(key: Path) -> list[str]:
+    """The files in memory that hold this key. What else comes and goes there is of other tests that run now."""
+    found = []
+    for name in os.listdir("/dev/shm"):
+        with contextlib.suppress(OSError):  # a directory, or gone already
+            if key.read_bytes().strip() in Path("/dev/shm", name).read_bytes():
+                found.append(name)
+    return found
 
 
 # ---- The child process ----
@@ -453,16 +463,18 @@ def test_a_plugin_that_hangs_ends_with_whoever_asked(kubeconfig: Kubeconfig) -> 
 
 @pytest.mark.slow
 def test_a_plugin_that_hangs_ends_with_the_child(kubeconfig: Kubeconfig, ca: Authority) -> None:
-    before = set(os.listdir("/dev/shm"))
     certificate, key = ca.issue("node")
     kubeconfig.user |= {"client-certificate-data": encoded(certificate), "client-key-data": encoded(key)}
-    kubeconfig.plugin("echo $$ > plugin.pid; exec sleep 100")
+    kubeconfig.plugin("echo $$ > pid.new; mv pid.new plugin.pid; exec sleep 100")
     kubeconfig.path.write_text(yaml.safe_dump(kubeconfig.document))
-    with pytest.raises(SourceError, match="the exec plugin hangs"):
-        read_kubeconfig(str(kubeconfig.path), os.environ, timeout=2)
-    pid = int((kubeconfig.path.parent / "plugin.pid").read_text())
-    until(lambda: has_ended(pid))
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if "tmp" in name]
+    noted = kubeconfig.path.parent / "plugin.pid"
+    for seconds in (2, 10, 40):  # a busy machine may not have come to the plugin by then
+        with pytest.raises(SourceError, match="the exec plugin hangs"):
+            read_kubeconfig(str(kubeconfig.path), os.environ, timeout=seconds)
+        if noted.exists():
+            break
+    until(lambda: has_ended(int(noted.read_text())))
+    assert not left_of(key)
 
 
 def has_ended(pid: int) -> bool:
@@ -472,10 +484,11 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def until(probe: Callable[[], bool], seconds: float = 10) -> None:
+def until(probe: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not probe():
         assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # ---- Until when ----

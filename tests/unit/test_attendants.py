@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import msgspec
 import pytest
@@ -26,15 +27,16 @@ LOOPBACK = "127.0.0.1"
 SERVICE = ServiceName("ns", "web")
 
 
-def free_port() -> int:
-    with socket.create_server((LOOPBACK, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Ports that are free, and no two the same: all are held until the last one is found."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def config(tmp_path: object, **more: object) -> Config:
     made = configure(Options(manifests=str(tmp_path)), hostname="node-1")
-    ports = {"healthz": Bind(LOOPBACK, free_port()), "metrics": Bind(LOOPBACK, free_port())}
+    ports = {name: Bind(LOOPBACK, port) for name, port in zip(("healthz", "metrics"), free_ports(2), strict=True)}
     return msgspec.structs.replace(made, **{**ports, **more})  # type: ignore[arg-type, unused-ignore]
 
 
@@ -69,7 +71,7 @@ class Place:
 
     def get(self, bind: Bind | None, path: str) -> tuple[int, bytes]:
         assert bind is not None
-        connection = http.client.HTTPConnection(bind.address, bind.port, timeout=10)
+        connection = http.client.HTTPConnection(bind.address, bind.port, timeout=30)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -129,7 +131,7 @@ def test_a_node_that_is_leaving_gets_no_traffic_but_is_not_killed(place: Place) 
 
 
 def test_health_checks_of_services_are_answered_and_follow_health(place: Place) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     check = HealthCheck(SERVICE, Family.IPV4, port, (LOOPBACK,), 2)
     place.attendants.observer.event(Synced("manifests"))
     place.synced(RouteTable(health={(SERVICE, Family.IPV4): check}))

@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -21,10 +22,14 @@ from tests.fakes import FakeClock
 
 pytestmark = pytest.mark.root
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 PORT = 32000
 WEB = ServiceName("default", "web")
 NODE_V4, NODE_V6 = "192.168.0.2", "fd00::2"
+
+
+def prefixed(address: str) -> str:
+    return f"{address}/{64 if ':' in address else 24}"
 
 
 class Node:
@@ -38,6 +43,20 @@ class Node:
 
     def ip(self, *arguments: str) -> None:
         subprocess.run(["ip", "-n", self.name, *arguments], check=True, timeout=PATIENCE)
+
+    def add(self, address: str) -> None:
+        """Give eth0 an address. An IPv6 one is there at once and is led to a moment later, even without detection."""
+        self.ip("address", "add", prefixed(address), "dev", "eth0", *(["nodad"] if ":" in address else []))
+        deadline = time.monotonic() + PATIENCE
+        while not (said := self._way_to(address)).startswith("local"):
+            assert time.monotonic() < deadline, said
+
+    def _way_to(self, address: str) -> str:
+        words = ["ip", "-n", self.name, "route", "get", address]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+    def remove(self, address: str) -> None:
+        self.ip("address", "del", prefixed(address), "dev", "eth0")
 
     def sysctl(self, *settings: str) -> None:
         net = f"--net=/run/netns/{self.name}"
@@ -81,8 +100,8 @@ def node() -> Iterator[Node]:
         made.ip("link", "add", "eth0", "type", "veth", "peer", "name", "fabric")
         for device in ("eth0", "fabric"):
             made.ip("link", "set", device, "up")
-        made.ip("address", "add", f"{NODE_V4}/24", "dev", "eth0")
-        made.ip("address", "add", f"{NODE_V6}/64", "dev", "eth0", "nodad")
+        for address in (NODE_V4, NODE_V6):
+            made.add(address)
         made.server.start()
         yield made
         made.server.stop()
@@ -108,19 +127,18 @@ def test_only_on_the_node_port_addresses(node: Node) -> None:
 
 @pytest.mark.parametrize("address", [NODE_V4, NODE_V6])
 def test_an_address_vanishes_and_returns(node: Node, address: str) -> None:
-    prefix = f"{address}/{64 if ':' in address else 24}"
-    node.ip("address", "del", prefix, "dev", "eth0")
+    node.remove(address)
     node.have(NODE_V4, NODE_V6)
     other = NODE_V6 if address == NODE_V4 else NODE_V4
     assert node.ask(other) == 200
     assert [problem.reason for problem in node.checks.wrong()] == [
         f"healthCheckNodePort {PORT} cannot be answered on {address}: Cannot assign requested address"
     ]
-    node.ip("address", "add", prefix, "dev", "eth0", *(["nodad"] if ":" in address else []))
+    node.add(address)
     node.try_again()
     assert (node.ask(address), node.checks.wrong()) == (200, ())
-    node.ip("address", "del", prefix, "dev", "eth0")
-    node.ip("address", "add", prefix, "dev", "eth0", *(["nodad"] if ":" in address else []))
+    node.remove(address)
+    node.add(address)
     assert node.ask(address) == 200, "the port that was open goes on"
 
 
@@ -144,7 +162,7 @@ def test_the_default_address_reaches_nodes_of_either_family(node: Node) -> None:
     with inside(node.name):
         ports.want("healthz", Port("0.0.0.0", 10256), ok)
     assert [node.ask(host, 10256) for host in (NODE_V4, NODE_V6)] == [200, 200]
-    node.ip("address", "del", f"{NODE_V4}/24", "dev", "eth0")
+    node.remove(NODE_V4)
     assert node.ask(NODE_V6, 10256) == 200
 
 

@@ -341,7 +341,7 @@ def free_port() -> int:
 
 
 def ask(host: str, port: int, method: str, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(host, port, timeout=10)
+    connection = http.client.HTTPConnection(host, port, timeout=30)
     try:
         connection.request(method, path)
         response = connection.getresponse()

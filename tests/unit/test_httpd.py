@@ -18,7 +18,7 @@ from ebpflb.httpd import Handler, HttpServer, Limits, Request, Response
 from ebpflb.model import Family
 from tests.fakes import FakeClock
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

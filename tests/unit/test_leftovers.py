@@ -193,7 +193,7 @@ def restored(node: Node, variant: str, family: str, *tables: str) -> None:
     for text in tables:
         text = text.replace("10.0.1.1/32", "fd00::1/128").replace("10.96.0.1/32", "fd00::2/128") if family else text
         text = text.replace("-p icmp", "-p ipv6-icmp") if family else text
-        node.run(f"ip{family}tables-{variant}-restore", "-w", "5", given=text)
+        node.run(f"ip{family}tables-{variant}-restore", "-w", "60", given=text)
 
 
 @pytest.mark.root

@@ -18,7 +18,7 @@ from ebpflb.source.local import LocalSource
 
 pytestmark = pytest.mark.root
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 NAMESPACE = f"ebpflb-local-{os.getpid()}"
 CLONE_NEWNET = 0x40000000
 

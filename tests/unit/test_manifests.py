@@ -11,6 +11,7 @@ import json
 import os
 import select
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -684,20 +685,6 @@ def test_which_file_counts_does_not_depend_on_the_order(directory: Path, start: 
     follower.mend()
 
 
-@pytest.fixture
-def powerless(tmp_path: Path) -> Iterator[None]:
-    """Root reads everything: be nobody, who may list the directory."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for parent in [tmp_path, *tmp_path.parents][:-2]:
-        if parent.stat().st_mode & 0o055 != 0o055:
-            parent.chmod(parent.stat().st_mode | 0o055)
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
-
-
 def allow(path: Path, mode: int) -> None:
     """chmod, as root if this is root's file."""
     nobody = os.geteuid()
@@ -706,39 +693,58 @@ def allow(path: Path, mode: int) -> None:
     os.seteuid(nobody)
 
 
-def test_an_unreadable_file(directory: Path, start: Start, powerless: None) -> None:
-    path = directory / "a.yaml"
-    allow(directory, 0o777)
-    path.write_text(manifest(ip=A))
-    follower = start()
-    path.write_text(manifest(ip=B))
-    path.chmod(0)
-    follower.say("a.yaml: cannot be read: Permission denied; what it said before stays in force")
-    assert follower.services() == {"web": A}
-    path.chmod(0o600)
-    follower.follow(web=B)
-    assert follower.problems() == []
+class TestUnreadable:
+    """Root reads everything: these are run as nobody. Their directory does not lie among those of other tests, for
+    whenever another pytest begins, it closes the place of all of those to others."""
 
+    @pytest.fixture
+    def directory(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as place:
+            Path(place).chmod(0o755)
+            made = Path(place, "manifests")
+            made.mkdir()
+            yield made
 
-def test_an_unreadable_directory_below(directory: Path, start: Start, powerless: None) -> None:
-    allow(directory, 0o777)
-    (directory / "sub").mkdir()
-    (directory / "sub" / "a.yaml").write_text(manifest(ip=A))
-    follower = start(0)
-    (directory / "sub").chmod(0)
-    (directory / "new").mkdir()
-    follower.say("sub: cannot be read: Permission denied")
-    (directory / "new" / "b.yaml").write_text(manifest("b", B))
-    follower.follow(web=A, b=B)
-    (directory / "sub").chmod(0o700)
-    follower.mend()
+    @pytest.fixture(autouse=True)
+    def powerless(self, directory: Path) -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
 
+    def test_an_unreadable_file(self, directory: Path, start: Start) -> None:
+        path = directory / "a.yaml"
+        allow(directory, 0o777)
+        path.write_text(manifest(ip=A))
+        follower = start()
+        path.write_text(manifest(ip=B))
+        path.chmod(0)
+        follower.say("a.yaml: cannot be read: Permission denied; what it said before stays in force")
+        assert follower.services() == {"web": A}
+        path.chmod(0o600)
+        follower.follow(web=B)
+        assert follower.problems() == []
 
-def test_an_unreadable_directory(directory: Path, powerless: None) -> None:
-    allow(directory, 0)
-    with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        ManifestSource(str(directory))
-    allow(directory, 0o700)
+    def test_an_unreadable_directory_below(self, directory: Path, start: Start) -> None:
+        allow(directory, 0o777)
+        (directory / "sub").mkdir()
+        (directory / "sub" / "a.yaml").write_text(manifest(ip=A))
+        follower = start(0)
+        (directory / "sub").chmod(0)
+        (directory / "new").mkdir()
+        follower.say("sub: cannot be read: Permission denied")
+        (directory / "new" / "b.yaml").write_text(manifest("b", B))
+        follower.follow(web=A, b=B)
+        (directory / "sub").chmod(0o700)
+        follower.mend()
+
+    def test_an_unreadable_directory(self, directory: Path) -> None:
+        allow(directory, 0)
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            ManifestSource(str(directory))
+        allow(directory, 0o700)
 
 
 def test_a_link_to_nowhere_is_no_file(directory: Path, start: Start) -> None:
