@@ -7,6 +7,7 @@ attached or pinned here.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -46,15 +47,27 @@ def hardware_sums(loaded_once: Loaded) -> bool:
     return True
 
 
+@pytest.fixture(scope="session")
+def nobodys_namespace() -> Iterator[str]:
+    """A network namespace without a socket: in the machine's own one somebody may have any port that is given out."""
+    name = f"ebpflb-tc-{os.getpid()}"
+    namespaces.create(name)
+    yield name
+    namespaces.delete(name)
+
+
 @pytest.fixture(params=("no-sum", "hardware-sum"))
-def node(request: pytest.FixtureRequest, loaded_once: Loaded, hardware_sums: bool) -> Loaded:
+def node(
+    request: pytest.FixtureRequest, loaded_once: Loaded, hardware_sums: bool, nobodys_namespace: str
+) -> Iterator[Loaded]:
     """The tc programs with empty maps. Every test runs twice: with packets that nobody has summed, and with packets
     whose sum hardware has taken (CHECKSUM_COMPLETE), where the kernel checks that it is still true afterwards."""
     if request.param == "hardware-sum" and not hardware_sums:
         pytest.skip("this kernel's test run keeps no hardware sum")
     loaded_once.clear()
     loaded_once.flags = TEST_CHECKSUM_COMPLETE if request.param == "hardware-sum" else 0
-    return loaded_once
+    with namespaces.inside(nobodys_namespace):
+        yield loaded_once
 
 
 @pytest.fixture(scope="session")

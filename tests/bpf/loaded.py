@@ -40,8 +40,9 @@ DNAT, SNAT, UNSNAT, UNDNAT = range(4)
 CLOSING, UNALLOCATED, MASQUERADED, DIRECT, WHOLE, SHORT = 1, 2, 4, 8, 16, 32
 
 LAYOUT = 2
-SECOND = 100
-"""Jiffies, as far as rows of tests say."""
+SECOND = 10_000
+"""Jiffies, as far as rows of tests say: ten seconds at the least, so that a machine that stands still for some is no
+time that passes."""
 
 XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = range(5)
 TABLE_SIZES = (0, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)

@@ -80,17 +80,20 @@ def _conntracks(family: int, port: int) -> list[Answer]:
 @both_families
 def test_a_port_that_conntrack_masquerades_by_is_not_given_out(node: Loaded, family: int) -> None:
     """Or the backend would take the new connection for the old one, which both would not survive."""
-    node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001, refresh=1 << 20)
+    settings = {"flows_elsewhere": 1, "refresh": 1 << 20}
+    node.put_settings(snat_low=45000, snat_high=45000, **settings)
     assert spare_ports(_maps(node), _conntracks(family, 45000) + _conntracks(family, 44999), 45000, 45001) == 1
     request = _nodeport(node, "tcp", family)
     inside = request.but(destination="remote", dport=8080)
     _enters(node, request, inside, family)
+    assert node.egress(inside.frame(family), family, UPLINK).verdict == SHOT
+    node.put_settings(snat_low=45001, snat_high=45001, **settings)
     left = parse(node.egress(inside.frame(family), family, UPLINK).frame)
     assert left is not None and left.ports == (45001, 8080)
     second = inside.but(sport=40001)
     _enters(node, request.but(sport=40001), second, family)
     assert node.egress(second.frame(family), family, UPLINK).verdict == SHOT
-    assert node.counters()["PACKET_NO_PORT"] == 1
+    assert node.counters()["PACKET_NO_PORT"] == 2
 
 
 @both_families
@@ -211,8 +214,11 @@ def _sent_by_xdp(lab: Lab, protocol: str) -> tuple[Packet, Packet]:
 
 
 def test_xdp_gives_out_no_port_that_conntrack_masquerades_by(lab: Lab) -> None:
-    lab.node.put_settings(flows_elsewhere=1, snat_low=45000, snat_high=45001, refresh=1 << 20)
+    settings = {"flows_elsewhere": 1, "refresh": 1 << 20}
+    lab.node.put_settings(snat_low=45000, snat_high=45000, **settings)
     assert spare_ports(_maps(lab.node), _conntracks(lab.family, 45000), 45000, 45001) == 1
+    assert lab.xdp(_nodeport(lab.node, "tcp", lab.family).frame(lab.family)).verdict == XDP_DROP
+    lab.node.put_settings(snat_low=45001, snat_high=45001, **settings)
     request, inside = _sent_by_xdp(lab, "tcp")
     assert inside.sport == 45001
     assert lab.xdp(request.but(sport=40001).frame(lab.family)).verdict == XDP_DROP

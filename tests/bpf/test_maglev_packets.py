@@ -114,7 +114,7 @@ def test_what_affinity_remembers_comes_before_the_table(lab: Lab, protocol: str)
 def test_a_table_that_is_not_there(lab: Lab, protocol: str, table: int) -> None:
     """A row race, or rows of a later version: backends are chosen evenly, and nothing is lost."""
     lab.node.put_frontend("lb", 80, protocol, lab.family, maglev(table, broken="table"))
-    count = [0] * len(BACKENDS)
+    count = [0] * len(BACKENDS)  # 40 of the 100 that each should have: by chance in one run of 10^10
     for number in range(700):
         frame = Packet("outside", 20000 + number, "lb", 80, protocol).frame(lab.family)
         count[went(lab.sent(frame) if number % 2 else lab.by_stack(frame)) - 8000] += 1
@@ -127,7 +127,7 @@ def test_a_table_that_names_more_backends_than_there_are(lab: Lab, protocol: str
     lab.node.put_frontend("lb", 80, protocol, lab.family, maglev(1, broken="table"))
     lab.node.put_table(1, 1, 1000)
     seen = set()
-    for number in range(150):
+    for number in range(250):  # one of 7 is missed by chance in one run of 10^15
         frame = Packet("outside", 20000 + number, "lb", 80, protocol).frame(lab.family)
         seen.add(went(lab.sent(frame)))
     assert seen == {port for _, port in BACKENDS}

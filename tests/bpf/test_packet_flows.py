@@ -11,6 +11,7 @@ import dataclasses
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -43,6 +44,20 @@ both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
 
 HAIRPIN = Device(masquerade="node", pod=True)
 LOW, HIGH = 32768, 60999
+DEADLINE = 30.0
+
+
+def _until(condition: Callable[[], bool], meanwhile: Callable[[], object] = facts.jiffies) -> None:
+    """Do the one until the other holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {DEADLINE} s"
+        meanwhile()
+
+
+def _some_jiffies_later(since: int, jiffies: int = 3) -> None:
+    """Wait until the programs' clock, of which the lower 32 bits are told, is so much later: another may run ahead."""
+    _until(lambda: (facts.jiffies() - since) & 0xFFFFFFFF >= jiffies)
 
 
 def _passes(node: Loaded, hook: str, packet: Packet, after: Packet, family: int, device: Device = UPLINK) -> None:
@@ -292,15 +307,14 @@ def test_a_datagram_flow_leaves_a_backend_that_is_gone(node: Loaded, family: int
     request = Packet("outside", 40000, "vip", 80, "udp")
     chosen = _chosen(node, request, family)
     _replace(node, chosen, service, family, BACKEND_FREE)
-    deadline = time.monotonic() + 5
     moved = None
-    while moved is None:  # the free row may be drawn again: such a packet is let go as it is
+    for _ in range(100):  # the free row may be drawn again: such a packet is let go as it is
         result = node.ingress(request.frame(family), family)
         if result.frame != request.frame(family):
             parsed = parse(result.frame)
             assert parsed is not None and parsed.ports is not None
             moved = parsed.ports[1]
-        assert time.monotonic() < deadline
+            break
     assert moved == 18001 - chosen
     assert node.counters()["FLOW_STALE"] >= 1
 
@@ -353,10 +367,7 @@ def test_an_idle_datagram_flow_is_chosen_anew(node: Loaded, family: int) -> None
     _backends(node, "udp", family)
     node.put_settings(flow_idle=0, refresh=1 << 40)
     request = Packet("outside", 40000, "vip", 80, "udp")
-    deadline = time.monotonic() + 5
-    while "FLOW_STALE" not in node.counters():  # as soon as a jiffy has passed
-        _chosen(node, request, family)
-        assert time.monotonic() < deadline
+    _until(lambda: "FLOW_STALE" in node.counters(), lambda: _chosen(node, request, family))  # when a jiffy has passed
 
 
 @both_families
@@ -366,8 +377,8 @@ def test_last_use_is_written_only_when_it_is_old(node: Loaded, family: int) -> N
     request = Packet("outside", 40000, "vip", 80, "udp")
     _chosen(node, request, family)
     first = [row.seen for row in node.flows()]
-    until = time.monotonic() + 0.05
-    while time.monotonic() < until:
+    _some_jiffies_later(first[0])
+    for _ in range(3):
         _chosen(node, request, family)
     assert [row.seen for row in node.flows()] == first
     node.put_settings(refresh=0)
@@ -435,9 +446,7 @@ def test_a_port_of_masquerade_is_a_sockets_when_its_flow_has_ended(node: Loaded,
     if protocol == "tcp":
         _passes(node, "ingress", flow.request.but(flags="FA"), flow.inside.but(flags="FA"), family)
         _passes(node, "ingress", flow.beyond.but(flags="FA").reply(), flow.inside.but(flags="FA").reply(), family)
-    last = max(row.seen for row in node.flows()) & 0xFFFFFFFF
-    while facts.jiffies() & 0xFFFFFFFF <= last + 2:
-        pass
+    _some_jiffies_later(max(row.seen for row in node.flows()))
     _passes(node, "egress", flow.beyond, flow.beyond, family)
     _passes(node, "ingress", flow.beyond.reply(), flow.beyond.reply(), family)
 
@@ -610,9 +619,7 @@ def test_a_direct_datagram_after_an_idle_flow_from_the_same_port(node: Loaded, f
     _passes(node, "ingress", request, inside, family)
     _passes(node, "egress", inside.reply(), request.reply(), family)
     node.put_settings(flow_idle=0, refresh=1 << 40)
-    long_after = time.monotonic() + 0.05  # some jiffies
-    while time.monotonic() < long_after:
-        pass
+    _some_jiffies_later(max(row.seen for row in node.flows()))
     _passes(node, "ingress", inside, inside, family)
     _passes(node, "egress", inside.reply(), inside.reply(), family)
 

@@ -39,6 +39,8 @@ both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
 
 REMOTE = To((("remote", 8080),), masquerade=Masquerade.ALWAYS)
 ELSEWHERE = To((("remote2", 8080),), masquerade=Masquerade.ALWAYS)
+LONG = 1 << 20
+"""Jiffies: no test takes as long."""
 EITHER = To((("remote", 8080), ("remote2", 8080)), masquerade=Masquerade.ALWAYS)
 
 
@@ -244,7 +246,7 @@ def test_datagrams_whose_backend_goes(lab: Lab, draining: bool) -> None:
 @pytest.mark.parametrize("begun", ("xdp", "tc"))
 def test_datagrams_after_a_long_silence(lab: Lab, quiet: str, begun: str) -> None:
     """A flow is over when nothing has passed for long; a server that streams keeps it."""
-    lab.node.put_settings(flow_idle=1000)
+    lab.node.put_settings(flow_idle=LONG)
     lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
     request = Packet("outside", 40000, "lb", 80, "udp")
     frame = request.frame(lab.family)
@@ -270,7 +272,7 @@ def test_use_is_written_down_for_both_directions(lab: Lab) -> None:
 @both_protocols
 def test_a_stale_flow_that_goes_on_by_tc_is_counted_once(lab: Lab, protocol: str) -> None:
     """Its next backend is on this node."""
-    lab.node.put_settings(flow_idle=1000)
+    lab.node.put_settings(flow_idle=LONG)
     service = lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     request = Packet("outside", 40000, "lb", 80, protocol)
     lab.sent(request.frame(lab.family))
@@ -410,7 +412,7 @@ def test_a_connection_that_enters_by_another_device(lab: Lab) -> None:
 @both_protocols
 def test_a_late_packet_of_an_ended_flow_does_not_harm_its_successor(lab: Lab, protocol: str) -> None:
     """The client has used its port again and got another backend; the old one still says something, by way of tc."""
-    lab.node.put_settings(flow_idle=1000)
+    lab.node.put_settings(flow_idle=LONG)
     service = lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     request = Packet("outside", 40000, "lb", 80, protocol)
     old = inside_of(request, lab.sent(request.frame(lab.family)))
@@ -431,10 +433,12 @@ def test_a_late_packet_of_an_ended_flow_does_not_harm_its_successor(lab: Lab, pr
 
 def test_a_late_end_of_an_old_connection_does_not_close_its_successor(lab: Lab) -> None:
     """Or a SYN that is sent again would go to yet another backend."""
+    lab.node.put_settings(snat_low=50000, snat_high=50000)
     lab.node.put_frontend("lb", 80, "tcp", lab.family, EITHER)
     request = Packet("outside", 40000, "lb", 80)
     old = inside_of(request, lab.sent(request.frame(lab.family)))
     lab.sent(request.but(flags="FA").frame(lab.family))
+    lab.node.put_settings(snat_low=50001, snat_high=50001)
     lab.sent(request.frame(lab.family))
     lab.sent(old.reply().but(flags="FA").frame(lab.family))
     assert [row.flags & CLOSING for row in lab.node.flows() if row.action == DNAT] == [0]
@@ -457,12 +461,13 @@ def test_a_late_end_of_a_connection_whose_backend_has_gone(lab: Lab, by: str) ->
 @both_protocols
 def test_a_late_packet_to_the_same_backend(lab: Lab, protocol: str) -> None:
     """The new flow has the old one's backend and another port, which it keeps under tc."""
-    lab.node.put_settings(flow_idle=1000)
+    lab.node.put_settings(flow_idle=LONG, snat_low=50000, snat_high=50000)
     lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     request = Packet("outside", 40000, "lb", 80, protocol)
     old = inside_of(request, lab.sent(request.frame(lab.family)))
     lab.sent(request.but(flags="R").frame(lab.family))
     age(lab, DNAT, UNSNAT)
+    lab.node.put_settings(flow_idle=LONG, snat_low=50001, snat_high=50001)  # else the old one's might come round
     new = inside_of(request, lab.sent(request.frame(lab.family)))
     assert new.sport != old.sport
     more = request.but(flags="A")
@@ -543,14 +548,21 @@ def test_xdp_and_tc_never_give_out_one_port_twice(lab: Lab, protocol: str) -> No
 @pytest.mark.parametrize("by", ("xdp", "tc"))
 def test_a_port_at_which_the_node_serves_datagrams_is_not_given_out(lab: Lab, by: str) -> None:
     """A backend answers by a socket without a peer: on this node, an answer to a node port goes to that Service."""
-    lab.node.put_settings(snat_low=50000, snat_high=50001, refresh=1 << 20)
+    lab.node.put_settings(snat_low=50000, snat_high=50000, refresh=1 << 20)
     lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
     lab.node.put_frontend("node", 50000, "udp", lab.family, REMOTE)
     way = lab.sent if by == "xdp" else lab.by_stack
     first = Packet("outside", 40000, "lb", 80, "udp")
-    assert inside_of(first, way(first.frame(lab.family))).sport == 50001
+    frame = first.frame(lab.family)
+    if by == "xdp":
+        assert lab.xdp(frame).verdict == XDP_DROP
+    else:
+        assert lab.tc("tc_egress", lab.entered(frame), "up0").verdict == SHOT
+    assert lab.node.counters()["PACKET_NO_PORT"] == 1
+    lab.node.put_settings(snat_low=50001, snat_high=50001, refresh=1 << 20)
+    assert inside_of(first, way(frame)).sport == 50001
     second = lab.xdp(Packet("outside", 40001, "lb", 80, "udp").frame(lab.family))
-    assert second.verdict == XDP_DROP and lab.node.counters()["PACKET_NO_PORT"] == 1
+    assert second.verdict == XDP_DROP and lab.node.counters()["PACKET_NO_PORT"] == 2
 
 
 @both_protocols
@@ -558,7 +570,7 @@ def test_a_port_at_which_the_node_serves_datagrams_is_not_given_out(lab: Lab, by
 @pytest.mark.parametrize("before", ("xdp", "tc"))
 def test_a_port_of_an_ended_flow_is_given_out_again(lab: Lab, protocol: str, before: str, after: str) -> None:
     """Not before its end; and then nothing of the old flow leads out by it, or into it, any more."""
-    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000, refresh=1 << 20)
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=LONG, refresh=1 << 20)
     lab.node.put_frontend("lb", 80, protocol, lab.family, REMOTE)
     ways = {"xdp": lab.sent, "tc": lab.by_stack}
     old = Packet("outside", 40000, "lb", 80, protocol)
@@ -605,7 +617,7 @@ def test_a_port_of_a_connection_that_has_just_ended_is_not_given_out(lab: Lab) -
 @pytest.mark.parametrize("by", ("xdp", "tc"))
 def test_datagrams_that_nobody_answers_keep_their_port(lab: Lab, by: str) -> None:
     """Logs and metrics: nothing has come back for long, and the flow is in use all the same."""
-    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=1000)
+    lab.node.put_settings(snat_low=50000, snat_high=50000, flow_idle=LONG)
     lab.node.put_frontend("lb", 80, "udp", lab.family, REMOTE)
     ways = {"xdp": lab.sent, "tc": lab.by_stack}
     quiet = Packet("outside", 40000, "lb", 80, "udp")
