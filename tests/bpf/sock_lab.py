@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from tests.packets import ROLES, address
 
 GIVER = Path(__file__).parents[1] / "box" / "giver.py"
 ON_LOOPBACK = ("local", "local2", "node")
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 class Place:
@@ -70,6 +71,8 @@ class Lab:
         self.loaded.put_settings(netns=cookie, **values)
 
     def close_sockets(self) -> None:
+        # Whoever made them closes its own descriptors before it makes another one: until then addresses stay taken.
+        self.client(4, "udp")
         for each in self._open:
             each.close()
         self._open = []
@@ -100,6 +103,19 @@ class Lab:
         with connection:
             connection.settimeout(PATIENCE)
             return connection.recv(100) == b"hello"
+
+    def heard(self, servers: Sequence[socket.socket], count: int) -> list[socket.socket]:
+        """Who of the servers, which are datagram sockets, has heard `count` datagrams: each once for each. What was
+        sent may be on its way for a moment, also on loopback."""
+        heard: list[socket.socket] = []
+        while len(heard) < count:
+            ready, _, _ = select.select(servers, [], [], PATIENCE)
+            assert ready, f"{len(heard)} of {count} datagrams were heard"
+            for server in ready:
+                server.recv(100)
+            heard += ready
+        assert not select.select(servers, [], [], 0)[0], "more was heard than was said"
+        return heard
 
 
 @contextlib.contextmanager

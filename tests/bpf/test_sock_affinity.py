@@ -18,7 +18,7 @@ from tests.bpf.loaded import REJECT, To
 from tests.bpf.sock_lab import PATIENCE, Lab, Place
 from tests.packets import address
 
-pytestmark = [pytest.mark.root, pytest.mark.bpf_load, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 both_families = pytest.mark.parametrize("family", (4, 6), ids=("v4", "v6"))
 both_protocols = pytest.mark.parametrize("protocol", ("tcp", "udp"))
