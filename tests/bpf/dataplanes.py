@@ -76,7 +76,7 @@ class Node:
         for each in self.made:
             each.close()
         BpfDataplane(self.bpffs, self.cgroup).cleanup()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while True:
             try:
                 self.cgroup.rmdir()

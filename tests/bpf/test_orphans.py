@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
 DNS = ServicePortName("kube-system", "dns", "dns")
 ADDRESS = "172.30.0.10"
-SECONDS = 10
+SECONDS = 30
 
 # Connects; says so; waits until the socket ends, or until it is told to look.
 CLIENT = """

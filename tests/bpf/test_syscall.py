@@ -188,9 +188,14 @@ def test_objects_are_found_by_id(make: Make) -> None:
 def test_network_namespace_is_told_by_a_program_too(tmp_path: Path) -> None:
     hierarchy = facts.cgroup2_root()
     assert hierarchy is not None
-    before = sorted(hierarchy.iterdir())
-    assert facts.cookie_by_program(hierarchy) == facts.netns_cookie()
-    assert sorted(hierarchy.iterdir()) == before
+    # In a cgroup of its own: in the root others come and go.
+    own = hierarchy / f"ebpflb-syscall-{os.getpid()}"
+    own.mkdir()
+    try:
+        assert facts.cookie_by_program(own) == facts.netns_cookie()
+        assert not [each for each in own.iterdir() if each.is_dir()]
+    finally:
+        own.rmdir()
     assert facts.cookie_by_program(tmp_path) is None
 
 
@@ -198,18 +203,22 @@ def both_clocks() -> tuple[int, float]:
     """Jiffies and seconds of one moment: whoever was kept waiting between the two looks again."""
     while True:
         before, jiffies, after = time.monotonic(), facts.jiffies(), time.monotonic()
-        if after - before < 0.001:
+        if after - before < 0.01:
             return jiffies, after
 
 
 def test_a_second_has_so_many_jiffies() -> None:
+    """After a stall of the machine the tick may have to catch up with what it missed: the longer it is counted, the
+    less that matters."""
     first, began = both_clocks()
-    last, ended = first, began
-    while (counted := (last - first) & 0xFFFFFFFF) < 50:
+    while True:
         last, ended = both_clocks()
-        assert ended - began < 10
-    rate = counted / (ended - began)
-    assert min((100, 250, 300, 1000), key=lambda hertz: abs(hertz - rate)) == facts.jiffies_per_second()
+        counted = (last - first) & 0xFFFFFFFF
+        rate = counted / (ended - began)
+        nearest = min((100, 250, 300, 1000), key=lambda hertz: abs(hertz - rate))
+        if counted >= 50 and nearest == facts.jiffies_per_second():
+            return
+        assert ended - began < 60, f"{rate} in a second, and {facts.jiffies_per_second()} are said"
 
 
 def test_facts_of_this_kernel() -> None:

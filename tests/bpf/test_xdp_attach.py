@@ -36,7 +36,7 @@ from tests.bpf.namespaces import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf_load]
 
-DEADLINE = 5.0
+DEADLINE = 30.0
 BOTH = DEVICE_XDP | DEVICE_REDIRECT
 XDP = 37
 SO_RCVBUFFORCE = 33
@@ -245,7 +245,8 @@ def test_a_restart_replaces_the_program_in_its_link(node: Node, mode: str) -> No
 
 @pytest.mark.parametrize("mode", [NATIVE, GENERIC])
 def test_a_restart_under_load_loses_no_frame(node: Node, mode: str) -> None:
-    """Frames come in all the time, numbered, while one daemon follows another."""
+    """Frames come in all the time, numbered, while one daemon follows another. No more are on their way at once than
+    the kernel's queues hold, and frames from two CPUs may overtake each other."""
     experimental = 0x88B5
     with node.running(mode), node.namespace.entered():
         sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
@@ -257,11 +258,20 @@ def test_a_restart_under_load_loses_no_frame(node: Node, mode: str) -> None:
         receiver.settimeout(DEADLINE)
         over = threading.Event()
         sent: list[int] = []
+        came: list[int] = []
+
+        def receive(flags: int = 0) -> None:
+            came.append(int.from_bytes(receiver.recv(64, flags)[14:18], "big"))
 
         def send() -> None:
             while not over.wait(0.0001):
-                sender.send(b"\xff" * 6 + bytes(6) + experimental.to_bytes(2, "big") + len(sent).to_bytes(4, "big"))
-                sent.append(len(sent))
+                with contextlib.suppress(BlockingIOError):
+                    while len(came) < len(sent):
+                        receive(socket.MSG_DONTWAIT)
+                if len(sent) - len(came) < 100:
+                    number = len(sent).to_bytes(4, "big")
+                    sender.send(b"\xff" * 6 + bytes(6) + experimental.to_bytes(2, "big") + number)
+                    sent.append(len(sent))
 
         thread = threading.Thread(target=send)
         thread.start()
@@ -275,7 +285,9 @@ def test_a_restart_under_load_loses_no_frame(node: Node, mode: str) -> None:
             over.set()
             thread.join()
         assert len(programs) == 5 and len(sent) > 10
-        assert [int.from_bytes(receiver.recv(64)[14:18], "big") for _ in sent] == sent
+        while len(came) < len(sent):
+            receive()
+        assert sorted(came) == sent
 
 
 def test_a_restart_with_the_same_program_changes_nothing(node: Node) -> None:
