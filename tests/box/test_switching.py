@@ -25,7 +25,8 @@ from tests.box.test_interplay import served_soon
 from tests.box.test_source_ranges import only
 from tests.box.traffic import Traffic
 
-pytestmark = pytest.mark.box
+# Daemons are restarted and commands run, some dozens a test: that takes its time where the machine has none.
+pytestmark = [pytest.mark.box, pytest.mark.timeout(300)]
 
 MODES: tuple[Mode, ...] = (BPF, IPTABLES_NFT, IPTABLES_LEGACY) + ((IPVS,) if kernel_has_ipvs() else ())
 FAMILIES = ("ipv4", "ipv6")

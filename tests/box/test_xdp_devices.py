@@ -27,7 +27,8 @@ from tests.box.paths import Carried, carried
 from tests.box.services import TARGET
 from tests.box.wires import pass_everything, programs_on, run_nothing
 
-pytestmark = pytest.mark.box
+# Daemons are restarted and commands run, some dozens a test: that takes its time where the machine has none.
+pytestmark = [pytest.mark.box, pytest.mark.timeout(300)]
 
 NATIVELY = {"name": "eth0", "xdp": "native", "reason": "", "problem": False}
 

@@ -21,7 +21,8 @@ from tests.box.servers import pattern
 from tests.box.traffic import Stream
 from tests.pace import PACE
 
-pytestmark = pytest.mark.box
+# Daemons are restarted and commands run, some dozens a test: that takes its time where the machine has none.
+pytestmark = [pytest.mark.box, pytest.mark.timeout(300)]
 
 
 def restarts(box: Box, *modes: Mode) -> Iterator[Mode]:

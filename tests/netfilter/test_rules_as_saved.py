@@ -114,7 +114,7 @@ def test_what_tells_pods(variant: str, chosen: ProxyOptions) -> None:
 
 @pytest.mark.parametrize("variant", ["legacy", "nft"])
 @given(said=things, node=nodes, chosen=choices_for_rules)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
 def test_random_clusters(variant: str, said: list[Service | EndpointSlice], node: Node, chosen: ProxyOptions) -> None:
     """Invariant: so it is for every table that the policy makes."""
     check(routes(world(said, node), chosen), variant, Settings())
