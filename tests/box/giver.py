@@ -2,7 +2,8 @@
 
 A socket belongs for good to the namespace and the cgroup in which it was made, whoever uses it then. So the tests drive
 clients and servers everywhere from one process, and what the kernel sees is a pod's socket all the same. Run with the
-number of a SOCK_SEQPACKET descriptor; a request is "<namespace file> <family> <type>".
+number of a SOCK_SEQPACKET descriptor; a request is "<namespace file> <family> <type>". Two messages answer it: the
+socket, and one by which it is closed here: before that, its new owner's close would end no connection.
 """
 
 import ctypes
@@ -29,3 +30,4 @@ while request := channel.recv(4096).decode():
     enter(home)  # a pod's namespace is removed with all that runs in it
     socket.send_fds(channel, [b"."], [made.fileno()])
     made.close()
+    channel.send(b".")

@@ -50,8 +50,9 @@ class Sockets:
             channel = self._channels.get(place.cgroup) or self._start(place)
             words = (namespaces.path_of(place.namespace), int(family), int(_KINDS[protocol]))
             channel.send(" ".join(map(str, words)).encode())
-            answer, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
-        if not answer:
+            _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+            alone = channel.recv(1)
+        if not alone:
             raise RuntimeError(f"the socket helper of {place.cgroup} has died")
         return socket.socket(fileno=descriptors[0])
 

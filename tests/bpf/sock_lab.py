@@ -45,8 +45,8 @@ class Place:
         domain = socket.AF_INET if family == 4 else socket.AF_INET6
         if in_cgroup:
             self._channel.send(f"{namespaces.path_of(self.namespace)} {int(domain)} {int(kind)}".encode())
-            answer, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1)
-            assert answer, "the helper that makes sockets has died"
+            _, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1)
+            assert self._channel.recv(1), "the helper that makes sockets has died"
             made = socket.socket(fileno=descriptors[0])
         else:
             with namespaces.inside(self.namespace):
@@ -71,8 +71,6 @@ class Lab:
         self.loaded.put_settings(netns=cookie, **values)
 
     def close_sockets(self) -> None:
-        # Whoever made them closes its own descriptors before it makes another one: until then addresses stay taken.
-        self.client(4, "udp")
         for each in self._open:
             each.close()
         self._open = []
