@@ -172,7 +172,7 @@ def remove(name: str) -> tuple[str, ...]:
 
 def _remove_cgroups(name: str) -> None:
     # A killed process counts as a member until it has been reaped by whoever started it.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (found := _cgroups(name)) and time.monotonic() < deadline:
         for cgroup in found:
             with suppress(OSError):  # not empty yet

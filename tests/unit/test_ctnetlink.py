@@ -10,6 +10,7 @@ import select
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
@@ -138,11 +139,17 @@ class Place:
         self._sockets: list[socket.socket] = []
 
     def __enter__(self) -> Place:
-        pods = [f"address add {self.address(pod)} dev lo" for pod in ("10.0.1.1", "10.0.1.2")]
+        addresses = [self.address(pod) for pod in ("10.0.1.1", "10.0.1.2")]
+        nodad = "" if self.family is Family.IPV4 else " nodad"
+        pods = [f"address add {address} dev lo{nodad}" for address in addresses]
         # Neither is an address of the node, but what is sent there stays here.
         away = [f"route add {self.address(ip)} dev svc" for ip in ("172.30.0.10", "192.168.99.99")]
         wire = ["link add svc type veth peer name away", "link set svc up", "link set away up"]
         self.run("ip -batch -", lines=["link set lo up", *pods, *wire, *away])
+        # An IPv6 address is there at once, and is led to when a worker of the kernel has come to it, even on loopback.
+        deadline = time.monotonic() + PATIENCE
+        while not all(self.run(f"ip route get {address}").startswith("local") for address in addresses):
+            assert time.monotonic() < deadline
         # Somebody asks for conntrack; without, nothing is tracked in this namespace.
         self.iptables("-A OUTPUT -m conntrack --ctstate INVALID", table="filter")
         return self
@@ -155,12 +162,13 @@ class Place:
     def inside(self, act: Callable[[], _T]) -> _T:
         return self._thread.submit(act).result()
 
-    def run(self, command: str, lines: Sequence[str] = ()) -> None:
+    def run(self, command: str, lines: Sequence[str] = ()) -> str:
         said = "\n".join(lines)
         done = self.inside(
             lambda: subprocess.run(command.split(), input=said, capture_output=True, text=True, check=False)
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
 
     def iptables(self, rule: str, table: str = "nat") -> None:
         self.run(f"{'iptables' if self.family is Family.IPV4 else 'ip6tables'} -w -t {table} {rule}")
