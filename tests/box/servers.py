@@ -131,6 +131,7 @@ class _Streams:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._open: set[socket.socket] = set()
         self._accepting = self._loop.create_task(self._accept())
 
     async def aclose(self) -> None:
@@ -138,14 +139,19 @@ class _Streams:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in list(self._open):  # whose task was cancelled before it began
+            self._close(connection, reset=True)
         self._listener.close()
 
     async def _accept(self) -> None:
         while True:
+            await self._readable(self._listener)
             try:
-                connection, _ = await self._loop.sock_accept(self._listener)
+                connection, _ = self._listener.accept()
             except OSError:  # the client has gone meanwhile
                 continue
+            connection.setblocking(False)
+            self._open.add(connection)
             task = self._loop.create_task(self._answer(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -170,9 +176,13 @@ class _Streams:
         except OSError:
             pass  # the client has gone: what it missed is its own to notice
         finally:
-            if reset:  # a server that dies under its connection resets it
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.close()
+            self._close(connection, reset)
+
+    def _close(self, connection: socket.socket, reset: bool) -> None:
+        if reset:  # a server that dies under its connection resets it
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.close()
+        self._open.discard(connection)
 
     async def _line(self, connection: socket.socket) -> bytes:
         """Up to the end of a line and no further: what follows may be the body of a `take`."""
@@ -190,12 +200,15 @@ class _Streams:
             try:
                 return connection.recv(256, socket.MSG_PEEK)
             except BlockingIOError:
-                readable = self._loop.create_future()
-                self._loop.add_reader(connection, readable.set_result, None)
-                try:
-                    await readable
-                finally:
-                    self._loop.remove_reader(connection)
+                await self._readable(connection)
+
+    async def _readable(self, of: socket.socket) -> None:
+        readable = self._loop.create_future()
+        self._loop.add_reader(of, readable.set_result, None)
+        try:
+            await readable
+        finally:
+            self._loop.remove_reader(of)
 
     async def _digest(self, connection: socket.socket, size: int) -> str:
         digest = hashlib.sha256()
