@@ -40,7 +40,7 @@ test-pure: setup
 test-properties: setup
 	@echo '== properties, with many more examples than pytest alone tries'
 	@mkdir -p $(ARTIFACTS)
-	@EBPFLB_FUZZ=$${EBPFLB_FUZZ:-150000} $(PYTEST) tests/property tests/plan -m 'not root and not bpf_load' \
+	@EBPFLB_FUZZ=$${EBPFLB_FUZZ:-150000} $(PYTEST) $(PATIENT) tests/property tests/plan -m 'not root and not bpf_load' \
 		--junitxml=$(ARTIFACTS)/properties.xml
 
 test-root: setup
@@ -62,7 +62,7 @@ test-vm: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test: these need root; run it with sudo' >&2; exit 1; }
 	@mkdir -p $(ARTIFACTS)
 	@$(PYTHON) -m tests.vm.kernels
-	@status=0; $(PYTEST) -m vm tests/machines --junitxml=$(ARTIFACTS)/machines.xml || status=1; \
+	@status=0; $(PYTEST) $(PATIENT) -m vm tests/machines --junitxml=$(ARTIFACTS)/machines.xml || status=1; \
 		$(PYTHON) -m tests.vm.stage || status=1; exit $$status
 
 # Every kernel of the matrix (MATRIX='5.10 6.1' for some), and more on each: hours.
