@@ -14,6 +14,7 @@ import base64
 import hashlib
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,11 @@ NODES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _MORE = {"node1": (SECOND_IP, BRIDGE_IP)}  # what only the kernel knows of
 _SENTINEL = "all-is-there"
+
+# kube-proxy 1.36 asks for its node's labels before it has said who is to hear of them. Where the answer comes in
+# between, nobody does, and it goes on without a zone for as long as it runs: then it is started again. Otherwise it
+# takes some seconds from its first rules to those that heed its zone.
+_UNAWARE_SECONDS = 30.0
 
 
 class Proxy(NamedTuple):
@@ -104,14 +110,27 @@ class KubeProxies:
         """The rules of one that has everything, by whether they are IPv6."""
         proxy, program = self.proxies[name], self._running[name]
         found: dict[bool, str] = {}
+        unaware: float | None = None  # since when it has everything but its own zone
 
         def probe() -> bool:
+            nonlocal unaware
             assert program.running, f"kube-proxy {name} has ended:\n{program.tail(20)}"
+            missing = []
             for version6 in (False, True):
                 if version6 not in found:
                     text = self._save(proxy, version6)
-                    if _is_complete(text, proxy):
+                    if (endpoints := _sentinel_endpoints(text)) == (1 if NODES[proxy.node][1] else 2):
                         found[version6] = text
+                    else:
+                        missing.append(endpoints)
+            if missing != [2, 2]:
+                unaware = None
+            elif unaware is None:
+                unaware = time.monotonic()
+            elif time.monotonic() - unaware > _UNAWARE_SECONDS:
+                program.kill()
+                program.start()
+                unaware = None
             return len(found) == 2
 
         # All of them write thousands of rules at once, on the processors that there are.
@@ -239,9 +258,8 @@ def _sentinel_slice(family: str) -> Object:
     }
 
 
-def _is_complete(text: str, proxy: Proxy) -> bool:
-    """Whether the last Service and slice of the list have come, and the node's zone counts."""
+def _sentinel_endpoints(text: str) -> int:
+    """How many endpoints these rules have for the last Service of the list: those of all zones, or of one's own."""
     digest = hashlib.sha256(f"default/{_SENTINEL}tcp".encode()).digest()
     chain = f"-A KUBE-SVC-{base64.b32encode(digest).decode()[:16]} "
-    endpoints = sum(line.startswith(chain) and "-j KUBE-SEP-" in line for line in text.splitlines())
-    return endpoints == (1 if NODES[proxy.node][1] else 2)
+    return sum(line.startswith(chain) and "-j KUBE-SEP-" in line for line in text.splitlines())
