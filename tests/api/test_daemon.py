@@ -25,10 +25,10 @@ from tests.conftest import ARTIFACTS
 
 pytestmark = [pytest.mark.api, pytest.mark.root, pytest.mark.box]
 
-# From the write of a slice to an answered connection, in seconds: half of them, and 90 of 100. The second is loose, as
-# two cores are shared by all of it, and the slowest ones may have met pauses of the machine, of seconds.
+# From the write of a slice to an answered connection, in seconds: half of them, and 99 of 100. The second is loose, as
+# two cores are shared by all of it. Two pauses of the machine spoil a round of changes, and then another one is tried.
 GOAL, LATEST = 0.050, 0.500
-CHANGES = 100
+CHANGES, ROUNDS = 100, 3
 
 
 def web(nodes: Nodes, own: str, *pods: str, **spec: object) -> Target:
@@ -63,10 +63,29 @@ def counted(nodes: Nodes, at: str, histogram: str) -> float:
 
 
 def test_a_service_answers_within_50_ms_of_its_slices_write(nodes: Nodes, own: str) -> None:
+    told = ""
+    for round in range(ROUNDS):
+        written, answered = slices_written(nodes, own, f"quick-{round}")
+        half, most = statistics.median(answered), answered[CHANGES * 99 // 100 - 1]
+        told += (
+            f"from the API server's answer to an answered connection, {CHANGES} Services: p50 {half * 1e3:.1f} ms, "
+            f"p99 {most * 1e3:.1f} ms, most {answered[-1] * 1e3:.1f} ms; the write itself: p50 "
+            f"{statistics.median(written) * 1e3:.1f} ms\n"
+        )
+        ARTIFACTS.mkdir(exist_ok=True)
+        (ARTIFACTS / "api-latency.txt").write_text(told)
+        if half < GOAL and most < LATEST:
+            return
+    pytest.fail(told)
+
+
+def slices_written(nodes: Nodes, own: str, prefix: str) -> tuple[list[float], list[float]]:
+    """So many changes, one after the other: the seconds of each write, and those from then on until a connection to
+    another node's pod was answered; both from the shortest to the longest."""
     written, answered = [], []
     for number in range(CHANGES):
         began = time.monotonic()
-        name = f"quick-{number}"
+        name = f"{prefix}-{number}"
         nodes.api.create(service(own, name))
         to = nodes.cluster_ip(own, name)
         while nodes.ask("a1", to, 0.02) != Nothing("refused"):  # what is asked before that goes nowhere
@@ -79,16 +98,7 @@ def test_a_service_answers_within_50_ms_of_its_slices_write(nodes: Nodes, own: s
         while not isinstance(nodes.ask("a1", to), Answer):
             assert time.monotonic() - began < PATIENCE, nodes.status("node1")
         answered.append(time.monotonic() - began - written[-1])
-    answered.sort()
-    half, most, p99 = statistics.median(answered), *(answered[CHANGES * part // 100 - 1] for part in (90, 99))
-    words = (
-        f"from the API server's answer to an answered connection, {CHANGES} Services: p50 {half * 1e3:.1f} ms, "
-        f"p90 {most * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, most {answered[-1] * 1e3:.1f} ms; the write itself: p50 "
-        f"{statistics.median(written) * 1e3:.1f} ms\n"
-    )
-    ARTIFACTS.mkdir(exist_ok=True)
-    (ARTIFACTS / "api-latency.txt").write_text(words)
-    assert half < GOAL and most < LATEST, words
+    return sorted(written), sorted(answered)
 
 
 @pytest.mark.parametrize("client", ["a1", "sa"], ids=["socket", "packet"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -309,7 +310,13 @@ def test_a_kube_proxy_that_runs_would_write_it_again(node: Node, tmp_path: Path)
     node.run("nft", "add", "table", "ip", "kube-proxy")
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([program, "1000"])
+        made = subprocess.Popen([program, "1000"])
+        # It has its name a moment after Popen has returned, which waits for no more than a descriptor's end in exec.
+        deadline = time.monotonic() + 30
+        while Path("/proc", str(made.pid), "comm").read_text() != "kube-proxy\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return made
 
     elsewhere = start()
     here = node.inside(start)
