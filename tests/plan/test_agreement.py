@@ -42,10 +42,10 @@ pytestmark = pytest.mark.timeout(1200)  # EBPFLB_FUZZ may ask for any number
 AS_OFTEN = settings(max_examples=settings().max_examples if "EBPFLB_FUZZ" in os.environ else 6)
 """A world is a few hundred packets: not as many as a property has examples where nobody asked for many."""
 
-MANY, LEAST, LEAST_OF_A_VERDICT = 100, 10_000, 50
+MANY, LEAST, LEAST_OF_A_VERDICT = 100, 20_000, 100
 """From so many worlds on, so many packets are compared for each dataplane, and so many of each verdict. Of 150 worlds
 come some 50,000, of which 1,600 are dropped: a third more or less of these in one run than in another, so that a bound
-anywhere near would be broken by chance."""
+anywhere near that would be broken by chance."""
 
 MAIN = (NODE_IP, v6(NODE_IP))
 """The addresses from which the node speaks unless a socket is bound to another one."""
